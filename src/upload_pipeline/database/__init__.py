@@ -1,0 +1,1 @@
+"""The database: pools, migrations, the embedded server, and one typed function for each SQL verb."""

@@ -1,0 +1,1 @@
+"""Parsers and embedders behind one small Protocol each."""

@@ -1,0 +1,1 @@
+"""Finding chunks: the query's vector and the one SQL function that ranks."""

@@ -1,0 +1,164 @@
+"""Every setting, its meaning, its default and what is allowed.
+
+Each is read from the environment variable `UPLOAD_PIPELINE_<NAME>`, or from a `.env` file in the working
+directory. A bad value stops the start with the setting's name, the value and what is allowed.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+import platformdirs
+from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from upload_pipeline.errors import ErrorCode, PipelineError
+
+ENV_PREFIX = "UPLOAD_PIPELINE_"
+
+Seconds = Annotated[float, Field(gt=0)]
+
+
+class Settings(BaseSettings):
+    """The settings of one process; frozen once read."""
+
+    model_config = SettingsConfigDict(
+        env_prefix=ENV_PREFIX, env_file=".env", env_file_encoding="utf-8", extra="ignore", frozen=True
+    )
+
+    # where state lives
+    home: Path = Field(
+        default_factory=lambda: platformdirs.user_data_path("upload-pipeline"),
+        description="Directory of all local state: the embedded database and the local object store.",
+    )
+    database_url: SecretStr = Field(
+        default=SecretStr(""),
+        description="Postgres of workers and terminal (role `upload_worker`); empty starts the embedded one.",
+    )
+    migration_database_url: SecretStr = Field(
+        default=SecretStr(""),
+        description="Postgres as the role that owns the schema, for `migrate`; empty means `DATABASE_URL`.",
+    )
+    storage_url: str = Field(
+        default="", description="Object store; empty means `file://<home>/storage`. Schemes: `file`."
+    )
+
+    # what does the work
+    parser: Literal["local"] = Field(default="local", description="Who turns files into Markdown.")
+    embedder: Literal["local"] = Field(default="local", description="Who turns text into vectors.")
+
+    # limits
+    max_file_bytes: int = Field(default=25 * 1024 * 1024, gt=0, description="Largest file that intake takes.")
+    parse_timeout: Seconds = Field(default=120.0, description="Wall-clock seconds that one parse may take.")
+    parse_memory_bytes: int = Field(
+        default=1024**3, ge=128 * 1024**2, description="Memory that one parse may use, in bytes."
+    )
+    stage_timeout: Seconds = Field(
+        default=300.0, description="Seconds that a job may stay in one step before its lease is let go."
+    )
+
+    # chunks
+    chunk_target_chars: int = Field(default=2000, ge=100, description="Characters that a chunk aims at.")
+    chunk_overlap_chars: int = Field(
+        default=200, ge=0, description="Characters that a chunk repeats of the one before."
+    )
+    chunk_max_bytes: int = Field(
+        default=8000, ge=400, description="Hard limit of a chunk's text in UTF-8 bytes."
+    )
+    embed_batch_size: int = Field(default=256, ge=1, le=256, description="Texts in one call of the embedder.")
+
+    # workers
+    worker_pools: tuple[str, ...] = Field(default=("default",), description="Pools that a worker serves.")
+    worker_concurrency: int = Field(default=4, ge=1, le=1000, description="Jobs that a worker leads at once.")
+    lease_ttl: Seconds = Field(default=60.0, description="Seconds that a lease lasts unless renewed.")
+    heartbeat_interval: Seconds = Field(default=20.0, description="Seconds between two renewals.")
+    poll_min: Seconds = Field(default=0.25, description="Shortest wait before an idle worker looks again.")
+    poll_max: Seconds = Field(default=5.0, description="Longest wait before an idle worker looks again.")
+    group_window: float = Field(
+        default=0.002, ge=0, le=1, description="Seconds that queue writes wait to share a statement."
+    )
+    shutdown_grace: Seconds = Field(default=25.0, description="Seconds that running steps get to finish.")
+    shutdown_deadline: Seconds = Field(
+        default=30.0, description="Seconds after which a stopping worker exits whatever happens."
+    )
+    maintenance_interval: Seconds = Field(default=60.0, description="Seconds between two maintenance rounds.")
+    orphan_grace: Seconds = Field(
+        default=3600.0, description="Seconds that an object without a document is left alone."
+    )
+    health_host: str = Field(default="127.0.0.1", description="Address of the worker's health endpoint.")
+    health_port: int = Field(default=0, ge=0, le=65535, description="Its port; 0 turns it off.")
+
+    # connections
+    pool_size: int = Field(default=10, ge=1, le=500, description="Database connections of one process.")
+    connect_timeout: Seconds = Field(default=10.0, description="Seconds to wait for a database connection.")
+    statement_timeout: Seconds = Field(default=30.0, description="Seconds that one statement may take.")
+    lock_timeout: Seconds = Field(default=5.0, description="Seconds that a statement may wait for a lock.")
+    idle_transaction_timeout: Seconds = Field(
+        default=30.0, description="Seconds after which an idle transaction is ended."
+    )
+    transaction_pooler: bool = Field(
+        default=False,
+        description="True behind a transaction pooler (Supabase: port 6543): no LISTEN, nothing prepared.",
+    )
+
+    # logs
+    log_level: Literal["debug", "info", "warning", "error"] = Field(
+        default="info", description="The least severe lines that are written."
+    )
+    log_format: Literal["auto", "json", "console"] = Field(
+        default="auto", description="`auto` is readable on a terminal and JSON elsewhere."
+    )
+
+    @field_validator("home")
+    @classmethod
+    def _absolute_home(cls, value: Path) -> Path:
+        return value.expanduser().absolute()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.chunk_overlap_chars * 2 > self.chunk_target_chars:
+            raise ValueError("chunk_overlap_chars must be at most half of chunk_target_chars")
+        if self.heartbeat_interval * 2 > self.lease_ttl:
+            raise ValueError("heartbeat_interval must be at most half of lease_ttl")
+        if self.poll_min > self.poll_max:
+            raise ValueError("poll_min must not exceed poll_max")
+        if self.shutdown_grace > self.shutdown_deadline:
+            raise ValueError("shutdown_grace must not exceed shutdown_deadline")
+        return self
+
+    @property
+    def embedded(self) -> bool:
+        """Whether the database is the embedded one."""
+        return not self.database_url.get_secret_value()
+
+    @property
+    def effective_storage_url(self) -> str:
+        """The object store's URL with the default filled in."""
+        return self.storage_url or f"file://{self.home / 'storage'}"
+
+
+def load_settings(**overrides: object) -> Settings:
+    """Reads the settings of this process.
+
+    Args:
+        overrides: values that win over the environment, by field name.
+
+    Raises:
+        PipelineError: `SETTING_INVALID`, naming each bad setting, its value and what is allowed.
+    """
+    try:
+        return Settings(**overrides)  # type: ignore[arg-type]
+    except ValidationError as error:
+        lines = [_explain(dict(item)) for item in error.errors(include_url=False)]
+        raise PipelineError(ErrorCode.SETTING_INVALID, "\n".join(lines)) from error
+
+
+def _explain(item: dict[str, object]) -> str:
+    location = item["loc"]
+    if not isinstance(location, tuple) or not location:
+        return f"Settings do not fit together: {str(item['msg']).removeprefix('Value error, ')}."
+    field = str(location[0])
+    shown = "(hidden)" if field.endswith("database_url") else repr(item["input"])
+    meaning = Settings.model_fields[field].description
+    return f"{ENV_PREFIX}{field.upper()}={shown} is not allowed: {item['msg']}. It means: {meaning}"

@@ -1,0 +1,1 @@
+"""Markdown as text: normalising and chunking, pure and deterministic."""

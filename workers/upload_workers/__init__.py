@@ -1,0 +1,1 @@
+"""Workers: the runner and one module for each step."""

@@ -1,0 +1,1 @@
+"""The steps of each pipeline, one module a step."""
