@@ -1,0 +1,87 @@
+-- The document pipeline's database.
+--
+-- Everything lives in the schema `upload_pipeline`. Tables are nouns (documents, upload_jobs, lanes, events, ...),
+-- functions are verbs (enqueue_jobs, claim_jobs, renew_leases, advance_jobs, fail_job, ...), and only the verbs
+-- change a job's state: no role that logs in has update rights on `upload_jobs`.
+--
+-- Who is who:
+--   the schema's owner   runs migrations; owns every function, so that each verb runs with the owner's rights
+--   upload_worker        logs in; workers, intake and the terminal. Reads every table, calls the verbs, no more
+--   authenticated        a signed-in user (Supabase's role). Reads own rows, may call `search_chunks`
+--   service_role         Supabase's back-end role. Reads every table, calls the verbs
+--   anon                 may do nothing here
+--
+-- SQLSTATEs that the verbs raise, all of class UP:
+--   UP001  the lease is lost: another worker, an operator or the clock has taken the job
+--   UP002  no such job, document or pipeline
+--   UP003  the job's or the document's state does not allow this
+--   UP004  the stage does not allow this
+--   UP005  the work handed in is not whole or does not fit
+
+create schema if not exists upload_pipeline;
+
+create extension if not exists vector with schema extensions;
+
+do $$
+begin
+  if not exists (select from pg_catalog.pg_roles where rolname = 'upload_worker') then
+    -- noinherit: membership in `authenticated` serves only to search as a user, by `set local role`
+    create role upload_worker login noinherit;
+  end if;
+end
+$$;
+
+grant authenticated to upload_worker;
+grant usage on schema upload_pipeline to authenticated, service_role, upload_worker;
+grant usage on schema extensions to upload_worker;
+
+create type upload_pipeline.job_state as enum (
+  'queued',      -- ready: any worker of its pool may claim it
+  'working',     -- leased by one worker
+  'retryable',   -- waits for run_at: back-off after a failure, or a snooze
+  'done',
+  'deadletter',  -- failed for good; an operator or the user may retry it
+  'cancelled'
+);
+
+create type upload_pipeline.event_severity as enum ('debug', 'info', 'warning', 'error');
+
+create type upload_pipeline.event_code as enum (
+  'document_accepted',
+  'document_searchable',
+  'document_deletion_started',
+  'document_deleted',
+  'job_enqueued',
+  'job_claimed',
+  'job_advanced',
+  'job_handed_on',
+  'job_snoozed',
+  'job_failed',
+  'job_promoted',
+  'job_released',
+  'job_reaped',
+  'job_deadlettered',
+  'job_cancel_requested',
+  'job_cancelled',
+  'job_restarted',
+  'job_done',
+  'orphan_removed',
+  'worker_started',
+  'worker_stopped'
+);
+
+create type upload_pipeline.node_kind as enum ('document', 'section', 'chunk');
+create type upload_pipeline.edge_kind as enum ('contains', 'next');
+
+-- The clock of every verb. Tests set `upload_pipeline.now`; production leaves it unset.
+create function upload_pipeline.now()
+returns timestamptz
+language sql
+stable
+set search_path = ''
+as $$
+  select coalesce(
+    nullif(current_setting('upload_pipeline.now', true), '')::timestamptz,
+    pg_catalog.now()
+  )
+$$;

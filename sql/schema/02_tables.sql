@@ -1,0 +1,330 @@
+-- Pipelines and their stages. A job at a stage waits for the step that leaves that stage; `pool` names the
+-- workers who run that step. Adding a stage is adding a row here and a step module in the workers.
+create table upload_pipeline.stages (
+  pipeline text not null,
+  stage    text not null,
+  position smallint not null,
+  progress smallint not null,
+  pool     text not null default 'default',
+  final    boolean not null default false,
+  primary key (pipeline, stage),
+  unique (pipeline, position),
+  constraint stages_names check (pipeline ~ '^[a-z][a-z0-9_]*$' and stage ~ '^[a-z][a-z0-9_]*$' and pool ~ '^[a-z][a-z0-9_-]*$'),
+  constraint stages_position check (position >= 0),
+  constraint stages_progress check (progress between 0 and 100)
+);
+
+-- one end for each pipeline
+create unique index stages_final on upload_pipeline.stages (pipeline) where final;
+
+insert into upload_pipeline.stages (pipeline, stage, position, progress, final) values
+  ('document', 'queued',               0,   0, false),
+  ('document', 'job_validated',        1,  10, false),
+  ('document', 'parsing',              2,  20, false),
+  ('document', 'parsed',               3,  30, false),
+  ('document', 'parse_validated',      4,  35, false),
+  ('document', 'chunking',             5,  45, false),
+  ('document', 'chunks_buffered',      6,  50, false),
+  ('document', 'chunked',              7,  55, false),
+  ('document', 'embedding',            8,  70, false),
+  ('document', 'embeddings_buffered',  9,  75, false),
+  ('document', 'embedded',            10, 100, true);
+
+-- Which vectors exist and which serve searches. Exactly one model is active once any is registered.
+create table upload_pipeline.embedding_models (
+  model      text primary key,
+  provider   text not null,
+  dimensions integer not null,
+  active     boolean not null default false,
+  created_at timestamptz not null default upload_pipeline.now(),
+  constraint embedding_models_dimensions check (dimensions between 1 and 16000)
+);
+
+create unique index embedding_models_active on upload_pipeline.embedding_models (active) where active;
+
+-- One row a file of a user. Same user and same bytes are the same document.
+create table upload_pipeline.documents (
+  document_id     uuid primary key,
+  user_id         uuid not null,
+  filename        text not null,
+  media_type      text not null,
+  file_bytes      bigint not null,
+  file_sha256     text not null,
+  metadata        jsonb not null default '{}',
+  raw_key         text not null unique,
+  parser          text,
+  page_count      integer,
+  warnings        text[] not null default '{}',
+  markdown_key    text,
+  markdown_sha256 text,
+  markdown_chars  integer,
+  page_starts     integer[] not null default '{}',
+  chunker         text,
+  chunk_count     integer,
+  embed_model     text references upload_pipeline.embedding_models,
+  created_at      timestamptz not null default upload_pipeline.now(),
+  updated_at      timestamptz not null default upload_pipeline.now(),
+  searchable_at   timestamptz,
+  deleted_at      timestamptz,
+  unique (user_id, file_sha256),
+  -- what the children's composite keys point at: a child can never carry another user's id
+  unique (document_id, user_id),
+  constraint documents_filename check (filename <> '' and length(filename) <= 1024),
+  constraint documents_bytes check (file_bytes > 0),
+  constraint documents_sha256 check (file_sha256 ~ '^[0-9a-f]{64}$'),
+  constraint documents_markdown_sha256 check (markdown_sha256 ~ '^[0-9a-f]{64}$'),
+  constraint documents_markdown_whole check ((markdown_key is null) = (markdown_sha256 is null)),
+  constraint documents_metadata check (jsonb_typeof(metadata) = 'object'),
+  constraint documents_searchable check (searchable_at is null or (embed_model is not null and chunk_count > 0))
+);
+
+-- a user's documents, newest first, page by page
+create index documents_listing on upload_pipeline.documents (user_id, created_at desc, document_id);
+create index documents_embed_model on upload_pipeline.documents (embed_model) where embed_model is not null;
+-- deletions that a crash left half done
+create index documents_deleting on upload_pipeline.documents (deleted_at) where deleted_at is not null;
+
+-- One narrow row a job: what a claim, a renewal and a transition touch, and nothing else. Results and errors stand
+-- in `job_outcomes`, history in `events`. `stage`, the lease and the counters are in no index, so a stage change and
+-- a renewal are HOT updates (heap-only, no index written).
+create table upload_pipeline.upload_jobs (
+  job_id           uuid primary key default gen_random_uuid(),
+  seq              bigint generated always as identity,
+  document_id      uuid not null,
+  user_id          uuid not null,
+  pipeline         text not null,
+  stage            text not null,
+  pool             text not null,
+  state            upload_pipeline.job_state not null default 'queued',
+  priority         smallint not null default 0,
+  retry_count      smallint not null default 0,
+  cancel_requested boolean not null default false,
+  lease_token      bigint not null default 0,
+  worker_id        uuid,
+  lease_expires_at timestamptz,
+  run_at           timestamptz not null default upload_pipeline.now(),
+  correlation_id   text not null default '',
+  created_at       timestamptz not null default upload_pipeline.now(),
+  started_at       timestamptz,
+  updated_at       timestamptz not null default upload_pipeline.now(),
+  finished_at      timestamptz,
+  foreign key (document_id, user_id) references upload_pipeline.documents (document_id, user_id)
+    on update cascade on delete cascade,
+  foreign key (pipeline, stage) references upload_pipeline.stages,
+  constraint upload_jobs_lease check ((state = 'working') = (lease_expires_at is not null and worker_id is not null)),
+  constraint upload_jobs_finished check ((state in ('done', 'deadletter', 'cancelled')) = (finished_at is not null)),
+  constraint upload_jobs_counts check (retry_count >= 0 and lease_token >= 0),
+  constraint upload_jobs_correlation check (length(correlation_id) <= 200)
+) with (
+  -- room for HOT updates; a hot queue table must be vacuumed by rows changed, not by a fifth of its size
+  fillfactor = 80,
+  autovacuum_vacuum_scale_factor = 0.01,
+  autovacuum_vacuum_threshold = 500,
+  autovacuum_analyze_scale_factor = 0.02,
+  autovacuum_vacuum_cost_delay = 0
+);
+
+-- claim_jobs: the head of one lane
+create index upload_jobs_ready on upload_pipeline.upload_jobs (pool, user_id, priority desc, seq) where state = 'queued';
+-- claim_jobs: how many of a lane are at work; reap_expired: whose lease ran out
+create index upload_jobs_working on upload_pipeline.upload_jobs (pool, user_id) where state = 'working';
+-- promote_due: what is due
+create index upload_jobs_retryable on upload_pipeline.upload_jobs (run_at) where state = 'retryable';
+-- enqueue_jobs: at most one live job for a document and pipeline
+create unique index upload_jobs_live on upload_pipeline.upload_jobs (document_id, pipeline)
+  where state in ('queued', 'working', 'retryable');
+-- a document's jobs, newest last; the foreign key to documents
+create index upload_jobs_document on upload_pipeline.upload_jobs (document_id, seq);
+-- a user's jobs, newest first, page by page
+create index upload_jobs_listing on upload_pipeline.upload_jobs (user_id, created_at desc, job_id);
+
+-- What came of a job: its results, or its last error. Written at a failure or at the end, never on the way.
+create table upload_pipeline.job_outcomes (
+  job_id        uuid primary key references upload_pipeline.upload_jobs on delete cascade,
+  user_id       uuid not null,
+  results       jsonb,
+  error_code    text,
+  error_message text,
+  error_details jsonb,
+  updated_at    timestamptz not null default upload_pipeline.now(),
+  constraint job_outcomes_error check ((error_code is null) = (error_message is null)),
+  constraint job_outcomes_code check (error_code ~ '^[A-Z][A-Z0-9_]*$')
+);
+
+-- One tiny row for each user and pool. Locking it makes the cap on a user's working jobs exact; walking the ready
+-- ones in user order from a cursor in the worker's memory makes the claim fair at a cost that no backlog changes.
+-- Never updated to rotate: the cursor rotates, so the table does not bloat.
+create table upload_pipeline.lanes (
+  pool          text not null,
+  user_id       uuid not null,
+  max_in_flight integer not null default 2,
+  ready         boolean not null default true,
+  primary key (pool, user_id),
+  constraint lanes_cap check (max_in_flight >= 1),
+  -- the walk starts behind the nil UUID
+  constraint lanes_user check (user_id <> '00000000-0000-0000-0000-000000000000')
+) with (fillfactor = 50, autovacuum_vacuum_scale_factor = 0.05, autovacuum_vacuum_threshold = 200);
+
+create index lanes_ready on upload_pipeline.lanes (pool, user_id) where ready;
+
+-- The audit trail: append-only, one partition a month, no foreign keys, so it outlives what it tells of.
+create sequence upload_pipeline.events_event_id_seq as bigint;
+
+create table upload_pipeline.events (
+  event_id       bigint not null default nextval('upload_pipeline.events_event_id_seq'),
+  at             timestamptz not null,
+  code           upload_pipeline.event_code not null,
+  severity       upload_pipeline.event_severity not null default 'info',
+  user_id        uuid,
+  document_id    uuid,
+  job_id         uuid,
+  worker_id      uuid,
+  stage          text,
+  lease_token    bigint,
+  correlation_id text not null default '',
+  payload        jsonb,
+  primary key (at, event_id)
+) partition by range (at);
+
+-- one job's history, in order
+create index events_job on upload_pipeline.events (job_id, event_id);
+
+-- Catches what no month covers, so that an event can always be written; ensure_event_partitions empties it.
+create table upload_pipeline.events_default partition of upload_pipeline.events default;
+
+-- The new set of a document's chunks, from the moment they are cut until the document is embedded.
+create table upload_pipeline.document_chunk_buffer (
+  document_id  uuid not null,
+  ordinal      integer not null,
+  chunk_id     uuid not null unique,
+  user_id      uuid not null,
+  text         text not null,
+  chunk_sha256 text not null,
+  chunker      text not null,
+  start_offset integer not null,
+  end_offset   integer not null,
+  page_from    integer,
+  page_to      integer,
+  heading_path text[] not null,
+  section_ids  uuid[] not null,
+  primary key (document_id, ordinal),
+  foreign key (document_id, user_id) references upload_pipeline.documents (document_id, user_id)
+    on update cascade on delete cascade,
+  constraint document_chunk_buffer_span check (0 <= start_offset and start_offset < end_offset),
+  constraint document_chunk_buffer_ordinal check (ordinal >= 0),
+  constraint document_chunk_buffer_pages check ((page_from is null) = (page_to is null) and page_from <= page_to),
+  constraint document_chunk_buffer_sha256 check (chunk_sha256 ~ '^[0-9a-f]{64}$'),
+  constraint document_chunk_buffer_sections check (cardinality(heading_path) = cardinality(section_ids))
+);
+
+-- Vectors as they arrive, so that a crash repeats only what was not yet stored.
+create table upload_pipeline.document_vector_buffer (
+  chunk_id    uuid not null,
+  embed_model text not null references upload_pipeline.embedding_models,
+  document_id uuid not null references upload_pipeline.documents on delete cascade,
+  embedding   extensions.vector not null,
+  primary key (chunk_id, embed_model)
+);
+
+create index document_vector_buffer_document on upload_pipeline.document_vector_buffer (document_id);
+create index document_vector_buffer_model on upload_pipeline.document_vector_buffer (embed_model);
+
+-- What a text search reads: headings weigh more than the text below them.
+create function upload_pipeline.chunk_search_vector(p_heading_path text[], p_text text)
+returns tsvector
+language sql
+immutable
+parallel safe
+set search_path = ''
+as $$
+  select setweight(to_tsvector('pg_catalog.english', array_to_string(p_heading_path, ' ')), 'A')
+      || setweight(to_tsvector('pg_catalog.english', p_text), 'D')
+$$;
+
+-- The searchable result. `live` rows are what readers see; a new set stands beside them, not live, until it has its
+-- vectors, and then takes their place in one transaction.
+create table upload_pipeline.document_chunks (
+  chunk_id      uuid primary key,
+  document_id   uuid not null,
+  user_id       uuid not null,
+  ordinal       integer not null,
+  text          text not null,
+  chunk_sha256  text not null,
+  chunker       text not null,
+  start_offset  integer not null,
+  end_offset    integer not null,
+  page_from     integer,
+  page_to       integer,
+  heading_path  text[] not null,
+  section_ids   uuid[] not null,
+  search_vector tsvector not null generated always as
+                  (upload_pipeline.chunk_search_vector(heading_path, text)) stored,
+  embed_model   text references upload_pipeline.embedding_models,
+  embedding     extensions.vector,
+  live          boolean not null default false,
+  created_at    timestamptz not null default upload_pipeline.now(),
+  foreign key (document_id, user_id) references upload_pipeline.documents (document_id, user_id)
+    on update cascade on delete cascade,
+  constraint document_chunks_span check (0 <= start_offset and start_offset < end_offset),
+  constraint document_chunks_ordinal check (ordinal >= 0),
+  constraint document_chunks_pages check ((page_from is null) = (page_to is null) and page_from <= page_to),
+  constraint document_chunks_sha256 check (chunk_sha256 ~ '^[0-9a-f]{64}$'),
+  constraint document_chunks_sections check (cardinality(heading_path) = cardinality(section_ids)),
+  constraint document_chunks_vector check ((embedding is null) = (embed_model is null)),
+  constraint document_chunks_live check (not live or embedding is not null)
+);
+
+-- a document shows each place in it once
+create unique index document_chunks_place on upload_pipeline.document_chunks (document_id, ordinal) where live;
+-- the foreign key to documents, and the old set when a new one takes its place
+create index document_chunks_document on upload_pipeline.document_chunks (document_id);
+-- search_chunks: exact search over one user's rows
+create index document_chunks_user on upload_pipeline.document_chunks (user_id) where live;
+create index document_chunks_model on upload_pipeline.document_chunks (embed_model) where embed_model is not null;
+
+-- The document's structure: document, sections, chunks. A chunk's node has the chunk's id, a document's the document's.
+create table upload_pipeline.document_nodes (
+  node_id     uuid primary key,
+  document_id uuid not null,
+  user_id     uuid not null,
+  kind        upload_pipeline.node_kind not null,
+  title       text not null,
+  level       smallint not null,
+  ordinal     integer not null,
+  foreign key (document_id, user_id) references upload_pipeline.documents (document_id, user_id)
+    on update cascade on delete cascade,
+  constraint document_nodes_level check (level >= 0),
+  constraint document_nodes_ordinal check (ordinal >= 0)
+);
+
+create index document_nodes_document on upload_pipeline.document_nodes (document_id);
+
+create table upload_pipeline.document_edges (
+  source_id   uuid not null references upload_pipeline.document_nodes on delete cascade,
+  target_id   uuid not null references upload_pipeline.document_nodes on delete cascade,
+  kind        upload_pipeline.edge_kind not null,
+  document_id uuid not null,
+  user_id     uuid not null,
+  primary key (source_id, kind, target_id),
+  foreign key (document_id, user_id) references upload_pipeline.documents (document_id, user_id)
+    on update cascade on delete cascade,
+  constraint document_edges_no_loop check (source_id <> target_id)
+);
+
+create index document_edges_target on upload_pipeline.document_edges (target_id);
+create index document_edges_document on upload_pipeline.document_edges (document_id);
+
+-- Which worker processes there are. What one holds is read from upload_jobs by its id; the row is a report, and no
+-- verb trusts it: a lease lives and dies by `lease_expires_at` alone.
+create table upload_pipeline.workers (
+  worker_id    uuid primary key,
+  host         text not null,
+  pid          integer not null,
+  version      text not null,
+  pools        text[] not null,
+  concurrency  integer not null,
+  started_at   timestamptz not null default upload_pipeline.now(),
+  last_beat_at timestamptz not null default upload_pipeline.now(),
+  constraint workers_pools check (cardinality(pools) >= 1),
+  constraint workers_concurrency check (concurrency >= 1)
+) with (fillfactor = 50);

@@ -1,0 +1,472 @@
+-- Documents: acceptance, the effects of each step, restart, deletion. A step's effect and the transition that says it
+-- has happened are one call, so one transaction: each verb here checks the lease, writes, and advances the job.
+
+-- A file's bytes are in the store: makes document, job and event, or gives back the ones there are. `duplicate` says
+-- which. The document's id is computed by the caller from user and bytes, so doing this twice is doing it once.
+create function upload_pipeline.accept_document(
+  p_document_id    uuid,
+  p_user_id        uuid,
+  p_filename       text,
+  p_media_type     text,
+  p_file_bytes     bigint,
+  p_file_sha256    text,
+  p_raw_key        text,
+  p_metadata       jsonb default '{}',
+  p_priority       smallint default 0,
+  p_correlation_id text default ''
+)
+returns table (document_id uuid, job_id uuid, duplicate boolean)
+language plpgsql
+security definer
+set search_path = ''
+as $$
+#variable_conflict use_column
+declare
+  v_document upload_pipeline.documents;
+begin
+  insert into upload_pipeline.documents as d
+    (document_id, user_id, filename, media_type, file_bytes, file_sha256, raw_key, metadata, created_at, updated_at)
+  values (p_document_id, p_user_id, p_filename, p_media_type, p_file_bytes, p_file_sha256, p_raw_key, p_metadata,
+          upload_pipeline.now(), upload_pipeline.now())
+  on conflict (user_id, file_sha256) do nothing;
+  if found then
+    perform upload_pipeline.record_event('document_accepted', p_user_id => p_user_id, p_document_id => p_document_id,
+      p_correlation_id => p_correlation_id,
+      p_payload => jsonb_build_object('filename', p_filename, 'media_type', p_media_type, 'file_bytes', p_file_bytes));
+    return query
+      select e.document_id, e.job_id, false
+        from upload_pipeline.enqueue_job(p_document_id, p_user_id, 'document', p_priority, p_correlation_id) e;
+    return;
+  end if;
+  return query select * from upload_pipeline.find_duplicate(p_user_id, p_file_sha256);
+end
+$$;
+
+-- The document that a user's bytes already are, with its latest job. No row: there is none. A document that is being
+-- deleted raises UP003.
+create function upload_pipeline.find_duplicate(p_user_id uuid, p_file_sha256 text)
+returns table (document_id uuid, job_id uuid, duplicate boolean)
+language plpgsql
+stable
+security definer
+set search_path = ''
+as $$
+#variable_conflict use_column
+declare
+  v_document upload_pipeline.documents;
+begin
+  select d.* into v_document from upload_pipeline.documents d
+   where d.user_id = p_user_id and d.file_sha256 = p_file_sha256;
+  if not found then
+    return;
+  end if;
+  if v_document.deleted_at is not null then
+    raise exception 'document % with the same bytes is being deleted', v_document.document_id
+      using errcode = 'UP003', hint = 'Send the file again in a moment.';
+  end if;
+  return query
+    select v_document.document_id, j.job_id, true
+      from (select 1) one
+      left join lateral (
+        select u.job_id from upload_pipeline.upload_jobs u
+         where u.document_id = v_document.document_id and u.pipeline = 'document'
+         order by u.seq desc limit 1) j on true;
+end
+$$;
+
+-- parsing -> parsed: the parser's output is in the store.
+create function upload_pipeline.commit_parse(
+  p_job_id     uuid,
+  p_token      bigint,
+  p_parser     text,
+  p_page_count integer,
+  p_warnings   text[],
+  p_keep       boolean default true,
+  p_ttl        interval default '60 seconds'
+)
+returns table (job_id uuid, stage text, state upload_pipeline.job_state, lease_expires_at timestamptz)
+language plpgsql
+security definer
+set search_path = ''
+as $$
+declare
+  v_job upload_pipeline.upload_jobs := upload_pipeline.check_lease(p_job_id, p_token);
+begin
+  update upload_pipeline.documents d
+     set parser = p_parser, page_count = p_page_count, warnings = p_warnings, updated_at = upload_pipeline.now()
+   where d.document_id = v_job.document_id;
+  return query select * from upload_pipeline.advance_job(p_job_id, p_token, 'parsing', 'parsed', p_keep, p_ttl);
+end
+$$;
+
+-- parsed -> parse_validated: the normalised markdown is in the store; these are its facts.
+create function upload_pipeline.commit_markdown(
+  p_job_id          uuid,
+  p_token           bigint,
+  p_markdown_key    text,
+  p_markdown_sha256 text,
+  p_markdown_chars  integer,
+  p_page_starts     integer[],
+  p_keep            boolean default true,
+  p_ttl             interval default '60 seconds'
+)
+returns table (job_id uuid, stage text, state upload_pipeline.job_state, lease_expires_at timestamptz)
+language plpgsql
+security definer
+set search_path = ''
+as $$
+declare
+  v_job upload_pipeline.upload_jobs := upload_pipeline.check_lease(p_job_id, p_token);
+begin
+  update upload_pipeline.documents d
+     set markdown_key = p_markdown_key, markdown_sha256 = p_markdown_sha256, markdown_chars = p_markdown_chars,
+         page_starts = p_page_starts, updated_at = upload_pipeline.now()
+   where d.document_id = v_job.document_id;
+  return query select * from upload_pipeline.advance_job(p_job_id, p_token, 'parsed', 'parse_validated', p_keep, p_ttl);
+end
+$$;
+
+-- chunking -> chunks_buffered: p_chunks is the document's whole new set, an array of objects with the columns of
+-- `document_chunk_buffer` from ordinal to section_ids. It replaces what an earlier try had buffered.
+--
+-- Rows travel as one parameter and not by COPY: COPY is refused on a table with row-level security for any role that
+-- does not bypass it, and one call is one round trip with the fence inside.
+create function upload_pipeline.buffer_chunks(
+  p_job_id uuid,
+  p_token  bigint,
+  p_chunks jsonb,
+  p_keep   boolean default true,
+  p_ttl    interval default '60 seconds'
+)
+returns table (job_id uuid, stage text, state upload_pipeline.job_state, lease_expires_at timestamptz)
+language plpgsql
+security definer
+set search_path = ''
+as $$
+declare
+  v_job upload_pipeline.upload_jobs := upload_pipeline.check_lease(p_job_id, p_token);
+begin
+  if jsonb_array_length(p_chunks) = 0 then
+    raise exception 'no chunks were handed in for document %', v_job.document_id using errcode = 'UP005';
+  end if;
+  delete from upload_pipeline.document_chunk_buffer b where b.document_id = v_job.document_id;
+  insert into upload_pipeline.document_chunk_buffer
+    (document_id, user_id, ordinal, chunk_id, text, chunk_sha256, chunker, start_offset, end_offset, page_from, page_to,
+     heading_path, section_ids)
+  select v_job.document_id, v_job.user_id, c.ordinal, c.chunk_id, c.text, c.chunk_sha256, c.chunker, c.start_offset,
+         c.end_offset, c.page_from, c.page_to, c.heading_path, c.section_ids
+    from jsonb_to_recordset(p_chunks) as c (
+           ordinal integer, chunk_id uuid, text text, chunk_sha256 text, chunker text, start_offset integer,
+           end_offset integer, page_from integer, page_to integer, heading_path text[], section_ids uuid[]);
+  return query select * from upload_pipeline.advance_job(p_job_id, p_token, 'chunking', 'chunks_buffered', p_keep, p_ttl);
+end
+$$;
+
+-- chunks_buffered -> chunked: the buffered chunks that are not stored yet are stored, not live; readers see nothing.
+create function upload_pipeline.commit_chunks(
+  p_job_id uuid,
+  p_token  bigint,
+  p_keep   boolean default true,
+  p_ttl    interval default '60 seconds'
+)
+returns table (job_id uuid, stage text, state upload_pipeline.job_state, lease_expires_at timestamptz)
+language plpgsql
+security definer
+set search_path = ''
+as $$
+declare
+  v_job upload_pipeline.upload_jobs := upload_pipeline.check_lease(p_job_id, p_token);
+begin
+  if not exists (select from upload_pipeline.document_chunk_buffer b where b.document_id = v_job.document_id) then
+    raise exception 'the chunk buffer of document % is empty', v_job.document_id
+      using errcode = 'UP005', hint = 'Retry the job from stage "chunking".';
+  end if;
+  insert into upload_pipeline.document_chunks
+    (chunk_id, document_id, user_id, ordinal, text, chunk_sha256, chunker, start_offset, end_offset, page_from, page_to,
+     heading_path, section_ids, created_at)
+  select b.chunk_id, b.document_id, b.user_id, b.ordinal, b.text, b.chunk_sha256, b.chunker, b.start_offset,
+         b.end_offset, b.page_from, b.page_to, b.heading_path, b.section_ids, upload_pipeline.now()
+    from upload_pipeline.document_chunk_buffer b
+   where b.document_id = v_job.document_id
+   order by b.ordinal
+  on conflict (chunk_id) do nothing;
+  return query select * from upload_pipeline.advance_job(p_job_id, p_token, 'chunks_buffered', 'chunked', p_keep, p_ttl);
+end
+$$;
+
+-- The buffered chunks of a document that have no vector of a model yet, neither buffered nor stored, in document order.
+create function upload_pipeline.pending_vectors(p_document_id uuid, p_model text, p_limit integer default 256)
+returns table (chunk_id uuid, text text)
+language sql
+stable
+security definer
+set search_path = ''
+as $$
+  select b.chunk_id, b.text
+    from upload_pipeline.document_chunk_buffer b
+   where b.document_id = p_document_id
+     and not exists (select from upload_pipeline.document_vector_buffer v
+                      where v.chunk_id = b.chunk_id and v.embed_model = p_model)
+     and not exists (select from upload_pipeline.document_chunks c
+                      where c.chunk_id = b.chunk_id and c.embed_model = p_model)
+   order by b.ordinal
+   limit p_limit
+$$;
+
+-- Stores vectors of buffered chunks as they arrive; ones that are there already stay. Returns how many were new.
+create function upload_pipeline.buffer_vectors(
+  p_job_id     uuid,
+  p_token      bigint,
+  p_model      text,
+  p_chunk_ids  uuid[],
+  p_embeddings extensions.vector[]
+)
+returns integer
+language plpgsql
+security definer
+set search_path = ''
+as $$
+declare
+  v_job        upload_pipeline.upload_jobs := upload_pipeline.check_lease(p_job_id, p_token);
+  v_dimensions integer;
+  v_wrong      integer;
+  v_new        integer;
+begin
+  select m.dimensions into v_dimensions from upload_pipeline.embedding_models m where m.model = p_model;
+  if not found then
+    raise exception 'there is no embedding model "%"', p_model
+      using errcode = 'UP002', hint = 'Register it with upload_pipeline.register_model.';
+  end if;
+  if cardinality(p_chunk_ids) <> cardinality(p_embeddings) then
+    raise exception '% vectors came for % chunks', cardinality(p_embeddings), cardinality(p_chunk_ids) using errcode = 'UP005';
+  end if;
+  select extensions.vector_dims(e) into v_wrong from unnest(p_embeddings) e where extensions.vector_dims(e) <> v_dimensions limit 1;
+  if found then
+    raise exception 'a vector of % dimensions came for model "%", which has %', v_wrong, p_model, v_dimensions using errcode = 'UP005';
+  end if;
+  insert into upload_pipeline.document_vector_buffer (chunk_id, embed_model, document_id, embedding)
+  select a.chunk_id, p_model, v_job.document_id, a.embedding
+    from unnest(p_chunk_ids, p_embeddings) a (chunk_id, embedding)
+    join upload_pipeline.document_chunk_buffer b on b.chunk_id = a.chunk_id and b.document_id = v_job.document_id
+  on conflict (chunk_id, embed_model) do nothing;
+  get diagnostics v_new = row_count;
+  return v_new;
+end
+$$;
+
+-- embeddings_buffered -> embedded, the job's end: in one transaction the new set gets its vectors and becomes live,
+-- rows that are no longer in it go, nodes and edges are written anew, and the buffers are emptied. Until it commits
+-- readers see the old set, after it the new one. Chunks that did not change keep their rows and vectors.
+create function upload_pipeline.commit_embeddings(
+  p_job_id uuid,
+  p_token  bigint,
+  p_model  text,
+  p_ttl    interval default '60 seconds'
+)
+returns table (job_id uuid, stage text, state upload_pipeline.job_state, lease_expires_at timestamptz)
+language plpgsql
+security definer
+set search_path = ''
+as $$
+declare
+  v_now      timestamptz := upload_pipeline.now();
+  v_job      upload_pipeline.upload_jobs := upload_pipeline.check_lease(p_job_id, p_token);
+  v_document uuid := v_job.document_id;
+  v_chunks   integer;
+  v_missing  integer;
+  v_nodes    integer;
+  v_edges    integer;
+begin
+  if v_job.stage <> 'embeddings_buffered' then
+    raise exception 'job % is at stage "%", not "embeddings_buffered"', p_job_id, v_job.stage using errcode = 'UP004';
+  end if;
+  select count(*), count(*) filter (where c.chunk_id is null or (v.chunk_id is null and c.embed_model is distinct from p_model))
+    into v_chunks, v_missing
+    from upload_pipeline.document_chunk_buffer b
+    left join upload_pipeline.document_chunks c on c.chunk_id = b.chunk_id
+    left join upload_pipeline.document_vector_buffer v on v.chunk_id = b.chunk_id and v.embed_model = p_model
+   where b.document_id = v_document;
+  if v_chunks = 0 or v_missing > 0 then
+    raise exception 'document %: % of % buffered chunks lack a row or a vector of "%"', v_document, v_missing, v_chunks, p_model
+      using errcode = 'UP005', hint = 'Retry the job from stage "chunking".';
+  end if;
+
+  delete from upload_pipeline.document_chunks c
+   where c.document_id = v_document
+     and not exists (select from upload_pipeline.document_chunk_buffer b where b.chunk_id = c.chunk_id);
+
+  update upload_pipeline.document_chunks c
+     set embedding = coalesce(v.embedding, c.embedding), embed_model = p_model, live = true,
+         start_offset = b.start_offset, end_offset = b.end_offset, page_from = b.page_from, page_to = b.page_to,
+         heading_path = b.heading_path, section_ids = b.section_ids
+    from upload_pipeline.document_chunk_buffer b
+    left join upload_pipeline.document_vector_buffer v on v.chunk_id = b.chunk_id and v.embed_model = p_model
+   where b.document_id = v_document and c.chunk_id = b.chunk_id
+     and (not c.live or v.chunk_id is not null
+          or (c.start_offset, c.end_offset, c.page_from, c.page_to, c.heading_path, c.section_ids)
+             is distinct from (b.start_offset, b.end_offset, b.page_from, b.page_to, b.heading_path, b.section_ids));
+
+  delete from upload_pipeline.document_nodes n where n.document_id = v_document;
+  insert into upload_pipeline.document_nodes (node_id, document_id, user_id, kind, title, level, ordinal)
+  select d.document_id, d.document_id, d.user_id, 'document'::upload_pipeline.node_kind, d.filename, 0, 0
+    from upload_pipeline.documents d where d.document_id = v_document
+  union all
+  select distinct on (s.section_id) s.section_id, v_document, b.user_id, 'section', b.heading_path[s.level], s.level, b.ordinal
+    from upload_pipeline.document_chunk_buffer b
+   cross join lateral unnest(b.section_ids) with ordinality s (section_id, level)
+   where b.document_id = v_document
+   order by 1, 7
+  ;
+  get diagnostics v_nodes = row_count;
+  insert into upload_pipeline.document_nodes (node_id, document_id, user_id, kind, title, level, ordinal)
+  select b.chunk_id, v_document, b.user_id, 'chunk', '', cardinality(b.section_ids) + 1, b.ordinal
+    from upload_pipeline.document_chunk_buffer b where b.document_id = v_document;
+  v_nodes := v_nodes + v_chunks;
+
+  insert into upload_pipeline.document_edges (source_id, target_id, kind, document_id, user_id)
+  select distinct coalesce(b.section_ids[s.level - 1], v_document), s.section_id, 'contains'::upload_pipeline.edge_kind, v_document, v_job.user_id
+    from upload_pipeline.document_chunk_buffer b
+   cross join lateral unnest(b.section_ids) with ordinality s (section_id, level)
+   where b.document_id = v_document
+  union all
+  select coalesce(b.section_ids[cardinality(b.section_ids)], v_document), b.chunk_id, 'contains', v_document, v_job.user_id
+    from upload_pipeline.document_chunk_buffer b where b.document_id = v_document
+  union all
+  select b.chunk_id, n.chunk_id, 'next', v_document, v_job.user_id
+    from upload_pipeline.document_chunk_buffer b
+    join upload_pipeline.document_chunk_buffer n on n.document_id = b.document_id and n.ordinal = b.ordinal + 1
+   where b.document_id = v_document;
+  get diagnostics v_edges = row_count;
+
+  update upload_pipeline.documents d
+     set chunk_count = v_chunks, embed_model = p_model, searchable_at = coalesce(d.searchable_at, v_now), updated_at = v_now,
+         chunker = (select b.chunker from upload_pipeline.document_chunk_buffer b where b.document_id = v_document limit 1)
+   where d.document_id = v_document;
+  delete from upload_pipeline.document_vector_buffer v where v.document_id = v_document;
+  delete from upload_pipeline.document_chunk_buffer b where b.document_id = v_document;
+  perform upload_pipeline.record_event('document_searchable', p_user_id => v_job.user_id, p_document_id => v_document,
+    p_job_id => p_job_id, p_worker_id => v_job.worker_id, p_correlation_id => v_job.correlation_id,
+    p_payload => jsonb_build_object('chunks', v_chunks, 'embed_model', p_model));
+
+  return query
+    select * from upload_pipeline.advance_job(p_job_id, p_token, 'embeddings_buffered', 'embedded', false, p_ttl,
+      jsonb_build_object('chunks', v_chunks, 'nodes_created', v_nodes, 'edges_created', v_edges, 'embed_model', p_model));
+end
+$$;
+
+-- What a restart at a stage needs of the document's buffers. At or before `chunking` both are dropped: they are made
+-- again. Behind it the chunk buffer is what the steps read, and an embedded document has none left, so it is filled
+-- from the live chunks.
+create function upload_pipeline.prepare_restart(p_pipeline text, p_document_id uuid, p_stage text)
+returns void
+language plpgsql
+security definer
+set search_path = ''
+as $$
+begin
+  if p_pipeline <> 'document' then
+    return;
+  end if;
+  if (select a.position <= b.position from upload_pipeline.stages a, upload_pipeline.stages b
+       where a.pipeline = 'document' and a.stage = p_stage and b.pipeline = 'document' and b.stage = 'chunking') then
+    delete from upload_pipeline.document_vector_buffer v where v.document_id = p_document_id;
+    delete from upload_pipeline.document_chunk_buffer b where b.document_id = p_document_id;
+  elsif not exists (select from upload_pipeline.document_chunk_buffer b where b.document_id = p_document_id) then
+    insert into upload_pipeline.document_chunk_buffer
+      (document_id, user_id, ordinal, chunk_id, text, chunk_sha256, chunker, start_offset, end_offset, page_from, page_to,
+       heading_path, section_ids)
+    select c.document_id, c.user_id, c.ordinal, c.chunk_id, c.text, c.chunk_sha256, c.chunker, c.start_offset,
+           c.end_offset, c.page_from, c.page_to, c.heading_path, c.section_ids
+      from upload_pipeline.document_chunks c
+     where c.document_id = p_document_id and c.live;
+  end if;
+end
+$$;
+
+-- Deletion in two steps, because objects are outside the transaction: begin_deletion hides the document, ends its jobs
+-- (a busy worker is fenced off) and names the owner's raw key; then the caller removes the objects; finish_deletion
+-- removes the rows. Both are safe to repeat; what a crash leaves between them maintenance finishes.
+create function upload_pipeline.begin_deletion(p_document_id uuid)
+returns table (document_id uuid, user_id uuid, raw_key text)
+language plpgsql
+security definer
+set search_path = ''
+as $$
+#variable_conflict use_column
+declare
+  v_now timestamptz := upload_pipeline.now();
+begin
+  -- jobs before the document: the order in which the steps of a job lock them
+  update upload_pipeline.upload_jobs j
+     set state = 'cancelled', cancel_requested = true, lease_token = j.lease_token + 1, worker_id = null,
+         lease_expires_at = null, finished_at = v_now, updated_at = v_now
+   where j.document_id = p_document_id and j.state in ('queued', 'working', 'retryable');
+  update upload_pipeline.documents d set deleted_at = v_now, updated_at = v_now
+   where d.document_id = p_document_id and d.deleted_at is null;
+  if found then
+    perform upload_pipeline.record_event('document_deletion_started', p_user_id => d.user_id, p_document_id => p_document_id)
+       from upload_pipeline.documents d where d.document_id = p_document_id;
+  end if;
+  return query select d.document_id, d.user_id, d.raw_key from upload_pipeline.documents d where d.document_id = p_document_id;
+end
+$$;
+
+create function upload_pipeline.finish_deletion(p_document_id uuid)
+returns boolean
+language plpgsql
+security definer
+set search_path = ''
+as $$
+declare
+  v_user uuid;
+begin
+  delete from upload_pipeline.documents d
+   where d.document_id = p_document_id and d.deleted_at is not null
+  returning d.user_id into v_user;
+  if not found then
+    return false;
+  end if;
+  perform upload_pipeline.record_event('document_deleted', p_user_id => v_user, p_document_id => p_document_id);
+  return true;
+end
+$$;
+
+-- Deletions begun before p_before and not finished.
+create function upload_pipeline.unfinished_deletions(p_before timestamptz, p_limit integer default 100)
+returns table (document_id uuid, user_id uuid, raw_key text)
+language sql
+stable
+security definer
+set search_path = ''
+as $$
+  select d.document_id, d.user_id, d.raw_key from upload_pipeline.documents d
+   where d.deleted_at is not null and d.deleted_at < p_before
+   order by d.deleted_at limit p_limit
+$$;
+
+-- Names an embedding model and its dimensions; the first one ever named becomes the active one. A model that is
+-- registered with other dimensions raises UP005.
+create function upload_pipeline.register_model(p_model text, p_provider text, p_dimensions integer)
+returns void
+language plpgsql
+security definer
+set search_path = ''
+as $$
+declare
+  v_dimensions integer;
+begin
+  insert into upload_pipeline.embedding_models (model, provider, dimensions) values (p_model, p_provider, p_dimensions)
+  on conflict (model) do nothing;
+  select m.dimensions into v_dimensions from upload_pipeline.embedding_models m where m.model = p_model;
+  if v_dimensions <> p_dimensions then
+    raise exception 'embedding model "%" is registered with % dimensions, not %', p_model, v_dimensions, p_dimensions
+      using errcode = 'UP005', hint = 'Give the model with other dimensions another name.';
+  end if;
+  begin
+    update upload_pipeline.embedding_models m set active = true
+     where m.model = p_model and not m.active and not exists (select from upload_pipeline.embedding_models a where a.active);
+  exception when unique_violation then
+    null; -- another process registered the first model at the same moment: that one is active
+  end;
+end
+$$;

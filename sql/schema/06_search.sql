@@ -1,0 +1,107 @@
+-- Search over the caller's own live chunks: nearest vectors and full text, fused by reciprocal rank.
+--
+-- The caller is `auth.uid()`, read here and nowhere else: no argument can widen what is searched. The function runs
+-- with its owner's rights and hands the planner the user's id as a plain value; under row-level security the planner
+-- hides it behind a sub-select and drops the text operators' indexes. Exact: every live chunk of the user that passes
+-- the filters is compared, which is right for users of up to some tens of thousands of chunks.
+--
+--   p_mode     'hybrid': sum over both rankings of 1 / (60 + rank) (Cormack, Clarke, Buettcher 2009), 'vector': cosine
+--              similarity, 'text': sum over the query's words of idf x ts_rank, idf as in BM25 over the chunks searched
+--   p_filter   a document's metadata must contain this object
+create function upload_pipeline.search_chunks(
+  p_query        text,
+  p_embedding    extensions.vector,
+  p_model        text,
+  p_limit        integer default 10,
+  p_mode         text default 'hybrid',
+  p_document_ids uuid[] default null,
+  p_filter       jsonb default null
+)
+returns table (
+  chunk_id     uuid,
+  document_id  uuid,
+  filename     text,
+  text         text,
+  score        double precision,
+  heading_path text[],
+  page_from    integer,
+  page_to      integer,
+  start_offset integer,
+  end_offset   integer,
+  metadata     jsonb
+)
+language plpgsql
+stable
+security definer
+set search_path = ''
+set jit = off
+as $$
+#variable_conflict use_column
+declare
+  v_user  uuid := auth.uid();
+  v_depth integer := greatest(p_limit * 4, 50);
+begin
+  if v_user is null then
+    raise exception 'search_chunks needs a signed-in user' using errcode = '42501';
+  end if;
+  if p_mode not in ('hybrid', 'vector', 'text') then
+    raise exception 'p_mode is "%", it must be hybrid, vector or text', p_mode using errcode = '22023';
+  end if;
+  if p_limit is null or p_limit not between 1 and 1000 then
+    raise exception 'p_limit is %, it must be between 1 and 1000', p_limit using errcode = '22023';
+  end if;
+  if p_mode <> 'text' and p_embedding is null then
+    raise exception 'p_embedding is null, mode "%" needs the query''s vector', p_mode using errcode = '22023';
+  end if;
+
+  return query
+  with candidate as materialized (
+    select c.chunk_id, c.embed_model, c.embedding, c.search_vector
+      from upload_pipeline.document_chunks c
+      join upload_pipeline.documents d on d.document_id = c.document_id
+     where c.user_id = v_user and c.live and d.deleted_at is null
+       and (p_document_ids is null or c.document_id = any (p_document_ids))
+       and (p_filter is null or d.metadata @> p_filter)
+  ), nearest as (
+    select n.chunk_id, n.similarity, row_number() over (order by n.similarity desc, n.chunk_id) as place
+      from (
+        select c.chunk_id, 1 - (c.embedding operator(extensions.<=>) p_embedding) as similarity
+          from candidate c
+         where p_mode <> 'text' and c.embed_model = p_model
+         order by 2 desc, 1 limit v_depth) n
+  ), term as materialized (
+    select w.lexeme, plainto_tsquery('pg_catalog.simple', w.lexeme) as query
+      from unnest(to_tsvector('pg_catalog.english', case when p_mode <> 'vector' then p_query else '' end)) w
+  ), occurrence as materialized (
+    select c.chunk_id, t.lexeme, ts_rank(c.search_vector, t.query) as weight
+      from candidate c join term t on c.search_vector @@ t.query
+  ), rarity as (
+    select o.lexeme, ln(1 + (n.chunks - count(*) + 0.5) / (count(*) + 0.5)) as idf
+      from occurrence o cross join (select count(*) as chunks from candidate) n
+     group by o.lexeme, n.chunks
+  ), worded as (
+    select w.chunk_id, w.relevance, row_number() over (order by w.relevance desc, w.chunk_id) as place
+      from (
+        select o.chunk_id, sum(o.weight * r.idf) as relevance
+          from occurrence o join rarity r on r.lexeme = o.lexeme
+         group by o.chunk_id
+         order by 2 desc, 1 limit v_depth) w
+  ), fused as (
+    select chunk_id,
+           case p_mode
+             when 'vector' then n.similarity
+             when 'text' then w.relevance
+             else coalesce(1.0 / (60 + n.place), 0) + coalesce(1.0 / (60 + w.place), 0)
+           end::double precision as score
+      from nearest n full join worded w using (chunk_id)
+     order by 2 desc, 1
+     limit p_limit
+  )
+  select c.chunk_id, c.document_id, d.filename, c.text, f.score, c.heading_path, c.page_from, c.page_to,
+         c.start_offset, c.end_offset, d.metadata
+    from fused f
+    join upload_pipeline.document_chunks c on c.chunk_id = f.chunk_id
+    join upload_pipeline.documents d on d.document_id = c.document_id
+   order by f.score desc, c.chunk_id;
+end
+$$;

@@ -1,0 +1,67 @@
+-- Row-level security and grants. Users read their own rows; buffers, lanes and workers are not theirs to read; nobody
+-- who logs in writes a table: the verbs do. `(select auth.uid())` and not `auth.uid()`, so that it is computed once
+-- for a statement and not for each row.
+
+do $$
+declare
+  v_table text;
+begin
+  for v_table in
+    select c.relname from pg_catalog.pg_class c
+     where c.relnamespace = 'upload_pipeline'::regnamespace and c.relkind in ('r', 'p')
+  loop
+    execute format('alter table upload_pipeline.%I enable row level security', v_table);
+  end loop;
+
+  foreach v_table in array array[
+    'stages', 'embedding_models', 'documents', 'upload_jobs', 'job_outcomes', 'lanes', 'events', 'document_chunk_buffer',
+    'document_vector_buffer', 'document_chunks', 'document_nodes', 'document_edges', 'workers']
+  loop
+    execute format('create policy %I on upload_pipeline.%I for select to upload_worker using (true)', v_table || '_worker', v_table);
+    execute format('grant select on upload_pipeline.%I to upload_worker, service_role', v_table);
+  end loop;
+
+  foreach v_table in array array[
+    'upload_jobs', 'job_outcomes', 'events', 'document_nodes', 'document_edges']
+  loop
+    execute format(
+      'create policy %I on upload_pipeline.%I for select to authenticated using (user_id = (select auth.uid()))',
+      v_table || '_owner', v_table);
+    execute format('grant select on upload_pipeline.%I to authenticated', v_table);
+  end loop;
+end
+$$;
+
+-- a document that is being deleted is gone for its user, and so is what hangs on it once the rows go
+create policy documents_owner on upload_pipeline.documents for select to authenticated
+  using (user_id = (select auth.uid()) and deleted_at is null);
+create policy document_chunks_owner on upload_pipeline.document_chunks for select to authenticated
+  using (user_id = (select auth.uid()) and live);
+create policy stages_reader on upload_pipeline.stages for select to authenticated using (true);
+grant select on upload_pipeline.documents, upload_pipeline.document_chunks, upload_pipeline.stages to authenticated;
+grant select on upload_pipeline.job_overview, upload_pipeline.queue_depth to authenticated, upload_worker, service_role;
+
+-- Functions are executable by everybody unless that is taken back.
+revoke execute on all functions in schema upload_pipeline from public;
+
+grant execute on function
+  upload_pipeline.now(),
+  upload_pipeline.search_chunks(text, extensions.vector, text, integer, text, uuid[], jsonb)
+  to authenticated;
+
+do $$
+declare
+  v_function regprocedure;
+begin
+  for v_function in
+    select p.oid::regprocedure from pg_catalog.pg_proc p
+     where p.pronamespace = 'upload_pipeline'::regnamespace
+       -- inner parts of the verbs, and what only the schema's owner may do
+       and p.proname not in ('wake_lanes', 'prepare_restart', 'drop_event_partitions')
+  loop
+    execute format('grant execute on function %s to upload_worker, service_role', v_function);
+  end loop;
+end
+$$;
+
+notify pgrst, 'reload schema';
