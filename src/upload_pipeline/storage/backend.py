@@ -1,0 +1,38 @@
+"""What the object store asks of the place where the bytes lie."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from datetime import datetime
+from typing import Protocol
+
+from upload_pipeline.storage.objects import ObjectInfo
+
+
+class Backend(Protocol):
+    """A place for bytes. Keys are valid already; failures are `failures.STORE_FAILURES` or `PipelineError`.
+
+    No method bounds its own time: the store cancels one that makes no progress, and a cancelled one leaves
+    nothing half done under a key.
+    """
+
+    async def write(self, key: str, blocks: AsyncIterator[bytes]) -> None:
+        """Stores all blocks under the key in one step, or nothing if the iterator or the place fails."""
+
+    def read(self, key: str, block_bytes: int) -> AsyncGenerator[bytes, None]:
+        """The object's bytes in blocks of at most `block_bytes`; raises `OBJECT_MISSING` at the first."""
+
+    async def head(self, key: str) -> ObjectInfo | None:
+        """Size and time of an object, `None` where there is none."""
+
+    async def move(self, source: str, target: str) -> None:
+        """Gives an object another key, replacing what stands there; raises `OBJECT_MISSING`."""
+
+    async def delete(self, keys: Sequence[str]) -> None:
+        """Removes objects; missing ones are fine."""
+
+    def list(self, prefix: str) -> AsyncGenerator[ObjectInfo, None]:
+        """The objects below a prefix (empty: all), in no order, without holding them all in memory."""
+
+    async def remove_unfinished(self, older_than: datetime) -> int:
+        """Removes what writers that died left behind before that time; gives the number of files removed."""

@@ -1,0 +1,38 @@
+"""What the store says about objects."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import datetime
+
+
+@dataclass(frozen=True, slots=True)
+class ObjectInfo:
+    """An object as a listing shows it.
+
+    Attributes:
+        key: its key.
+        size: in bytes.
+        modified_at: when its bytes were written, with time zone.
+    """
+
+    key: str
+    size: int
+    modified_at: datetime
+
+
+@dataclass(frozen=True, slots=True)
+class StoredObject:
+    """An object whose bytes have just passed through this process.
+
+    Attributes:
+        key: its key.
+        size: in bytes.
+        sha256: of its bytes, 64 lower-case hexadecimal digits.
+        head: its first bytes, at most as many as were asked for.
+    """
+
+    key: str
+    size: int
+    sha256: str
+    head: bytes

@@ -1,0 +1,150 @@
+"""Any store that obstore opens (S3, GCS, Azure, memory) as a place for objects.
+
+Such a store acknowledges a write only when it is durable and makes it visible in one step, so nothing is
+added here. Parts of an upload whose process died are invisible and are the bucket's to expire (a lifecycle
+rule for incomplete multipart uploads).
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+
+import obstore
+from obstore.store import ObjectStore as Place
+
+from upload_pipeline.storage.failures import missing
+from upload_pipeline.storage.objects import ObjectInfo
+
+PART_BYTES = 5 * 1024 * 1024
+"""Size of a part of a multipart upload: the least that S3 takes, so the least memory."""
+
+PARTS_IN_FLIGHT = 2
+"""Parts on the wire at once; with the one being filled, what an upload holds in memory."""
+
+DELETE_BATCH = 1000
+"""Keys in one delete request: the limit of S3's DeleteObjects."""
+
+LISTING_BATCH = 500
+"""Entries that a listing hands over at once."""
+
+ABORT_SECONDS = 5.0
+"""How long a failed write waits for the store to forget the parts that it has."""
+
+
+class _Aborted(Exception):  # noqa: N818 - it says that we stopped, not what went wrong
+    """Tells obstore to abort an upload."""
+
+
+@dataclass(frozen=True, slots=True)
+class ObstoreBackend:
+    """Objects in a store behind obstore; see `storage.backend.Backend` for the methods."""
+
+    place: Place
+
+    async def write(self, key: str, blocks: AsyncIterator[bytes]) -> None:
+        """Uploads in parts; a failing iterator, or a cancellation, aborts the upload."""
+        # obstore drives its iterator from a task of its own, which cancelling us would leave in the midst of
+        # it. So
+        # the blocks are read here, handed over one at a time, and an ending of ours is told to that task as
+        # an error.
+        handed: asyncio.Queue[bytes | _Aborted | None] = asyncio.Queue(maxsize=1)
+        upload = asyncio.create_task(self._upload(key, handed))
+        try:
+            async for block in blocks:
+                await _hand_over(handed, block, upload)
+            await _hand_over(handed, None, upload)
+            await asyncio.shield(upload)
+        except BaseException:
+            while not handed.empty():
+                handed.get_nowait()
+            handed.put_nowait(_Aborted())
+            await asyncio.wait([upload], timeout=ABORT_SECONDS)
+            if not upload.done():
+                upload.cancel()
+            elif not upload.cancelled():
+                upload.exception()  # the reason for the abort is what is raised, not its echo
+            raise
+
+    async def _upload(self, key: str, handed: asyncio.Queue[bytes | _Aborted | None]) -> None:
+        await obstore.put_async(
+            self.place,
+            key,
+            _taken(handed),
+            use_multipart=True,
+            chunk_size=PART_BYTES,
+            max_concurrency=PARTS_IN_FLIGHT,
+        )
+
+    async def read(self, key: str, block_bytes: int) -> AsyncGenerator[bytes, None]:
+        """Streams the response's body."""
+        try:
+            response = await obstore.get_async(self.place, key)
+        except FileNotFoundError as error:
+            raise missing(key) from error
+        async for piece in response.stream(min_chunk_size=block_bytes):
+            for start in range(0, len(piece), block_bytes):
+                yield piece[start : start + block_bytes]
+
+    async def head(self, key: str) -> ObjectInfo | None:
+        """Asks for the object's metadata."""
+        try:
+            meta = await obstore.head_async(self.place, key)
+        except FileNotFoundError:
+            return None
+        return ObjectInfo(key, meta["size"], meta["last_modified"])
+
+    async def move(self, source: str, target: str) -> None:
+        """Copies and deletes: a crash in between leaves both, and `source` to the sweep."""
+        try:
+            await obstore.rename_async(self.place, source, target)
+        except FileNotFoundError as error:
+            raise missing(source) from error
+
+    async def delete(self, keys: Sequence[str]) -> None:
+        """Deletes in batches; some stores call a missing key an error, and then each key is tried alone."""
+        for start in range(0, len(keys), DELETE_BATCH):
+            batch = list(keys[start : start + DELETE_BATCH])
+            try:
+                await obstore.delete_async(self.place, batch)
+            except FileNotFoundError:
+                for key in batch:
+                    await self._delete_one(key)
+
+    async def _delete_one(self, key: str) -> None:
+        try:
+            await obstore.delete_async(self.place, key)
+        except FileNotFoundError:
+            return
+
+    async def list(self, prefix: str) -> AsyncGenerator[ObjectInfo, None]:
+        """Pages through the listing."""
+        async for batch in obstore.list(self.place, prefix or None, chunk_size=LISTING_BATCH):
+            for meta in batch:
+                yield ObjectInfo(meta["path"], meta["size"], meta["last_modified"])
+
+    async def remove_unfinished(self, older_than: datetime) -> int:
+        """Nothing of ours is left behind in such a store."""
+        return 0
+
+
+async def _hand_over(
+    handed: asyncio.Queue[bytes | _Aborted | None], item: bytes | None, upload: asyncio.Task[None]
+) -> None:
+    """Waits until the item has a place in the queue; raises the upload's error where that ended before."""
+    giving = asyncio.create_task(handed.put(item))
+    try:
+        await asyncio.wait({giving, upload}, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        giving.cancel()
+    if upload.done():
+        await upload
+
+
+async def _taken(handed: asyncio.Queue[bytes | _Aborted | None]) -> AsyncGenerator[bytes, None]:
+    while (item := await handed.get()) is not None:
+        if isinstance(item, _Aborted):
+            raise item
+        yield item

@@ -1,0 +1,101 @@
+"""What a crash leaves in the store: objects without a document, uploads that never ended, writes cut short.
+
+An object is written before its row, so a process that dies in between leaves an object that nothing names. It
+is left alone for a grace time, in which its row may still come.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from uuid import UUID
+
+from upload_pipeline.storage.keys import is_incoming_key, parse_key
+from upload_pipeline.storage.objects import ObjectInfo
+from upload_pipeline.storage.store import ObjectStore
+
+LOOKUP_BATCH = 500
+"""Document ids that one lookup asks for, and the most objects held in memory."""
+
+KnownDocuments = Callable[[list[UUID]], Awaitable[set[UUID]]]
+"""Which of these document ids (distinct, at most `LOOKUP_BATCH`) have a row."""
+
+
+@dataclass(frozen=True, slots=True)
+class Swept:
+    """What a sweep removed.
+
+    Attributes:
+        objects: objects without a document and uploads that never ended.
+        object_bytes: their size in all.
+        unfinished: files of writes that were cut short.
+    """
+
+    objects: int
+    object_bytes: int
+    unfinished: int
+
+
+async def find_orphans(
+    listing: AsyncIterator[ObjectInfo], known: KnownDocuments, *, now: datetime, grace: timedelta
+) -> AsyncIterator[ObjectInfo]:
+    """The objects of a listing that nothing will ever name.
+
+    That is: written more than `grace` ago and either an upload under `incoming/` or of a document that has no
+    row. Keys of any other form are somebody else's and never in it.
+
+    Args:
+        listing: objects in any order; read a batch at a time, never whole.
+        known: tells which documents have a row.
+        now: the time, with time zone.
+        grace: how old an orphan must be.
+    """
+    batch: list[tuple[ObjectInfo, UUID]] = []
+    async for info in listing:
+        if info.modified_at >= now - grace:
+            continue
+        if is_incoming_key(info.key):
+            yield info
+        elif (parsed := parse_key(info.key)) is not None:
+            batch.append((info, parsed.document_id))
+            if len(batch) == LOOKUP_BATCH:
+                for orphan in await _without_document(batch, known):
+                    yield orphan
+                batch.clear()
+    for orphan in await _without_document(batch, known):
+        yield orphan
+
+
+async def sweep(store: ObjectStore, known: KnownDocuments, *, now: datetime, grace: timedelta) -> Swept:
+    """Removes the orphans of a store and the files of writes that were cut short.
+
+    Safe to repeat and to run twice at once.
+    Each object is looked at again just before it goes: where the same file was uploaded anew meanwhile, its
+    time is new and it stays.
+
+    Args:
+        store: the store.
+        known: tells which documents have a row.
+        now: the time, with time zone, by the clock that the store stamps objects with.
+        grace: how old an orphan must be; far longer than an intake takes from its first byte to its commit.
+
+    Raises:
+        PipelineError: as the store's methods do; what was removed until then stays removed.
+    """
+    objects = object_bytes = 0
+    async for orphan in find_orphans(store.list(), known, now=now, grace=grace):
+        current = await store.head(orphan.key)
+        if current is None or current.modified_at >= now - grace:
+            continue
+        await store.delete([orphan.key])
+        objects += 1
+        object_bytes += orphan.size
+    return Swept(objects, object_bytes, await store.remove_unfinished(now - grace))
+
+
+async def _without_document(batch: list[tuple[ObjectInfo, UUID]], known: KnownDocuments) -> list[ObjectInfo]:
+    if not batch:
+        return []
+    rows = await known(list({document for _, document in batch}))
+    return [info for info, document in batch if document not in rows]

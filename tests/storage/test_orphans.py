@@ -1,0 +1,142 @@
+from __future__ import annotations
+
+import os
+from collections.abc import AsyncIterator
+from datetime import UTC, datetime, timedelta
+from uuid import UUID, uuid4, uuid5
+
+import pytest
+
+from upload_pipeline.storage import keys
+from upload_pipeline.storage.objects import ObjectInfo
+from upload_pipeline.storage.orphans import LOOKUP_BATCH, find_orphans, sweep
+
+USER = uuid4()
+NOW = datetime(2026, 3, 1, 12, tzinfo=UTC)
+GRACE = timedelta(hours=1)
+OLD = NOW - GRACE - timedelta(seconds=1)
+
+
+async def nothing(ids: list[UUID]) -> set[UUID]:
+    return set()
+
+
+async def everything(ids: list[UUID]) -> set[UUID]:
+    return set(ids)
+
+
+async def listing(*infos: ObjectInfo) -> AsyncIterator[ObjectInfo]:
+    for info in infos:
+        yield info
+
+
+async def found(*infos: ObjectInfo, known=nothing) -> list[str]:
+    return [info.key async for info in find_orphans(listing(*infos), known, now=NOW, grace=GRACE)]
+
+
+@pytest.mark.parametrize("make", [keys.raw_key, keys.parser_output_key, keys.markdown_key])
+async def test_an_old_object_is_an_orphan_only_without_its_document(make):
+    document = uuid4()
+    info = ObjectInfo(make(USER, document), 1, OLD)
+    assert await found(info) == [info.key]
+
+    async def this_one(ids: list[UUID]) -> set[UUID]:
+        assert ids == [document]
+        return {document}
+
+    assert await found(info, known=this_one) == []
+
+
+async def test_the_grace_time_protects_to_its_last_moment():
+    key = keys.raw_key(USER, uuid4())
+    incoming = keys.incoming_key(uuid4())
+    assert await found(ObjectInfo(key, 1, NOW - GRACE), ObjectInfo(incoming, 1, NOW - GRACE)) == []
+    assert await found(ObjectInfo(key, 1, OLD), ObjectInfo(incoming, 1, OLD)) == [incoming, key]
+
+
+async def test_an_old_upload_is_an_orphan_whatever_the_documents_are():
+    upload = keys.incoming_key(uuid4())
+    assert await found(ObjectInfo(upload, 1, OLD), known=everything) == [upload]
+
+
+@pytest.mark.parametrize("key", ["backup/x", "raw/x", "raw/a/b", "incoming/notes", "parsed/x/y.md", "incoming/a/b"])
+async def test_what_we_did_not_name_is_never_an_orphan(key):
+    assert await found(ObjectInfo(key, 1, OLD)) == []
+
+
+async def test_lookups_are_bounded_and_the_listing_is_never_held_whole():
+    read = 0
+    asked: list[int] = []
+    known_documents = {uuid5(USER, str(number)) for number in range(0, 2600, 2)}
+
+    async def many() -> AsyncIterator[ObjectInfo]:
+        nonlocal read
+        for number in range(2600):
+            read += 1
+            yield ObjectInfo(keys.raw_key(USER, uuid5(USER, str(number))), 1, OLD)
+
+    async def known(ids: list[UUID]) -> set[UUID]:
+        asked.append(len(ids))
+        assert read <= sum(asked)
+        return known_documents & set(ids)
+
+    orphans = {info.key async for info in find_orphans(many(), known, now=NOW, grace=GRACE)}
+    assert orphans == {keys.raw_key(USER, uuid5(USER, str(number))) for number in range(1, 2600, 2)}
+    assert asked == [LOOKUP_BATCH] * 5 + [100]
+
+
+async def test_a_document_with_three_objects_is_asked_for_once():
+    document = uuid4()
+
+    async def known(ids: list[UUID]) -> set[UUID]:
+        assert ids == [document]
+        return set()
+
+    makers = (keys.raw_key, keys.markdown_key, keys.parser_output_key)
+    infos = [ObjectInfo(make(USER, document), 1, OLD) for make in makers]
+    assert await found(*infos, known=known) == [info.key for info in infos]
+
+
+async def test_a_sweep_removes_what_is_lost_and_nothing_else(store):
+    kept, lost = uuid4(), uuid4()
+    left = {keys.raw_key(USER, kept), keys.markdown_key(USER, kept), "backup/x"}
+    gone = {keys.raw_key(USER, lost), keys.parser_output_key(USER, lost), keys.incoming_key(uuid4())}
+    for key in left | gone:
+        await store.put_bytes(key, b"12345")
+
+    async def known(ids: list[UUID]) -> set[UUID]:
+        return {kept} & set(ids)
+
+    now = datetime.now(UTC)
+    early = await sweep(store, known, now=now, grace=timedelta(minutes=5))
+    assert (early.objects, early.unfinished) == (0, 0)
+
+    later = now + timedelta(minutes=10)
+    first = await sweep(store, known, now=later, grace=timedelta(minutes=5))
+    assert (first.objects, first.object_bytes, first.unfinished) == (3, 15, 0)
+    assert {info.key async for info in store.list()} == left
+    second = await sweep(store, known, now=later, grace=timedelta(minutes=5))
+    assert (second.objects, second.object_bytes) == (0, 0)
+
+
+async def test_a_sweep_removes_unfinished_writes(local, root):
+    await local.put_bytes("raw/x", b"")
+    (root / ".unfinished" / "0123").write_bytes(b"half")
+    now = datetime.now(UTC)
+    assert (await sweep(local, nothing, now=now, grace=GRACE)).unfinished == 0
+    assert (await sweep(local, nothing, now=now + 2 * GRACE, grace=GRACE)).unfinished == 1
+
+
+async def test_an_object_that_is_uploaded_anew_during_the_sweep_stays(local, root):
+    key = keys.raw_key(USER, uuid4())
+    await local.put_bytes(key, b"old")
+    now = datetime.now(UTC)
+    old = (now - 2 * GRACE).timestamp()
+    os.utime(root / key, (old, old))
+
+    async def meanwhile(ids: list[UUID]) -> set[UUID]:
+        await local.put_bytes(key, b"new")
+        return set()
+
+    assert (await sweep(local, meanwhile, now=now, grace=GRACE)).objects == 0
+    assert await local.get_bytes(key, 10) == b"new"
