@@ -3,7 +3,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from obstore.store import MemoryStore
+from obstore.store import LocalStore, MemoryStore
 
 from upload_pipeline.storage.obstore_backend import ObstoreBackend
 from upload_pipeline.storage.store import ObjectStore, open_store
@@ -19,9 +19,17 @@ def local(root: Path) -> ObjectStore:
     return open_store(f"file://{root}")
 
 
-@pytest.fixture(params=["local", "obstore"])
+@pytest.fixture(params=["local", "obstore-memory", "obstore-directory"])
 def store(request: pytest.FixtureRequest, root: Path) -> ObjectStore:
-    """Both ways to keep objects; obstore's own memory store stands for those behind a network."""
-    if request.param == "local":
-        return open_store(f"file://{root}")
-    return ObjectStore(ObstoreBackend(MemoryStore()))
+    """Every way to keep objects.
+
+    obstore's own stores stand for those behind a network: its memory one, like S3, does not mind deleting what is
+    missing; its directory one, like GCS and Azure, calls that an error.
+    """
+    match request.param:
+        case "local":
+            return open_store(f"file://{root}")
+        case "obstore-memory":
+            return ObjectStore(ObstoreBackend(MemoryStore()))
+        case _:
+            return ObjectStore(ObstoreBackend(LocalStore(root, mkdir=True)))

@@ -479,3 +479,16 @@ async def test_a_loop_of_links_and_foreign_files_do_not_disturb_a_listing(local,
         await local.get_bytes("raw/pipe", 10)
     assert caught.value.code is ErrorCode.OBJECT_MISSING
     assert await local.head("raw/pipe") is None
+
+
+async def test_a_listing_is_read_as_it_is_asked_for(local, root):
+    for number in range(20):
+        folder = root / "raw" / str(number)
+        folder.mkdir(parents=True)
+        for name in range(100):
+            (folder / str(name)).touch()
+    listing = local.list("raw")
+    seen = [(await anext(listing)).key]
+    shutil.rmtree(root / "raw")
+    seen += [info.key async for info in listing]
+    assert len(seen) <= 600  # one batch, and what is left of the directory that it ended in

@@ -290,8 +290,13 @@ async def test_delete_takes_missing_keys_and_repeats(store):
         await store.delete(["raw/none", "raw/u/0", "nowhere/at/all", "raw/u/1", "raw/u/2"])
         assert await keys(store) == {"raw/u/3", "raw/u/4"}
     await store.delete([])
-    await store.delete(["raw/u"])
     assert await keys(store) == {"raw/u/3", "raw/u/4"}
+
+
+async def test_delete_of_a_prefix_removes_no_object(local):
+    await local.put_bytes(KEY, b"x")
+    await local.delete(["raw/user", "raw"])
+    assert await keys(local) == {KEY}
 
 
 async def test_delete_removes_more_than_a_batch(store):

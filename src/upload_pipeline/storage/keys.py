@@ -73,8 +73,7 @@ def validate_key(key: str) -> str:
     if fault is not None:
         raise PipelineError(
             ErrorCode.INVALID_KEY,
-            f"The object key {_shown(key)} is not allowed: {fault}. "
-            "Make keys with the functions of storage.keys.",
+            f"The object key {_shown(key)} is not allowed: {fault}. Make keys with the functions of storage.keys.",
             {"key": _shown(key)},
         )
     return key

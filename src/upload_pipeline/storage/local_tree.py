@@ -37,9 +37,7 @@ class LocalTree:
     root: Path
 
     @contextmanager
-    def directory(
-        self, parts: tuple[str, ...], *, create: bool = False, durable: bool = False
-    ) -> Iterator[int]:
+    def directory(self, parts: tuple[str, ...], *, create: bool = False, durable: bool = False) -> Iterator[int]:
         """An open descriptor of a directory below the root.
 
         Args:
@@ -80,9 +78,7 @@ class LocalTree:
         try:
             with self.directory(folders) as parent:
                 # O_NONBLOCK: opening a FIFO that somebody left here must not wait for its writer.
-                descriptor = os.open(
-                    name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=parent
-                )
+                descriptor = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=parent)
         except (FileNotFoundError, NotADirectoryError) as error:
             self._require_root()
             raise missing(key) from error

@@ -183,9 +183,7 @@ class ObjectStore:
         """
         flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
         target = GuardedDescriptor(lambda: os.open(path, flags, FILE_MODE))
-        source = MeasuredStream(
-            key, self.stream(key), max_bytes=None, head_bytes=HEAD_BYTES, on_progress=lambda: None
-        )
+        source = MeasuredStream(key, self.stream(key), max_bytes=None, head_bytes=HEAD_BYTES, on_progress=lambda: None)
         try:
             async with aclosing(source.blocks()) as blocks:
                 async for block in blocks:
@@ -263,9 +261,8 @@ class ObjectStore:
         Raises:
             PipelineError: `STORAGE_DENIED` or `STORAGE_UNAVAILABLE`, with the remedy.
         """
-        key = incoming_key(
-            uuid4()
-        )  # should this process die, the sweep takes it for an upload that never ended
+        # Should this process die, the sweep takes the probe for an upload that never ended.
+        key = incoming_key(uuid4())
         probe = b"upload-pipeline probe"
         await self.put_bytes(key, probe)
         try:
