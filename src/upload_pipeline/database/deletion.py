@@ -1,0 +1,45 @@
+"""Deleting documents: rows and objects, in an order that a crash at any point leaves able to finish.
+
+    begin (hidden, jobs ended) -> objects removed -> finish (rows removed)
+
+Whatever dies in between, the document is already gone for its user, and `finish_deletions` ends the rest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from datetime import datetime
+from uuid import UUID
+
+from upload_pipeline.database import documents
+from upload_pipeline.database.documents import DeletedDocument
+from upload_pipeline.database.queue import Executor
+
+RemoveObjects = Callable[[DeletedDocument], Awaitable[None]]
+"""Removes every object of a document; missing ones are fine."""
+
+
+async def delete_document(db: Executor, document_id: UUID, remove_objects: RemoveObjects) -> bool:
+    """Deletes a document with all that hangs on it; a running job is fenced off first. Safe to repeat.
+
+    Returns:
+        False where there is no such document.
+
+    Raises:
+        PipelineError: as `remove_objects` does; then the document is hidden, and maintenance goes on with it.
+    """
+    deleted = await documents.begin_deletion(db, document_id)
+    if deleted is None:
+        return False
+    await remove_objects(deleted)
+    await documents.finish_deletion(db, document_id)
+    return True
+
+
+async def finish_deletions(db: Executor, *, before: datetime, remove_objects: RemoveObjects) -> int:
+    """Ends deletions that were begun before a moment and not finished; returns how many."""
+    unfinished = await documents.unfinished_deletions(db, before=before)
+    for deleted in unfinished:
+        await remove_objects(deleted)
+        await documents.finish_deletion(db, deleted.document_id)
+    return len(unfinished)

@@ -1,0 +1,85 @@
+"""Grouping: transitions that jobs ask for within a few milliseconds travel as one statement.
+
+Two commits a job cap any queue at some thousand jobs a second; a hundred jobs in one statement share one commit. A
+job waits at most `window` seconds plus the statement that is under way, and a stale token in a group is missing from
+the answer while the others move, so one lost job never costs its neighbours anything.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import asyncpg
+
+from upload_pipeline.database import queue
+
+if TYPE_CHECKING:
+    from datetime import timedelta
+
+    from upload_pipeline.database.queue import Advance, Executor, Transition
+
+GROUP_LIMIT = 500
+"""Most transitions in one statement; past some hundreds the commit is shared out and arrays only grow."""
+
+
+@dataclass
+class GroupedAdvances:
+    """Collects transitions and sends them together.
+
+    Attributes:
+        window: seconds that the first of a group waits for others.
+    """
+
+    db: Executor
+    ttl: timedelta
+    window: float
+    _waiting: list[tuple[Advance, asyncio.Future[Transition | None]]] = field(default_factory=list)
+    _sender: asyncio.Task[None] | None = None
+
+    async def advance(self, asked: Advance) -> Transition | None:
+        """Moves one job on; None where its lease is lost.
+
+        Raises:
+            Exception: whatever the statement raised; the transition may or may not have happened, and asking the
+                same again is safe.
+        """
+        future: asyncio.Future[Transition | None] = asyncio.get_running_loop().create_future()
+        self._waiting.append((asked, future))
+        if self._sender is None or self._sender.done():
+            self._sender = asyncio.create_task(self._send_all(), name="grouped-advances")
+        return await future
+
+    async def _send_all(self) -> None:
+        while self._waiting:
+            if len(self._waiting) < GROUP_LIMIT:
+                await asyncio.sleep(self.window)
+            group, self._waiting = self._waiting[:GROUP_LIMIT], self._waiting[GROUP_LIMIT:]
+            await self._send(group)
+
+    async def _send(self, group: list[tuple[Advance, asyncio.Future[Transition | None]]]) -> None:
+        try:
+            moved = await queue.advance_jobs(self.db, [asked for asked, _ in group], ttl=self.ttl)
+        except asyncpg.PostgresError as error:
+            if error.sqlstate != queue.INVALID_STAGE or len(group) == 1:
+                _fail(group, error)
+                return
+            # One of them asks for a stage that does not follow: a bug of its step, and not of its neighbours.
+            for member in group:
+                await self._send([member])
+        except asyncio.CancelledError as error:
+            _fail(group, ConnectionAbortedError("the worker stopped while a transition was under way"))
+            raise error
+        except Exception as error:  # noqa: BLE001 - handed to every waiter, who must not wait for ever
+            _fail(group, error)
+        else:
+            for asked, future in group:
+                if not future.done():
+                    future.set_result(moved.get(asked.lease.job_id))
+
+
+def _fail(group: list[tuple[Advance, asyncio.Future[Transition | None]]], error: BaseException) -> None:
+    for _, future in group:
+        if not future.done():
+            future.set_exception(error)

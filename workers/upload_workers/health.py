@@ -1,0 +1,49 @@
+"""The health endpoint of a worker: is the process alive, and can it work?"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager
+
+from aiohttp import web
+
+from upload_pipeline.database.queue import Executor
+from upload_workers.runner import Runner
+
+READY_TIMEOUT = 2.0
+
+
+@asynccontextmanager
+async def health_endpoint(runner: Runner, db: Executor, *, host: str, port: int) -> AsyncGenerator[int]:
+    """Serves `/healthz` and `/readyz` while entered; yields the port.
+
+    `/healthz` is 200 while the event loop turns. `/readyz` is 200 while the worker takes jobs and the database
+    answers within two seconds, else 503 with the reason.
+    """
+
+    async def healthz(_request: web.Request) -> web.Response:
+        return web.json_response(
+            {"status": "ok", "worker_id": str(runner.worker_id), "at_work": runner.at_work, "ended": runner.ended}
+        )
+
+    async def readyz(_request: web.Request) -> web.Response:
+        if runner.stopping:
+            return web.json_response({"status": "stopping"}, status=503)
+        try:
+            await asyncio.wait_for(db.fetchval("select 1"), READY_TIMEOUT)
+        except Exception as error:  # noqa: BLE001 - whatever it is, the answer is that we are not ready
+            reason = str(error) or type(error).__name__
+            return web.json_response({"status": "database unreachable", "reason": reason}, status=503)
+        return web.json_response({"status": "ready"})
+
+    app = web.Application()
+    app.add_routes([web.get("/healthz", healthz), web.get("/readyz", readyz)])
+    server = web.AppRunner(app, access_log=None)
+    await server.setup()
+    try:
+        site = web.TCPSite(server, host, port)
+        await site.start()
+        yield server.addresses[0][1]
+    finally:
+        await server.cleanup()

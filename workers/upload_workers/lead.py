@@ -1,0 +1,190 @@
+"""Leading one job: run the step of its stage, write the outcome, go on while the lease is kept.
+
+Every path out of here goes through one guarded write, and every exception ends here: a step can fail its own job and
+nothing else.
+
+    outcome of the step     written by                  the job then
+    Advance                 advance_jobs (grouped)      next stage, or done
+    Commit                  the step's own verb         next stage, or done
+    Snooze                  snooze_job                  retryable, no retry counted
+    PipelineError           fail_job                    retryable or deadletter, as its code says
+    any other exception     fail_job with INTERNAL      retryable
+    lease lost, trust out   nothing                     another worker's
+    cancel asked for        release_jobs                cancelled
+    step deadline           fail_job, STAGE_TIMEOUT     retryable
+    worker stops            release_jobs                queued, no retry counted
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TYPE_CHECKING, TypeVar
+
+import asyncpg
+import structlog
+
+from upload_pipeline.database import queue
+from upload_pipeline.errors import ErrorCode, PipelineError
+from upload_workers.leases import StopReason
+from upload_workers.steps import Advance, Commit, Snooze
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Mapping
+
+    from upload_pipeline.database.queue import ClaimedJob, Executor, Transition
+    from upload_workers.grouping import GroupedAdvances
+    from upload_workers.leases import HeldLease, LeaseKeeper
+    from upload_workers.steps import Outcome, Step, StepContext
+
+log = structlog.get_logger(__name__)
+
+T = TypeVar("T")
+
+WRITE_RETRY_DELAY = 0.5
+"""Seconds between two tries of a write whose answer was lost; tries end with the trust in the lease."""
+
+
+@dataclass(frozen=True)
+class JobLeader:
+    """What leading a job needs.
+
+    Attributes:
+        next_stages: the stage behind each (pipeline, stage).
+        stopping: True once no further step is to be begun.
+    """
+
+    db: Executor
+    context: StepContext
+    steps: Mapping[tuple[str, str], Step]
+    next_stages: Mapping[tuple[str, str], str]
+    keeper: LeaseKeeper
+    advances: GroupedAdvances
+    ttl: timedelta
+    stopping: Callable[[], bool]
+
+    async def lead(self, job: ClaimedJob, held: HeldLease) -> None:
+        """Runs steps until the job ends, is handed on, fails or is lost. Never raises but for cancellation."""
+        with structlog.contextvars.bound_contextvars(
+            job_id=str(job.job_id),
+            document_id=str(job.document_id),
+            user_id=str(job.user_id),
+            correlation_id=job.correlation_id,
+            stage=job.stage,
+        ):
+            try:
+                await self._run_steps(job, held)
+            except asyncio.CancelledError:
+                await self._stopped(held)
+            except PipelineError as error:
+                await self._fail(held, error)
+            except asyncpg.PostgresError as error:
+                await self._fail_in_database(held, error)
+            except Exception as error:
+                log.exception("step_crashed")
+                await self._fail(held, PipelineError(ErrorCode.INTERNAL, f"{type(error).__name__}: {error}"))
+            finally:
+                self.keeper.forget(held)
+
+    async def _run_steps(self, job: ClaimedJob, held: HeldLease) -> None:
+        pipeline, stage = job.pipeline, job.stage
+        while True:
+            structlog.contextvars.bind_contextvars(stage=stage)
+            step = self.steps.get((pipeline, stage))
+            if step is None:
+                # A newer release added a stage that this worker does not know: others do.
+                log.warning("no_step_for_stage", pipeline=pipeline)
+                await self._write(held, lambda: queue.snooze_job(self.db, held.lease, delay=timedelta(seconds=30)))
+                return
+            began = time.monotonic()
+            outcome = await step(_at(job, stage), self.context)
+            sent = time.monotonic()
+            transition = await self._write_outcome(job, stage, held, outcome)
+            log.info("step_done", seconds=round(sent - began, 3), outcome=type(outcome).__name__)
+            if transition is None or transition.state != "working":
+                return
+            self.keeper.next_step(held, sent=sent)
+            stage = transition.stage
+
+    async def _write_outcome(self, job: ClaimedJob, stage: str, held: HeldLease, outcome: Outcome) -> Transition | None:
+        keep = not self.stopping()
+        match outcome:
+            case Advance(results):
+                asked = queue.Advance(job.lease, stage, self.next_stages[job.pipeline, stage], keep, results)
+                transition = await self._write(held, lambda: self.advances.advance(asked))
+                if transition is None:
+                    log.warning("lease_lost", found_by="advance")
+                return transition
+            case Commit(verb):
+                return await self._write(held, lambda: verb(self.db, job.lease, keep=keep, ttl=self.ttl))
+            case Snooze(delay):
+                await self._write(held, lambda: queue.snooze_job(self.db, job.lease, delay=delay))
+                return None
+
+    async def _write(self, held: HeldLease, write: Callable[[], Awaitable[T]]) -> T:
+        """Tries a write again while the connection fails and the lease is trusted: each verb is safe to repeat."""
+        while True:
+            try:
+                return await write()
+            except asyncpg.PostgresError as error:
+                if not _is_passing(error) or time.monotonic() >= held.trusted_until:
+                    raise
+                log.warning("write_retried", error=str(error))
+            except (OSError, TimeoutError, asyncpg.InterfaceError, asyncpg.InternalClientError) as error:
+                if time.monotonic() >= held.trusted_until:
+                    raise
+                log.warning("write_retried", error=str(error) or type(error).__name__)
+            await asyncio.sleep(WRITE_RETRY_DELAY)
+
+    async def _fail(self, held: HeldLease, error: PipelineError) -> None:
+        try:
+            failure = await self._write(
+                held,
+                lambda: queue.fail_job(
+                    self.db,
+                    held.lease,
+                    code=error.code.value,
+                    message=error.message,
+                    retryable=error.retryable,
+                    details=error.details,
+                ),
+            )
+        except Exception as write_error:  # noqa: BLE001 - the lease runs out and the job is reaped
+            log.warning("failure_not_recorded", code=error.code.value, error=str(write_error))
+        else:
+            log.warning("step_failed", code=error.code.value, error=error.message, state=failure.state)
+
+    async def _fail_in_database(self, held: HeldLease, error: asyncpg.PostgresError) -> None:
+        if error.sqlstate == queue.LEASE_LOST:
+            log.warning("lease_lost", found_by="commit")
+            return
+        log.error("step_failed_in_database", sqlstate=error.sqlstate, error=str(error))
+        code = ErrorCode.DATABASE_UNAVAILABLE if _is_passing(error) else ErrorCode.INTERNAL
+        await self._fail(held, PipelineError(code, f"SQLSTATE {error.sqlstate}: {error}"))
+
+    async def _stopped(self, held: HeldLease) -> None:
+        """The task was cancelled: by the lease keeper, which says why, or because the worker stops."""
+        if held.stopped is StopReason.TIMED_OUT:
+            seconds = self.keeper.step_timeout
+            message = (
+                f"The step took longer than {seconds:g} s. Raise UPLOAD_PIPELINE_STAGE_TIMEOUT if that is too short."
+            )
+            await self._fail(held, PipelineError(ErrorCode.STAGE_TIMEOUT, message))
+        elif held.stopped is not StopReason.LOST:
+            try:
+                await queue.release_jobs(self.db, [held.lease])
+            except Exception as error:  # noqa: BLE001 - the lease runs out and the job is reaped
+                log.warning("release_failed", error=str(error))
+
+
+def _at(job: ClaimedJob, stage: str) -> ClaimedJob:
+    return queue.ClaimedJob(
+        job.lease, job.document_id, job.user_id, job.pipeline, stage, job.retry_count, job.correlation_id
+    )
+
+
+def _is_passing(error: asyncpg.PostgresError) -> bool:
+    """Whether trying again can help: connections (08), resources (53), operators (57), locks and deadlocks (40, 55)."""
+    return (error.sqlstate or "")[:2] in {"08", "40", "53", "55", "57"}

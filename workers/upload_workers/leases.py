@@ -1,0 +1,201 @@
+"""Keeping leases: the heartbeat of a worker, and the moment at which it stops trusting itself.
+
+A worker may write for a job only while it holds the job's lease. The database is the only judge of that: every
+write names the token, and a stale one writes nothing. What is kept here spares work that cannot be written any
+more, and it must hold when this process is the one that misbehaves:
+
+- The heartbeat runs in a thread with a connection of its own, so that a busy event loop or a parse that burns the
+  CPU cannot starve it.
+- A job is trusted until `sent + ttl - margin` on the monotonic clock, where `sent` is when its last successful claim
+  or renewal was *sent*: a slow answer does not stretch the lease, and neither does a change of the wall clock. The
+  margin makes the worker stop before the database gives the job to another.
+- The event loop checks trust by itself, so that a heartbeat stuck in a dead socket does not keep jobs going.
+- Each step has a deadline. After it the job is not renewed any more, whether or not its task can be cancelled, so a
+  step that hangs for ever costs one lease and not a worker.
+
+    held ──renewed──▶ held ──missing from the answer──▶ lost: cancel the task, write nothing
+      │                 └────flagged───────────────────▶ cancelled: cancel the task, give the job back
+      ├──trust ran out──────────────────────────────────▶ lost
+      └──step deadline──────────────────────────────────▶ timed out: cancel the task, fail the job
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from dataclasses import dataclass, field
+from datetime import timedelta
+from enum import Enum
+from typing import TYPE_CHECKING
+
+import psycopg
+import structlog
+
+from upload_pipeline.database.connection import connect_sync
+
+if TYPE_CHECKING:
+    import asyncio
+    from collections.abc import Callable
+    from uuid import UUID
+
+    from upload_pipeline.database.queue import Lease
+
+log = structlog.get_logger(__name__)
+
+TRUST_MARGIN = 0.1
+"""Share of the lease that a worker leaves unused at its end."""
+
+
+class StopReason(Enum):
+    """Why a job's task was cancelled."""
+
+    LOST = "lost"
+    CANCELLED = "cancelled"
+    TIMED_OUT = "timed out"
+
+
+@dataclass(slots=True)
+class HeldLease:
+    """A lease as this process sees it; times are of `time.monotonic()`, in seconds."""
+
+    lease: Lease
+    trusted_until: float
+    step_deadline: float
+    task: asyncio.Task[None] | None = None
+    stopped: StopReason | None = None
+
+
+@dataclass
+class LeaseKeeper:
+    """Renews what a worker holds and cancels the tasks of what it has lost.
+
+    Attributes:
+        connect: opens the heartbeat's own connection; called again after each failure.
+        ttl: how long a claim or a renewal lasts, in seconds.
+        interval: seconds between two renewals.
+    """
+
+    worker_id: UUID
+    connect: Callable[[], psycopg.Connection[tuple[object, ...]]]
+    ttl: float
+    interval: float
+    step_timeout: float
+    _held: dict[UUID, HeldLease] = field(default_factory=dict)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+    _stop: threading.Event = field(default_factory=threading.Event)
+    _thread: threading.Thread | None = None
+    _loop: asyncio.AbstractEventLoop | None = None
+
+    def start(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Starts the heartbeat; tasks are cancelled on `loop`."""
+        self._loop = loop
+        # A daemon: a socket that never answers must not keep the process from ending.
+        self._thread = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
+        self._thread.start()
+
+    def stop(self, timeout: float = 2.0) -> None:
+        """Ends the heartbeat; gives a renewal under way `timeout` seconds and then leaves it behind."""
+        self._stop.set()
+        if self._thread is not None:
+            self._thread.join(timeout)
+
+    def hold(self, lease: Lease, *, sent: float) -> HeldLease:
+        """Takes care of a lease that was asked for at `sent` (monotonic seconds)."""
+        held = HeldLease(lease, self._trust(sent), time.monotonic() + self.step_timeout)
+        with self._lock:
+            self._held[lease.job_id] = held
+        return held
+
+    def next_step(self, held: HeldLease, *, sent: float) -> None:
+        """A transition renewed the lease: trust it anew, and start the next step's clock."""
+        with self._lock:
+            held.trusted_until = max(held.trusted_until, self._trust(sent))
+            held.step_deadline = time.monotonic() + self.step_timeout
+
+    def forget(self, held: HeldLease) -> None:
+        """The job has ended here, or is lost."""
+        with self._lock:
+            if self._held.get(held.lease.job_id) is held:
+                del self._held[held.lease.job_id]
+
+    def leases(self) -> list[Lease]:
+        """What is held now and not lost."""
+        with self._lock:
+            return [held.lease for held in self._held.values() if held.stopped is None]
+
+    def check_trust(self) -> None:
+        """Stops what is no longer to be trusted; the event loop calls it about once a second."""
+        now = time.monotonic()
+        with self._lock:
+            late = [held for held in self._held.values() if held.stopped is None and now >= held.step_deadline]
+            lost = [held for held in self._held.values() if held.stopped is None and now >= held.trusted_until]
+        for held in lost:
+            self._stop_task(held, StopReason.LOST)
+        for held in late:
+            self._stop_task(held, StopReason.TIMED_OUT)
+
+    def _trust(self, sent: float) -> float:
+        return sent + self.ttl * (1 - TRUST_MARGIN)
+
+    def _stop_task(self, held: HeldLease, reason: StopReason) -> None:
+        if held.stopped is None:
+            held.stopped = reason
+            log.warning("lease_stopped", job_id=str(held.lease.job_id), reason=reason.value)
+            if held.task is not None:
+                held.task.cancel()
+
+    def _beat(self) -> None:
+        connection: psycopg.Connection[tuple[object, ...]] | None = None
+        wait = self.interval
+        while not self._stop.wait(wait):
+            wait = self.interval
+            try:
+                if connection is None:
+                    connection = self.connect()
+                self._renew(connection)
+            except (psycopg.Error, OSError) as error:
+                # Trust runs out by itself; until then try again, soon.
+                log.warning("heartbeat_failed", error=str(error))
+                if connection is not None:
+                    connection.close()
+                connection = None
+                wait = min(1.0, self.interval)
+        if connection is not None:
+            connection.close()
+
+    def _renew(self, connection: psycopg.Connection[tuple[object, ...]]) -> None:
+        now = time.monotonic()
+        with self._lock:
+            asked = [h for h in self._held.values() if h.stopped is None and now < h.step_deadline]
+        rows = connection.execute(
+            "select job_id, cancel_requested from upload_pipeline.renew_leases(%s, %s, %s::bigint[], %s)",
+            (
+                self.worker_id,
+                [held.lease.job_id for held in asked],
+                [held.lease.token for held in asked],
+                timedelta(seconds=self.ttl),
+            ),
+        ).fetchall()
+        flagged = {row[0]: row[1] for row in rows}
+        with self._lock:
+            for held in asked:
+                if held.lease.job_id in flagged:
+                    held.trusted_until = max(held.trusted_until, self._trust(now))
+        for held in asked:
+            if held.lease.job_id not in flagged:
+                # A transition may have ended the job since the list was made; then nobody holds it here any more.
+                with self._lock:
+                    current = self._held.get(held.lease.job_id) is held
+                if current:
+                    self._call_soon(held, StopReason.LOST)
+            elif flagged[held.lease.job_id]:
+                self._call_soon(held, StopReason.CANCELLED)
+
+    def _call_soon(self, held: HeldLease, reason: StopReason) -> None:
+        if self._loop is not None and not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self._stop_task, held, reason)
+
+
+def heartbeat_connection(url: str, *, timeout: float) -> psycopg.Connection[tuple[object, ...]]:
+    """A connection for the heartbeat alone: each wait on it, a dead peer included, ends after about `timeout` s."""
+    return connect_sync(url, timeout=timeout, autocommit=True)

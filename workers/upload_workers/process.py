@@ -1,0 +1,147 @@
+"""A worker put together: connections, store, providers, runner, heartbeat, listener and upkeep."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from functools import partial
+from uuid import uuid4
+
+import structlog
+
+import upload_pipeline
+from upload_pipeline.database import documents, queue
+from upload_pipeline.database.pools import open_connection, open_pool
+from upload_pipeline.providers.embedding import open_embedder
+from upload_pipeline.providers.parsing import open_parser
+from upload_pipeline.settings import Settings
+from upload_pipeline.storage.store import ObjectStore, open_store
+from upload_workers.health import health_endpoint
+from upload_workers.leases import LeaseKeeper, heartbeat_connection
+from upload_workers.pipelines import STEPS
+from upload_workers.runner import Runner
+from upload_workers.shutdown import on_signals
+from upload_workers.steps import Step, StepContext
+from upload_workers.upkeep import Upkeep
+from upload_workers.wake import AdaptivePoll, WakeListener
+
+log = structlog.get_logger(__name__)
+
+
+@asynccontextmanager
+async def running_worker(
+    settings: Settings,
+    worker_url: str,
+    *,
+    pools: Sequence[str] | None = None,
+    concurrency: int | None = None,
+    steps: Mapping[tuple[str, str], Step] = STEPS,
+    store: ObjectStore | None = None,
+) -> AsyncGenerator[Runner]:
+    """A worker at work while entered; leaving it drains it: steps finish within the grace time, the rest is handed back.
+
+    Args:
+        worker_url: Postgres as role `upload_worker`.
+        pools: which pools to serve; None means the setting.
+        concurrency: jobs at once; None means the setting.
+        steps: which step leaves which stage.
+        store: the object store; None opens the one of the settings.
+
+    Raises:
+        PipelineError: the database, the store or a provider cannot be opened.
+    """
+    pools = tuple(pools or settings.worker_pools)
+    concurrency = concurrency or settings.worker_concurrency
+    scratch = settings.home / "scratch"
+    scratch.mkdir(mode=0o700, parents=True, exist_ok=True)
+    async with AsyncExitStack() as stack:
+        db = await stack.enter_async_context(open_pool(settings, worker_url))
+        store = store or open_store(settings.effective_storage_url)
+        embedder = open_embedder(settings.embedder)
+        parser = open_parser(settings.parser, timeout=settings.parse_timeout, memory_bytes=settings.parse_memory_bytes)
+        await documents.register_model(
+            db, model=embedder.model, provider=settings.embedder, dimensions=embedder.dimensions
+        )
+        worker_id = uuid4()
+        keeper = LeaseKeeper(
+            worker_id,
+            partial(
+                heartbeat_connection, worker_url, timeout=min(settings.connect_timeout, settings.heartbeat_interval)
+            ),
+            ttl=settings.lease_ttl,
+            interval=settings.heartbeat_interval,
+            step_timeout=settings.stage_timeout,
+        )
+        runner = Runner(
+            worker_id,
+            db,
+            StepContext(db, store, parser, embedder, settings, scratch),
+            steps,
+            await queue.load_steps(db),
+            keeper,
+            pools,
+            concurrency,
+            lease_ttl=settings.lease_ttl,
+            group_window=settings.group_window,
+            poll=AdaptivePoll(settings.poll_min, settings.poll_max),
+        )
+        await queue.register_worker(
+            db,
+            worker_id=worker_id,
+            host=socket.gethostname(),
+            pid=os.getpid(),
+            version=upload_pipeline.__version__,
+            pools=pools,
+            concurrency=concurrency,
+        )
+        upkeep = Upkeep(
+            db,
+            store,
+            scratch,
+            lease_ttl=settings.lease_ttl,
+            maintenance_interval=settings.maintenance_interval,
+            orphan_grace=settings.orphan_grace,
+            wake=runner.wake.set,
+        )
+        beside = [asyncio.create_task(upkeep.run(), name="upkeep")]
+        if not settings.transaction_pooler:
+            listener = WakeListener(partial(open_connection, settings, worker_url), pools, runner.wake)
+            beside.append(asyncio.create_task(listener.run(), name="listener"))
+        keeper.start(asyncio.get_running_loop())
+        if settings.health_port:
+            await stack.enter_async_context(
+                health_endpoint(runner, db, host=settings.health_host, port=settings.health_port)
+            )
+        log.info("worker_started", worker_id=str(worker_id), pools=pools, concurrency=concurrency)
+        claiming = asyncio.create_task(runner.run(), name="runner")
+        try:
+            yield runner
+        finally:
+            await runner.drain(settings.shutdown_grace)
+            claiming.cancel()
+            for task in beside:
+                task.cancel()
+            await asyncio.gather(claiming, *beside, return_exceptions=True)
+            keeper.stop()
+            await _sign_off(db, runner)
+
+
+async def _sign_off(db: queue.Executor, runner: Runner) -> None:
+    try:
+        await asyncio.wait_for(queue.unregister_worker(db, worker_id=runner.worker_id), 2.0)
+    except Exception as error:  # noqa: BLE001 - the register is a report; a silent worker is forgotten in time
+        log.warning("sign_off_failed", error=str(error) or type(error).__name__)
+    log.info("worker_stopped", worker_id=str(runner.worker_id), claimed=runner.claimed, ended=runner.ended)
+
+
+async def work_until_stopped(
+    settings: Settings, worker_url: str, *, pools: Sequence[str] | None = None, concurrency: int | None = None
+) -> None:
+    """A worker process: works until TERM or INT, and then ends by the shutdown deadline whatever happens."""
+    stopped = asyncio.Event()
+    on_signals(asyncio.get_running_loop(), stopped.set, deadline=settings.shutdown_deadline)
+    async with running_worker(settings, worker_url, pools=pools, concurrency=concurrency):
+        await stopped.wait()

@@ -1,0 +1,177 @@
+"""The runner: claims jobs, leads them, keeps their leases, and stops when told.
+
+    running ──stop()──▶ draining ──steps finished, or grace over──▶ releasing ──▶ stopped
+       claims, leads       no claims; a job is given back at its       what is still held is
+                           next step boundary                          cancelled and handed back
+
+How many jobs are at work is bounded by `concurrency`; what they ask of the queue within a few milliseconds shares a
+statement (`grouping`). No exception of a job, of the database or of the network ends the runner.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import TYPE_CHECKING
+
+import structlog
+
+from upload_pipeline.database import queue
+from upload_workers.grouping import GroupedAdvances
+from upload_workers.lead import JobLeader
+from upload_workers.wake import AdaptivePoll
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from uuid import UUID
+
+    from upload_pipeline.database.queue import Executor
+    from upload_workers.leases import LeaseKeeper
+    from upload_workers.steps import Step, StepContext
+
+log = structlog.get_logger(__name__)
+
+CLAIM_LIMIT = 100
+"""Most jobs asked for in one claim; beyond that a claim only gets longer, not cheaper per job."""
+
+
+@dataclass
+class Runner:
+    """One worker: serves `pools` with at most `concurrency` jobs at once."""
+
+    worker_id: UUID
+    db: Executor
+    context: StepContext
+    steps: Mapping[tuple[str, str], Step]
+    next_stages: Mapping[tuple[str, str], str]
+    keeper: LeaseKeeper
+    pools: Sequence[str]
+    concurrency: int
+    lease_ttl: float
+    group_window: float
+    poll: AdaptivePoll
+    wake: asyncio.Event = field(default_factory=asyncio.Event)
+    claimed: int = 0
+    ended: int = 0
+    _stopping: asyncio.Event = field(default_factory=asyncio.Event)
+    _tasks: set[asyncio.Task[None]] = field(default_factory=set)
+    _cursors: dict[str, UUID] = field(default_factory=dict)
+
+    @property
+    def at_work(self) -> int:
+        """How many jobs are being led now."""
+        return len(self._tasks)
+
+    @property
+    def stopping(self) -> bool:
+        """Whether stop() was called."""
+        return self._stopping.is_set()
+
+    def stop(self) -> None:
+        """No more claims; jobs are given back at their next step boundary. Safe to call again."""
+        self._stopping.set()
+        self.wake.set()
+
+    async def run(self) -> None:
+        """Claims and leads until stop() is called; jobs may still be at work when it returns (see drain)."""
+        ttl = timedelta(seconds=self.lease_ttl)
+        leader = JobLeader(
+            self.db,
+            self.context,
+            self.steps,
+            self.next_stages,
+            self.keeper,
+            GroupedAdvances(self.db, ttl, self.group_window),
+            ttl,
+            self._stopping.is_set,
+        )
+        trust = asyncio.create_task(self._watch_trust(), name="trust")
+        outage = 0.5
+        try:
+            while not self.stopping:
+                # Cleared before the look and not after, so that a wake-up during the look is not lost.
+                self.wake.clear()
+                try:
+                    found = await self._claim_round(leader, ttl)
+                    outage = 0.5
+                except Exception as error:  # noqa: BLE001 - the database is away; the runner is not to end for that
+                    log.warning("claim_failed", error=str(error) or type(error).__name__, retry_in=outage)
+                    await self._sleep(outage * random.uniform(0.8, 1.2))  # noqa: S311
+                    outage = min(outage * 2, 10.0)
+                    continue
+                if found:
+                    self.poll.found_work()
+                else:
+                    await self._sleep(self.poll.next_wait())
+        finally:
+            trust.cancel()
+
+    async def drain(self, grace: float) -> None:
+        """Lets running steps finish for `grace` seconds, then hands back what is left."""
+        self.stop()
+        pending = set(self._tasks)
+        if pending:
+            _, pending = await asyncio.wait(pending, timeout=grace)
+        for task in pending:
+            task.cancel()
+        if pending:
+            await asyncio.wait(pending, timeout=grace)
+
+    async def _claim_round(self, leader: JobLeader, ttl: timedelta) -> bool:
+        """Fills the free slots from each pool; True if there may be more to claim at once."""
+        found = False
+        for pool in self.pools:
+            free = self.concurrency - self.at_work
+            if free <= 0 or self.stopping:
+                break
+            sent = time.monotonic()
+            jobs = await queue.claim_jobs(
+                self.db,
+                worker_id=self.worker_id,
+                pool=pool,
+                limit=min(free, CLAIM_LIMIT),
+                after_user=self._cursors.get(pool),
+                ttl=ttl,
+            )
+            if jobs:
+                self._cursors[pool] = jobs[-1].user_id
+            for job in jobs:
+                held = self.keeper.hold(job.lease, sent=sent)
+                held.task = asyncio.create_task(leader.lead(job, held), name=f"job {job.job_id}")
+                self._tasks.add(held.task)
+                held.task.add_done_callback(self._job_ended)
+            self.claimed += len(jobs)
+            found = found or bool(jobs)
+        if self.at_work >= self.concurrency:
+            await self._wait_for_slots()
+        return found
+
+    async def _wait_for_slots(self) -> None:
+        """Until a slot is free, and then a moment more, so that slots that come free together are filled together."""
+        while self.at_work >= self.concurrency and not self.stopping:
+            self.wake.clear()
+            await self.wake.wait()
+        if self.group_window and not self.stopping:
+            await asyncio.sleep(self.group_window)
+
+    def _job_ended(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        self.ended += 1
+        # A free slot, and perhaps a lane below its cap again.
+        self.wake.set()
+        if not task.cancelled() and task.exception() is not None:
+            log.error("leader_crashed", error=repr(task.exception()))
+
+    async def _sleep(self, seconds: float) -> None:
+        try:
+            await asyncio.wait_for(self.wake.wait(), seconds)
+        except TimeoutError:
+            return
+
+    async def _watch_trust(self) -> None:
+        while True:
+            await asyncio.sleep(min(1.0, self.lease_ttl / 20))
+            self.keeper.check_trust()

@@ -1,0 +1,28 @@
+"""`parsing` -> `parsed`: the parser's output is stored as it came, so that one parse is never needed twice."""
+
+from __future__ import annotations
+
+from functools import partial
+
+from upload_pipeline.database.documents import commit_parse
+from upload_pipeline.database.queue import ClaimedJob
+from upload_pipeline.storage.keys import parser_output_key
+from upload_workers.stages.source import document_of, local_copy
+from upload_workers.steps import Commit, Outcome, StepContext
+
+
+async def parse(job: ClaimedJob, context: StepContext) -> Outcome:
+    """Runs the parser over a local copy; pages of the output are separated by form feeds."""
+    document = await document_of(job, context)
+    async with local_copy(document, context) as path:
+        parsed = await context.parser.parse(path, document.media_type)
+    key = parser_output_key(document.user_id, document.document_id)
+    await context.store.put_bytes(key, parsed.markdown.encode("utf-8", "replace"))
+    return Commit(
+        partial(
+            commit_parse,
+            parser=f"{context.parser.name}@{context.parser.version}",
+            page_count=parsed.page_count,
+            warnings=parsed.warnings,
+        )
+    )

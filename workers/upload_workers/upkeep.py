@@ -1,0 +1,137 @@
+"""Upkeep: what any worker does for all of them. There is no leader; each round is bounded and safe beside others.
+
+every second or so      due retries and snoozes become ready
+every quarter lease     jobs whose lease ran out are taken back
+MAINTENANCE_INTERVAL    event partitions, silent workers, deletions that a crash cut short, orphaned objects,
+                        temporary files that a killed process left
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import shutil
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from uuid import UUID
+
+import structlog
+
+from upload_pipeline.database import documents, queue
+from upload_pipeline.database.deletion import finish_deletions
+from upload_pipeline.database.documents import DeletedDocument
+from upload_pipeline.database.queue import Executor
+from upload_pipeline.storage.document_objects import remove_document_objects
+from upload_pipeline.storage.orphans import sweep
+from upload_pipeline.storage.store import ObjectStore
+
+log = structlog.get_logger(__name__)
+
+PROMOTE_INTERVAL = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class MaintenanceReport:
+    """What one round of maintenance did."""
+
+    partitions_made: int
+    workers_forgotten: int
+    deletions_finished: int
+    orphans_removed: int
+    orphan_bytes: int
+    unfinished_writes_removed: int
+    scratch_removed: int
+
+
+async def maintain(db: Executor, store: ObjectStore, scratch: Path, *, orphan_grace: timedelta) -> MaintenanceReport:
+    """One round of maintenance. Safe to repeat and beside other rounds.
+
+    Args:
+        scratch: the directory of workers' temporary files.
+        orphan_grace: how old an object without a document, or a temporary file, must be to be removed.
+    """
+    now = datetime.now(UTC)
+
+    async def remove_objects(deleted: DeletedDocument) -> None:
+        await remove_document_objects(
+            store, user_id=deleted.user_id, document_id=deleted.document_id, raw_key=deleted.raw_key
+        )
+
+    async def known(document_ids: list[UUID]) -> set[UUID]:
+        return await documents.existing_documents(db, document_ids)
+
+    partitions = int(await db.fetchval("select upload_pipeline.ensure_event_partitions()"))
+    forgotten = int(await db.fetchval("select upload_pipeline.forget_lost_workers()"))
+    # A deletion that is under way elsewhere is not taken for one that was cut short.
+    finished = await finish_deletions(db, before=now - timedelta(minutes=1), remove_objects=remove_objects)
+    swept = await sweep(store, known, now=now, grace=orphan_grace)
+    if swept.objects:
+        await db.fetchval(
+            "select upload_pipeline.record_event('orphan_removed', p_payload => jsonb_build_object('objects', $1::int))",
+            swept.objects,
+        )
+    cleared = await asyncio.to_thread(_clear_scratch, scratch, older_than=orphan_grace)
+    return MaintenanceReport(
+        partitions, forgotten, finished, swept.objects, swept.object_bytes, swept.unfinished, cleared
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Upkeep:
+    """The upkeep that runs beside a worker's jobs; intervals in seconds.
+
+    Attributes:
+        wake: called when jobs became ready, so that this worker looks at once.
+    """
+
+    db: Executor
+    store: ObjectStore
+    scratch: Path
+    lease_ttl: float
+    maintenance_interval: float
+    orphan_grace: float
+    wake: Callable[[], None]
+
+    async def run(self) -> None:
+        """Runs until cancelled."""
+        await asyncio.gather(
+            self._every(PROMOTE_INTERVAL, self._promote),
+            self._every(self.lease_ttl / 4, self._reap),
+            self._every(self.maintenance_interval, self._maintain),
+        )
+
+    async def _every(self, interval: float, work: Callable[[], Awaitable[None]]) -> None:
+        while True:
+            # Spread by a fifth, so that workers do not do it all at once.
+            await asyncio.sleep(interval * random.uniform(0.8, 1.2))  # noqa: S311
+            try:
+                await work()
+            except Exception as error:  # noqa: BLE001 - upkeep is tried again, and never ends a worker
+                log.warning("upkeep_failed", work=work.__name__, error=str(error) or type(error).__name__)
+
+    async def _promote(self) -> None:
+        if await queue.promote_due(self.db):
+            self.wake()
+
+    async def _reap(self) -> None:
+        if reaped := await queue.reap_expired(self.db):
+            log.warning("leases_reaped", jobs=reaped)
+
+    async def _maintain(self) -> None:
+        report = await maintain(self.db, self.store, self.scratch, orphan_grace=timedelta(seconds=self.orphan_grace))
+        log.debug("maintained", report=report)
+
+
+def _clear_scratch(scratch: Path, *, older_than: timedelta) -> int:
+    removed = 0
+    for left in scratch.glob("job-*"):
+        try:
+            if left.stat().st_mtime < time.time() - older_than.total_seconds():
+                shutil.rmtree(left)
+                removed += 1
+        except FileNotFoundError:
+            continue  # its own process, or another round, was faster
+    return removed
