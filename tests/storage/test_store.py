@@ -306,6 +306,13 @@ async def test_delete_removes_more_than_a_batch(store):
     assert await keys(store) == set()
 
 
+async def test_delete_goes_on_after_missing_keys(store):
+    names = [f"raw/u/{number}" for number in range(40)]
+    await asyncio.gather(*(store.put_bytes(name, b"") for name in names))
+    await store.delete(["raw/none", *names])
+    assert await keys(store) == set()
+
+
 async def test_delete_removes_nothing_when_one_key_is_bad(store):
     await store.put_bytes(KEY, b"x")
     with pytest.raises(PipelineError) as caught:
