@@ -1,0 +1,1 @@
+"""Turning each format into Markdown; runs inside guarded processes and is imported by them alone."""
