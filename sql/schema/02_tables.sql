@@ -111,7 +111,9 @@ create table upload_pipeline.upload_jobs (
   foreign key (document_id, user_id) references upload_pipeline.documents (document_id, user_id)
     on update cascade on delete cascade,
   foreign key (pipeline, stage) references upload_pipeline.stages,
-  constraint upload_jobs_lease check ((state = 'working') = (lease_expires_at is not null and worker_id is not null)),
+  -- a job has a lease and a holder exactly while it is working: the fence reads the one for the other
+  constraint upload_jobs_lease check ((state = 'working') = (lease_expires_at is not null)),
+  constraint upload_jobs_holder check ((state = 'working') = (worker_id is not null)),
   constraint upload_jobs_finished check ((state in ('done', 'deadletter', 'cancelled')) = (finished_at is not null)),
   constraint upload_jobs_counts check (retry_count >= 0 and lease_token >= 0),
   constraint upload_jobs_correlation check (length(correlation_id) <= 200)

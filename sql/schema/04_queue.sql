@@ -18,7 +18,9 @@
 --
 -- The fence. `lease_token` only grows: a claim and a restart raise it. Whoever writes for a job names the token it was
 -- given, and the write happens only where the row still has that token and is `working`. So at most one claimant of a
--- job can ever write, however late, however often, and whatever it believes of the time.
+-- job can ever write, however late, however often, and whatever it believes of the time. A fence reads `working` as
+-- "has a lease", which a constraint makes the same thing: told the state, the planner may look the job up in the partial
+-- index of working jobs and read all of them; told the lease, it has only the primary key.
 
 -- Readies the lanes of these users and wakes the pool's workers if one of them turned from empty to ready.
 -- Every lane is locked, written or not: an enqueue that is not committed yet and a claim that parks the lane as empty
@@ -251,13 +253,18 @@ returns table (job_id uuid, cancel_requested boolean)
 language sql
 security definer
 set search_path = ''
+set enable_seqscan = off
+set enable_bitmapscan = off
+set enable_hashjoin = off
+set enable_mergejoin = off
+set jit = off
 as $$
   update upload_pipeline.workers w set last_beat_at = upload_pipeline.now() where w.worker_id = p_worker_id;
 
   update upload_pipeline.upload_jobs j
      set lease_expires_at = upload_pipeline.now() + p_ttl
     from unnest(p_job_ids, p_tokens) a (job_id, token)
-   where j.job_id = a.job_id and j.lease_token = a.token and j.state = 'working'
+   where j.job_id = a.job_id and j.lease_token = a.token and j.lease_expires_at is not null
   returning j.job_id, j.cancel_requested
 $$;
 
@@ -273,7 +280,7 @@ declare
   v_job upload_pipeline.upload_jobs;
 begin
   select j.* into v_job from upload_pipeline.upload_jobs j
-   where j.job_id = p_job_id and j.lease_token = p_token and j.state = 'working'
+   where j.job_id = p_job_id and j.lease_token = p_token and j.lease_expires_at is not null
      for no key update;
   if not found then
     raise exception 'the lease on job % with token % is lost', p_job_id, p_token
@@ -330,9 +337,9 @@ begin
                 else 'queued' end::upload_pipeline.job_state as next_state
       from asked a
      cross join lateral (
-       -- the fence; a sub-select of its own, so that it is one primary-key look-up a job on every plan
+       -- the fence: one primary-key look-up a job on every plan
        select u.pipeline, u.pool, u.cancel_requested from upload_pipeline.upload_jobs u
-        where u.job_id = a.job_id and u.lease_token = a.token and u.state = 'working' and u.stage = a.from_stage
+        where u.job_id = a.job_id and u.lease_token = a.token and u.lease_expires_at is not null and u.stage = a.from_stage
           for no key update) j
       join upload_pipeline.stages f on f.pipeline = j.pipeline and f.stage = a.from_stage
       join upload_pipeline.stages t on t.pipeline = j.pipeline and t.stage = a.to_stage and t.position = f.position + 1
@@ -386,7 +393,7 @@ begin
     from unnest(p_job_ids, p_tokens, p_from_stages, p_to_stages) a (job_id, token, from_stage, to_stage)
    cross join lateral (
      select u.stage from upload_pipeline.upload_jobs u
-      where u.job_id = a.job_id and u.lease_token = a.token and u.state = 'working' and u.stage <> a.to_stage
+      where u.job_id = a.job_id and u.lease_token = a.token and u.lease_expires_at is not null and u.stage <> a.to_stage
       limit 1) j
    limit 1;
   if found then
@@ -525,6 +532,11 @@ returns table (job_id uuid, state upload_pipeline.job_state)
 language plpgsql
 security definer
 set search_path = ''
+set enable_seqscan = off
+set enable_bitmapscan = off
+set enable_hashjoin = off
+set enable_mergejoin = off
+set jit = off
 as $$
 #variable_conflict use_column
 declare
@@ -535,7 +547,7 @@ begin
   with held as materialized (
     select j.job_id, j.worker_id from upload_pipeline.upload_jobs j
       join unnest(p_job_ids, p_tokens) a (job_id, token) on a.job_id = j.job_id and a.token = j.lease_token
-     where j.state = 'working'
+     where j.lease_expires_at is not null
      order by j.job_id for no key update of j
   ), back as (
     update upload_pipeline.upload_jobs j

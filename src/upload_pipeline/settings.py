@@ -63,9 +63,7 @@ class Settings(BaseSettings):
     chunk_overlap_chars: int = Field(
         default=200, ge=0, description="Characters that a chunk repeats of the one before."
     )
-    chunk_max_bytes: int = Field(
-        default=8000, ge=400, description="Hard limit of a chunk's text in UTF-8 bytes."
-    )
+    chunk_max_bytes: int = Field(default=8000, ge=400, description="Hard limit of a chunk's text in UTF-8 bytes.")
     embed_batch_size: int = Field(default=256, ge=1, le=256, description="Texts in one call of the embedder.")
 
     # workers
@@ -76,7 +74,7 @@ class Settings(BaseSettings):
     poll_min: Seconds = Field(default=0.25, description="Shortest wait before an idle worker looks again.")
     poll_max: Seconds = Field(default=5.0, description="Longest wait before an idle worker looks again.")
     group_window: float = Field(
-        default=0.002, ge=0, le=1, description="Seconds that queue writes wait to share a statement."
+        default=0.0005, ge=0, le=1, description="Seconds that a queue write waits for others to share its statement."
     )
     shutdown_grace: Seconds = Field(default=25.0, description="Seconds that running steps get to finish.")
     shutdown_deadline: Seconds = Field(

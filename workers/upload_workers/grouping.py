@@ -52,9 +52,9 @@ class GroupedAdvances:
         return await future
 
     async def _send_all(self) -> None:
+        # Only the first group waits: while its statement was under way, the next one has gathered by itself.
+        await asyncio.sleep(self.window)
         while self._waiting:
-            if len(self._waiting) < GROUP_LIMIT:
-                await asyncio.sleep(self.window)
             group, self._waiting = self._waiting[:GROUP_LIMIT], self._waiting[GROUP_LIMIT:]
             await self._send(group)
 

@@ -67,26 +67,26 @@ class JobLeader:
 
     async def lead(self, job: ClaimedJob, held: HeldLease) -> None:
         """Runs steps until the job ends, is handed on, fails or is lost. Never raises but for cancellation."""
-        with structlog.contextvars.bound_contextvars(
+        # Each job has a task, and so a context, of its own: nothing to unbind.
+        structlog.contextvars.bind_contextvars(
             job_id=str(job.job_id),
             document_id=str(job.document_id),
             user_id=str(job.user_id),
             correlation_id=job.correlation_id,
-            stage=job.stage,
-        ):
-            try:
-                await self._run_steps(job, held)
-            except asyncio.CancelledError:
-                await self._stopped(held)
-            except PipelineError as error:
-                await self._fail(held, error)
-            except asyncpg.PostgresError as error:
-                await self._fail_in_database(held, error)
-            except Exception as error:
-                log.exception("step_crashed")
-                await self._fail(held, PipelineError(ErrorCode.INTERNAL, f"{type(error).__name__}: {error}"))
-            finally:
-                self.keeper.forget(held)
+        )
+        try:
+            await self._run_steps(job, held)
+        except asyncio.CancelledError:
+            await self._stopped(held)
+        except PipelineError as error:
+            await self._fail(held, error)
+        except asyncpg.PostgresError as error:
+            await self._fail_in_database(held, error)
+        except Exception as error:
+            log.exception("step_crashed")
+            await self._fail(held, PipelineError(ErrorCode.INTERNAL, f"{type(error).__name__}: {error}"))
+        finally:
+            self.keeper.forget(held)
 
     async def _run_steps(self, job: ClaimedJob, held: HeldLease) -> None:
         pipeline, stage = job.pipeline, job.stage
