@@ -1,0 +1,44 @@
+"""The closed list of event codes, as the type `upload_pipeline.event_code` has them.
+
+An event is written by the verb that makes it happen, in the same transaction. Code that reads events, or writes the few
+that are not a job's, names them by this list; a test holds it against the database.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+
+class EventCode(StrEnum):
+    """What happened."""
+
+    DOCUMENT_ACCEPTED = "document_accepted"
+    DOCUMENT_SEARCHABLE = "document_searchable"
+    DOCUMENT_DELETION_STARTED = "document_deletion_started"
+    DOCUMENT_DELETED = "document_deleted"
+    JOB_ENQUEUED = "job_enqueued"
+    JOB_CLAIMED = "job_claimed"
+    JOB_ADVANCED = "job_advanced"
+    JOB_HANDED_ON = "job_handed_on"
+    JOB_SNOOZED = "job_snoozed"
+    JOB_FAILED = "job_failed"
+    JOB_PROMOTED = "job_promoted"
+    JOB_RELEASED = "job_released"
+    JOB_REAPED = "job_reaped"
+    JOB_DEADLETTERED = "job_deadlettered"
+    JOB_CANCEL_REQUESTED = "job_cancel_requested"
+    JOB_CANCELLED = "job_cancelled"
+    JOB_RESTARTED = "job_restarted"
+    JOB_DONE = "job_done"
+    ORPHAN_REMOVED = "orphan_removed"
+    WORKER_STARTED = "worker_started"
+    WORKER_STOPPED = "worker_stopped"
+
+
+class EventSeverity(StrEnum):
+    """How much it matters."""
+
+    DEBUG = "debug"
+    INFO = "info"
+    WARNING = "warning"
+    ERROR = "error"
