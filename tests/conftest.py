@@ -1,0 +1,141 @@
+"""What many tests stand on: a real Postgres of the run's own, a fresh migrated database for each test, the corpus."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import shutil
+import tempfile
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import asyncpg
+import psutil
+import psycopg
+import pytest
+from psycopg import sql
+
+from upload_pipeline.database.connection import connect
+from upload_pipeline.database.embedded import (
+    EmbeddedDatabase,
+    EmbeddedOptions,
+    ensure_embedded,
+    stop_embedded,
+)
+from upload_pipeline.database.migrations import apply_migrations
+
+ROOT = Path(__file__).parents[1]
+CORPUS = ROOT.parent / "shared" / "corpus"
+
+FAST = EmbeddedOptions(durable=False, shared_buffers="128MB")
+"""A server for tests: nothing is synced to disk, so that a database is copied in milliseconds."""
+
+_SERVER_PREFIX = "upload-pipeline-test-"
+
+
+@dataclass(frozen=True, slots=True)
+class Database:
+    """A database of a test's own: `admin_url` owns its schema, `worker_url` is role `upload_worker`."""
+
+    name: str
+    admin_url: str
+    worker_url: str
+
+
+@pytest.fixture(scope="session")
+def postgres_server() -> Iterator[EmbeddedDatabase]:
+    """A server for this run of the tests, gone at its end."""
+    _remove_servers_of_dead_runs()
+    # Not below pytest's own folder: that is closed to the user that the server runs as under root.
+    home = Path(tempfile.mkdtemp(prefix=f"{_SERVER_PREFIX}{os.getpid()}-"))
+    try:
+        yield ensure_embedded(home, FAST)
+    finally:
+        stop_embedded(home)
+        shutil.rmtree(home)
+
+
+@pytest.fixture(scope="session")
+def server_admin(postgres_server: EmbeddedDatabase) -> Iterator[psycopg.Connection]:
+    """The superuser of the run's server, connected to a database that no test uses."""
+    with psycopg.connect(postgres_server.url("postgres", "postgres"), autocommit=True) as connection:
+        yield connection
+
+
+@pytest.fixture(scope="session")
+def template_database(postgres_server: EmbeddedDatabase) -> str:
+    """Name of a migrated database for tests to copy; nobody connects to it."""
+    apply_migrations(postgres_server.admin_url)
+    return "upload_pipeline"
+
+
+@pytest.fixture(scope="session")
+def database_names() -> Iterator[str]:
+    """Names for the databases of this run."""
+    return (f"test_{number}" for number in itertools.count(1))
+
+
+@pytest.fixture
+def database(
+    postgres_server: EmbeddedDatabase,
+    server_admin: psycopg.Connection,
+    template_database: str,
+    database_names: Iterator[str],
+) -> Iterator[Database]:
+    """A migrated database of the test's own, empty of documents and jobs."""
+    yield from _temporary_database(postgres_server, server_admin, next(database_names), template_database)
+
+
+@pytest.fixture
+def empty_database(
+    postgres_server: EmbeddedDatabase, server_admin: psycopg.Connection, database_names: Iterator[str]
+) -> Iterator[Database]:
+    """A database of the test's own with nothing in it at all; the server's roles are there nevertheless."""
+    yield from _temporary_database(postgres_server, server_admin, next(database_names), "template0")
+
+
+@pytest.fixture
+async def admin(database: Database) -> AsyncIterator[asyncpg.Connection]:
+    """The owner of the test database's schema, through asyncpg."""
+    connection = await connect(database.admin_url)
+    yield connection
+    await connection.close()
+
+
+@pytest.fixture
+async def worker(database: Database) -> AsyncIterator[asyncpg.Connection]:
+    """Role `upload_worker` on the test database, through asyncpg."""
+    connection = await connect(database.worker_url)
+    yield connection
+    await connection.close()
+
+
+@pytest.fixture(scope="session")
+def corpus() -> Path:
+    """The folder of real files; tests that need it are left out where it is not."""
+    if not (CORPUS / "MANIFEST.csv").is_file():
+        pytest.skip(f"the corpus is not here: there is no {CORPUS / 'MANIFEST.csv'}")
+    return CORPUS
+
+
+def _temporary_database(
+    server: EmbeddedDatabase, server_admin: psycopg.Connection, name: str, template: str
+) -> Iterator[Database]:
+    # Copying files, not logging pages: faster where nothing is synced.
+    server_admin.execute(
+        sql.SQL("create database {} template {} strategy file_copy").format(
+            sql.Identifier(name), sql.Identifier(template)
+        )
+    )
+    yield Database(name=name, admin_url=server.url("postgres", name), worker_url=server.url("upload_worker", name))
+    server_admin.execute(sql.SQL("drop database {} with (force)").format(sql.Identifier(name)))
+
+
+def _remove_servers_of_dead_runs() -> None:
+    """Ends the servers of runs that were killed."""
+    for home in Path(tempfile.gettempdir()).glob(f"{_SERVER_PREFIX}*"):
+        pid = home.name.removeprefix(_SERVER_PREFIX).partition("-")[0]
+        if pid.isdigit() and not psutil.pid_exists(int(pid)):
+            stop_embedded(home)
+            shutil.rmtree(home, ignore_errors=True)
