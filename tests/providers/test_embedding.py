@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import math
 import random
 import shutil
 import subprocess
@@ -182,6 +183,15 @@ async def test_calls_that_run_at_once_get_the_vectors_of_calls_one_by_one(embedd
     together = await asyncio.gather(*(embedder.embed(texts) for texts in lists))
     for texts, vectors in zip(lists, together, strict=True):
         assert (vectors == await embedder.embed(texts)).all()
+
+
+def test_the_sum_of_the_tokens_is_exact_so_that_no_order_of_adding_can_show() -> None:
+    model = local_embedder._load()
+    text = " ".join(passages(40))
+    tokens = model.tokenizer.encode(text, add_special_tokens=False).ids
+    assert len(tokens) > 5000
+    exact = [math.fsum(column) for column in model.table[tokens].T.tolist()]
+    assert local_embedder._token_sum(model, text).tolist() == exact
 
 
 # texts that are hard
