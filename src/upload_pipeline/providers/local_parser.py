@@ -15,7 +15,7 @@ from upload_pipeline.providers.parsing import ParsedMarkdown
 _TASKS = "upload_pipeline.providers.local.conversion"
 _REVISION = 1
 """Counts up with every change of ours that changes what comes out of the same bytes."""
-_ENGINES = ("liteparse", "mammoth", "markdownify", "beautifulsoup4", "charset-normalizer")
+_ENGINES = ("liteparse", "mammoth", "markdownify", "beautifulsoup4", "lxml", "charset-normalizer")
 
 MAX_MARKDOWN_BYTES = 64 * 1024 * 1024
 """The most Markdown that one file may become."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import zipfile
+import zlib
 from pathlib import Path
 from typing import Any
 from xml.parsers import expat
@@ -22,6 +23,9 @@ _MOST_RATIO = 200
 _RATIO_COUNTS_FROM = 8 * 1024 * 1024
 _OLE_MAGIC = b"\xd0\xcf\x11\xe0"
 _ENCRYPTED_MEMBER = 0x1
+_PACKINGS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
+"""What a package may be packed with (ECMA-376 part 2, annex B); other packings only widen what can go wrong."""
+_DAMAGE = (zipfile.BadZipFile, zlib.error, NotImplementedError, EOFError, OSError, ValueError)
 _MAIN_PART = "word/document.xml"
 
 _STYLES = """
@@ -57,7 +61,7 @@ def docx_markdown(path: Path) -> ParsedMarkdown:
             include_embedded_style_map=False,
             convert_image=mammoth.images.img_element(_no_picture),
         )
-    except (KeyError, ValueError, AttributeError, OSError, zipfile.BadZipFile, expat.ExpatError) as error:
+    except (*_DAMAGE, KeyError, AttributeError, expat.ExpatError) as error:
         raise PipelineError(
             ErrorCode.PARSE_FAILED,
             f"The DOCX could not be read ({type(error).__name__}: {error}). Save it anew in Word or LibreOffice.",
@@ -88,7 +92,7 @@ def _check(content: bytes) -> None:
             media_type_of_zip("document.docx", [member.filename for member in members])
             _check_sizes(members)
             _check_main_part(container)
-    except (zipfile.BadZipFile, zipfile.LargeZipFile, NotImplementedError, EOFError, OSError, ValueError) as error:
+    except _DAMAGE as error:
         raise _corrupt(f"its container is damaged: {error}") from error
 
 
@@ -98,6 +102,8 @@ def _check_sizes(members: list[zipfile.ZipInfo]) -> None:
     parts = [member for member in members if member.filename.lower().endswith((".xml", ".rels"))]
     if any(member.flag_bits & _ENCRYPTED_MEMBER for member in parts):
         raise _encrypted()
+    if any(member.compress_type not in _PACKINGS for member in parts):
+        raise _corrupt("its parts are packed in a way that the format does not know")
     total = sum(member.file_size for member in parts)
     if total > _MOST_XML_BYTES:
         raise _corrupt(f"it unpacks to {total:,} bytes of XML")

@@ -18,6 +18,7 @@ _META_CHARSET = re.compile(rb"""<meta[^>]{0,400}?charset\s*=\s*["']?\s*([A-Za-z0
 _XML_ENCODING = re.compile(rb"""^\s*<\?xml[^>]{0,200}?encoding\s*=\s*["']([A-Za-z0-9_.:-]{1,40})""")
 _CODE_LANGUAGE = re.compile(r"^(?:language|lang|highlight-source|highlight|brush:?)-?([A-Za-z0-9+#_-]{1,30})$")
 _BLOCK_START = re.compile(r"(?m)^(#{1,6}(?=\s)|[-+*](?=\s)|>|`{3,}|~{3,})|^(\d{1,9})([.)])(?=\s)")
+_SPACES = re.compile(r" {2,}")
 _LINE_BREAKS = re.compile(r"\s*\n\s*")
 _FENCE = re.compile(r"^\s*(`{3,})", re.MULTILINE)
 
@@ -49,7 +50,7 @@ def fragment_markdown(html: str) -> str:
 def _parsed(html: str) -> BeautifulSoup:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", XMLParsedAsHTMLWarning)  # XHTML under its XML declaration is HTML to us
-        return BeautifulSoup(html.replace("\f", " "), "html.parser")
+        return BeautifulSoup(html.replace("\f", " "), "lxml")
 
 
 def _converted(root: Tag, soup: BeautifulSoup) -> str:
@@ -112,7 +113,8 @@ class _Converter(MarkdownConverter):
         return "\n".join([marker + first, *(indent + line if line else "" for line in rest)]) + "\n"
 
     def convert_td(self, el: Tag, text: str, parent_tags: set[str]) -> str:
-        return f" {_LINE_BREAKS.sub(' ', text.strip()).replace('|', chr(92) + '|')} |"
+        line = _SPACES.sub(" ", _LINE_BREAKS.sub(" ", text.strip()))
+        return " " + line.replace("|", "\\|") + " |"
 
     convert_th = convert_td
 

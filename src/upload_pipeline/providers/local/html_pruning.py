@@ -8,7 +8,20 @@ from bs4 import BeautifulSoup, Tag
 
 _NEVER_CONTENT = frozenset(
     {"script", "style", "noscript", "template", "iframe", "object", "embed", "svg", "canvas", "audio", "video", "map"}
-    | {"head", "nav", "dialog", "menu", "button", "input", "select", "textarea", "datalist", "progress", "meter"}
+    | {
+        "head",
+        "title",
+        "nav",
+        "dialog",
+        "menu",
+        "button",
+        "input",
+        "select",
+        "textarea",
+        "datalist",
+        "progress",
+        "meter",
+    }
 )
 _PAGE_CHROME = ("header", "footer", "aside")
 """Chrome of the page, but content inside an article."""
@@ -30,7 +43,7 @@ _MAIN_CHARS = 200
 def content_of_page(soup: BeautifulSoup) -> Tag:
     """Prunes a page and picks the part that holds its content.
 
-    That part is the page's one main element, else the body, else everything. A page without a top heading gets
+    That part is the page's one main element, else everything. A page without a top heading gets
     one: the first top heading outside that part, else the page's title.
 
     Args:
@@ -58,8 +71,6 @@ def tidy_inline(root: Tag) -> None:
         dead = _DEAD_LINK.match(_attribute(link, "href")) is not None
         if dead or link.find(_BLOCKS) is not None or link.find_parent(_HEADINGS) is not None:
             link.unwrap()
-    for code in root.select("td pre, th pre"):
-        code.name = "code"
 
 
 def _remove_noise(soup: BeautifulSoup) -> None:
@@ -98,13 +109,16 @@ def _is_noise(tag: Tag) -> bool:
 
 
 def _main_part(soup: BeautifulSoup) -> Tag:
-    whole: Tag = soup.body or soup
-    mains = whole.select("main, [role=main]")
-    outermost = [main for main in mains if not any(parent in mains for parent in main.parents)]
+    mains = soup.select("main, [role=main]")
+    outermost = [main for main in mains if main.find_parent(_is_main) is None]
     if len(outermost) != 1:
-        return whole
-    held, total = len(outermost[0].get_text()), len(whole.get_text())
-    return outermost[0] if held >= _MAIN_CHARS or held * 2 >= total else whole
+        return soup
+    held, total = len(outermost[0].get_text()), len(soup.get_text())
+    return outermost[0] if held >= _MAIN_CHARS or held * 2 >= total else soup
+
+
+def _is_main(tag: Tag) -> bool:
+    return tag.name == "main" or _attribute(tag, "role") == "main"
 
 
 def _attribute(tag: Tag, name: str) -> str:

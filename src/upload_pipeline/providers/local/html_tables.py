@@ -6,7 +6,7 @@ from bs4 import BeautifulSoup, Tag
 
 _MOST_COLUMNS = 1000
 """HTML's own bound on `colspan` (HTML Standard, section 4.9.11)."""
-_PARTS = ["table", "thead", "tbody", "tfoot", "tr", "td", "th", "caption", "colgroup", "col"]
+_PARTS = ["thead", "tbody", "tfoot", "tr", "td", "th", "caption", "colgroup", "col"]
 
 
 def square_tables(root: Tag, soup: BeautifulSoup) -> None:
@@ -15,6 +15,8 @@ def square_tables(root: Tag, soup: BeautifulSoup) -> None:
         if _is_layout(table):
             _flatten(table)
     for table in root.find_all("table"):
+        for listing in table.find_all("pre"):
+            listing.name = "code"  # a cell is one line
         _square(table, soup)
 
 
@@ -26,7 +28,7 @@ def _is_layout(table: Tag) -> bool:
         return False
     cells = table.find_all(["td", "th"])
     # One row around a listing is how highlighters put line numbers beside code.
-    return len(cells) <= 1 or any("\n" in code.get_text().strip() for code in table.select("td code"))
+    return len(cells) <= 1 or any("\n" in code.get_text().strip() for code in table.select("pre"))
 
 
 def _flatten(table: Tag) -> None:

@@ -8,14 +8,13 @@ from collections.abc import Iterable
 
 from charset_normalizer import from_bytes
 
-from upload_pipeline.errors import ErrorCode, PipelineError
 from upload_pipeline.media_types import byte_order_mark
 
 _SAMPLE_BYTES = 256 * 1024
 """How much of a long text the statistical detection looks at."""
 
 # Codecs that Python counts as text but no document is in; some take quadratic time.
-_NEVER = frozenset({"idna", "punycode", "raw_unicode_escape", "unicode_escape", "undefined", "utf-7", "mbcs", "oem"})
+_NEVER = frozenset({"idna", "punycode", "raw-unicode-escape", "unicode-escape", "undefined", "utf-7", "mbcs", "oem"})
 
 # Letters beyond ASCII that each language of Western Europe uses. A single-byte text whose letters all belong to
 # one of them is that language in Windows-1252; statistics are a poor judge of so few bytes.
@@ -54,20 +53,12 @@ def decode(content: bytes, declared: Iterable[str] = ()) -> str:
         content: the whole text.
         declared: names of character sets as the content gives them; unknown or wrong ones are passed over.
 
-    Raises:
-        PipelineError: `CORRUPT_FILE`, the byte order mark promises an encoding that the content is not in.
+    Returns:
+        The text; bytes that are not in its character set stand as U+FFFD.
     """
     mark = byte_order_mark(content)
     if mark is not None:
-        try:
-            return content.decode(mark)
-        except UnicodeDecodeError as error:
-            raise PipelineError(
-                ErrorCode.CORRUPT_FILE,
-                f"The file begins as {mark.removesuffix('-sig').upper()} but byte {error.start} is not."
-                " Save it anew as UTF-8.",
-                {"encoding": mark, "byte": error.start},
-            ) from error
+        return content.decode(mark, "replace")
     for label in (*declared, "utf-8"):
         text = _try(content, label)
         if text is not None:
@@ -87,7 +78,7 @@ def _try(content: bytes, label: str) -> str | None:
     try:
         codec = codecs.lookup(label.strip())
         # Pages that say Latin-1 or ASCII mean Windows-1252 (WHATWG Encoding Standard, section 4.2).
-        name = "cp1252" if codec.name in ("iso8859-1", "ascii") else codec.name
+        name = "cp1252" if codec.name in ("iso8859-1", "ascii") else codec.name.replace("_", "-")
         return None if name in _NEVER else content.decode(name)
     except (LookupError, ValueError):
         return None
