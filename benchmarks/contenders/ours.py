@@ -93,7 +93,7 @@ async def drain(url: str, n: int) -> float:
         settings = load_settings(home=Path(home), database_url=worker_url, log_level="error")
         began = time.perf_counter()
         async with running_worker(settings, worker_url, pools=["bench"], concurrency=400, steps=_steps()) as runner:
-            while runner.claimed == 0:  # noqa: ASYNC110 - from the first claim on, as with the others
+            while runner.claimed == 0:
                 began = time.perf_counter()
                 await asyncio.sleep(0)
             await until_drained(watcher, UNFINISHED)

@@ -56,7 +56,7 @@ async def drain(url: str, n: int) -> float:
         )
         await counter.all_handled.wait()
         unfinished = "select exists (select from procrastinate_jobs where status in ('todo', 'doing'))"
-        while (row := await (await watcher.execute(unfinished)).fetchone()) and row[0]:  # noqa: ASYNC110
+        while (row := await (await watcher.execute(unfinished)).fetchone()) and row[0]:
             await asyncio.sleep(0.01)
         seconds = time.perf_counter() - began
         worker.cancel()

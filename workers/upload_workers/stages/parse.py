@@ -21,7 +21,7 @@ async def parse(job: ClaimedJob, context: StepContext) -> Outcome:
     return Commit(
         partial(
             commit_parse,
-            parser=f"{context.parser.name}@{context.parser.version}",
+            parser=context.parser.version,
             page_count=parsed.page_count,
             warnings=parsed.warnings,
         )

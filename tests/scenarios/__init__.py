@@ -1,0 +1,1 @@
+"""End to end: real files, real worker processes, a real database."""
