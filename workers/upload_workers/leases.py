@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import threading
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from enum import Enum
 from typing import TYPE_CHECKING
@@ -31,7 +31,7 @@ from typing import TYPE_CHECKING
 import psycopg
 import structlog
 
-from upload_pipeline.database.connection import connect_sync
+from upload_pipeline.database.connection import ConnectionOptions, connect_sync
 
 if TYPE_CHECKING:
     import asyncio
@@ -196,6 +196,14 @@ class LeaseKeeper:
             self._loop.call_soon_threadsafe(self._stop_task, held, reason)
 
 
-def heartbeat_connection(url: str, *, timeout: float) -> psycopg.Connection[tuple[object, ...]]:
-    """A connection for the heartbeat alone: each wait on it, a dead peer included, ends after about `timeout` s."""
-    return connect_sync(url, timeout=timeout, autocommit=True)
+def heartbeat_connection(
+    url: str, options: ConnectionOptions, *, timeout: float
+) -> psycopg.Connection[tuple[object, ...]]:
+    """A connection for the heartbeat alone, on which no statement takes longer than `timeout` seconds."""
+    bounds = replace(
+        options,
+        application_name="upload-pipeline heartbeat",
+        connect_timeout=min(options.connect_timeout, timeout),
+        statement_timeout=min(options.statement_timeout, timeout),
+    )
+    return connect_sync(url, bounds, autocommit=True)

@@ -14,9 +14,10 @@ import structlog
 
 import upload_pipeline
 from upload_pipeline.database import documents, queue
-from upload_pipeline.database.pools import open_connection, open_pool
+from upload_pipeline.database.connection import connect, connection_options
+from upload_pipeline.database.pools import BoundedPool, open_pool
 from upload_pipeline.providers.embedding import open_embedder
-from upload_pipeline.providers.parsing import open_parser
+from upload_pipeline.providers.local_parser import LocalParser
 from upload_pipeline.settings import Settings
 from upload_pipeline.storage.store import ObjectStore, open_store
 from upload_workers.health import health_endpoint
@@ -30,6 +31,8 @@ from upload_workers.wake import AdaptivePoll, WakeListener
 
 log = structlog.get_logger(__name__)
 
+POOL_CLOSE_TIMEOUT = 2.0
+
 
 @asynccontextmanager
 async def running_worker(
@@ -41,7 +44,7 @@ async def running_worker(
     steps: Mapping[tuple[str, str], Step] = STEPS,
     store: ObjectStore | None = None,
 ) -> AsyncGenerator[Runner]:
-    """A worker at work while entered; leaving it drains it: steps finish within the grace time, the rest is handed back.
+    """A worker at work while entered. Leaving it drains it: steps finish within the grace, the rest is handed back.
 
     Args:
         worker_url: Postgres as role `upload_worker`.
@@ -58,10 +61,14 @@ async def running_worker(
     scratch = settings.home / "scratch"
     scratch.mkdir(mode=0o700, parents=True, exist_ok=True)
     async with AsyncExitStack() as stack:
-        db = await stack.enter_async_context(open_pool(settings, worker_url))
+        options = connection_options(settings, "upload-pipeline worker")
+        db = await open_pool(worker_url, options, size=settings.pool_size)
+        stack.push_async_callback(_close_pool, db)
         store = store or open_store(settings.effective_storage_url)
         embedder = open_embedder(settings.embedder)
-        parser = open_parser(settings.parser, timeout=settings.parse_timeout, memory_bytes=settings.parse_memory_bytes)
+        stack.push_async_callback(embedder.close)
+        parser = LocalParser(settings.parse_timeout, settings.parse_memory_bytes)
+        stack.callback(parser.close)
         await documents.register_model(
             db, model=embedder.model, provider=settings.embedder, dimensions=embedder.dimensions
         )
@@ -108,7 +115,7 @@ async def running_worker(
         )
         beside = [asyncio.create_task(upkeep.run(), name="upkeep")]
         if not settings.transaction_pooler:
-            listener = WakeListener(partial(open_connection, settings, worker_url), pools, runner.wake)
+            listener = WakeListener(partial(connect, worker_url, options), pools, runner.wake)
             beside.append(asyncio.create_task(listener.run(), name="listener"))
         keeper.start(asyncio.get_running_loop())
         if settings.health_port:
@@ -127,6 +134,14 @@ async def running_worker(
             await asyncio.gather(claiming, *beside, return_exceptions=True)
             keeper.stop()
             await _sign_off(db, runner)
+
+
+async def _close_pool(pool: BoundedPool) -> None:
+    try:
+        await asyncio.wait_for(pool.close(), POOL_CLOSE_TIMEOUT)
+    except TimeoutError:
+        # A connection whose other end is gone never says goodbye.
+        pool.terminate()
 
 
 async def _sign_off(db: queue.Executor, runner: Runner) -> None:

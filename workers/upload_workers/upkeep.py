@@ -70,7 +70,9 @@ async def maintain(db: Executor, store: ObjectStore, scratch: Path, *, orphan_gr
     swept = await sweep(store, known, now=now, grace=orphan_grace)
     if swept.objects:
         await db.fetchval(
-            "select upload_pipeline.record_event('orphan_removed', p_payload => jsonb_build_object('objects', $1::int))",
+            """
+            select upload_pipeline.record_event('orphan_removed', p_payload => jsonb_build_object('objects', $1::int))
+            """,
             swept.objects,
         )
     cleared = await asyncio.to_thread(_clear_scratch, scratch, older_than=orphan_grace)

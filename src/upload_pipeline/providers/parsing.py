@@ -47,3 +47,11 @@ class Parser(Protocol):
             PipelineError: `ENCRYPTED`, `CORRUPT_FILE`, `UNSUPPORTED_TYPE` or one of the `PARSE_` codes.
         """
         ...
+
+    async def inspect(self, path: Path, media_type: str) -> None:
+        """Opens a file to see that it can be read, at a small part of what parsing it costs.
+
+        Raises:
+            PipelineError: as `parse`.
+        """
+        ...
