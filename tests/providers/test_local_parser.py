@@ -175,13 +175,11 @@ async def test_a_hostile_pdf_ends_with_a_code_and_the_next_file_is_read(tmp_path
 
 
 @linux
-async def test_the_memory_limit_holds_where_the_engine_would_reserve_its_own(tmp_path: Path) -> None:
-    # With more than its 1 GiB to take, PDFium would reserve that and use it uncounted.
-    large = LocalParser(timeout=60, memory_bytes=GIB + GIB // 4)
+async def test_a_limit_above_what_the_engine_likes_to_reserve_is_the_files_alone(tmp_path: Path) -> None:
+    large = LocalParser(timeout=60, memory_bytes=GIB + GIB // 16)
     try:
-        with pytest.raises(PipelineError) as caught:
-            await parse(large, tmp_path, pdf_with_content(repeated(b" ", GIB)), PDF)
-        assert caught.value.code is ErrorCode.PARSE_MEMORY
+        parsed = await parse(large, tmp_path, pdf_with_content(repeated(b" ", GIB // 8)), PDF)
+        assert parsed.page_count == 1
     finally:
         large.close()
 

@@ -49,9 +49,9 @@ _CRASHES: Final = frozenset(
     }
 )
 _MEMORY_WORDS: Final = (b"memory allocation of", b"bad_alloc", b"MemoryError", b"out of memory")
-_MEMORY_SHARE: Final = 3
-"""A process that aborts with a third of its memory in use aborted for memory: a buffer that doubles holds n while
-it asks for 2n."""
+_MEMORY_SHARE: Final = 6
+"""A process that aborts with a sixth of its memory in use aborted for memory: a buffer that doubles holds n while
+it asks for 2n, and up to half of the limit may be reserved without being in use."""
 
 
 @dataclass(frozen=True, slots=True)

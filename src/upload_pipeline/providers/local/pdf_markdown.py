@@ -30,11 +30,8 @@ _OPTIONS: dict[str, Any] = {
 _EMPTY_FENCE = re.compile(r"^```[a-z]*\n\s*```$\n?", re.MULTILINE)
 """What stands in the Markdown for a page or region without text."""
 
-_INITIAL_DATA_BYTES = 512 * 1024 * 1024
-_SMALLEST_PDF = (
-    b"%PDF-1.4\n1 0 obj<</Type/Catalog/Pages 2 0 R>>endobj\n2 0 obj<</Type/Pages/Kids[3 0 R]/Count 1>>endobj\n"
-    b"3 0 obj<</Type/Page/Parent 2 0 R/MediaBox[0 0 9 9]>>endobj\ntrailer<</Root 1 0 R>>\n%%EOF\n"
-)
+_RESERVE_BYTES = 1024**3
+"""Writable memory that PDFium reserves for each document that it opens; where it cannot, it does without."""
 
 
 def pdf_markdown(path: Path) -> ParsedMarkdown:
@@ -83,22 +80,16 @@ def inspect_pdf(path: Path) -> None:
 
 
 def _engine() -> Any:
-    """Makes the engine so that all its memory counts.
+    """Makes the engine, and sees to it that PDFium's reserve does not use up the memory limit.
 
-    PDFium reserves 1 GiB of writable memory when it first opens a file, and does without where it cannot. It has
-    to do without: reserved memory counts as used, and what it then takes from it would not count again.
+    Reserved memory counts as used, and little of what a document needs comes from it. So a limit that would leave
+    less than 1 GiB beside the reserve is lowered to where the reserve cannot be had and all else can.
     """
-    engine = LiteParse(**_OPTIONS)
-    if sys.platform == "win32":
-        return engine
-    soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
-    low = _INITIAL_DATA_BYTES if soft == resource.RLIM_INFINITY else min(soft, _INITIAL_DATA_BYTES)
-    resource.setrlimit(resource.RLIMIT_DATA, (low, hard))
-    try:
-        engine.open_batch_session_bytes(_SMALLEST_PDF, 1)
-    finally:
-        resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
-    return engine
+    if sys.platform != "win32":
+        soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
+        if soft != resource.RLIM_INFINITY and _RESERVE_BYTES < soft < 2 * _RESERVE_BYTES:
+            resource.setrlimit(resource.RLIMIT_DATA, (_RESERVE_BYTES, hard))
+    return LiteParse(**_OPTIONS)
 
 
 def _tidy(markdown: str) -> str:
