@@ -114,7 +114,7 @@ async def _measure(
     for number, path in enumerate(sorted(p for p in folder.rglob("*") if p.is_file())):
         user = UUID(int=(4 << 76) | (2 << 62) | (1 + number % users))
         try:
-            accepted = await accept_path(intake, path=path, user_id=user, metadata={})
+            accepted = await accept_path(intake, path=path, user_id=user, metadata={}, correlation_id="bench")
         except PipelineError as error:
             print(f"left out: {path.name}: {error.code}")
         else:

@@ -76,7 +76,8 @@ class World:
                 scratch=scratch,
             )
             return [
-                (await accept_path(intake, path=path, user_id=user, metadata={})).document_id for path, user in files
+                (await accept_path(intake, path=path, user_id=user, metadata={}, correlation_id="world")).document_id
+                for path, user in files
             ]
         finally:
             parser.close()

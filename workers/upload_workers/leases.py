@@ -153,7 +153,7 @@ class LeaseKeeper:
                 if connection is None:
                     connection = self.connect()
                 self._renew(connection)
-            except (psycopg.Error, OSError) as error:
+            except Exception as error:  # noqa: BLE001 - a heartbeat that ends takes every job of the worker with it
                 # Trust runs out by itself; until then try again, soon.
                 log.warning("heartbeat_failed", error=str(error))
                 if connection is not None:

@@ -75,9 +75,7 @@ async def running_worker(
         worker_id = uuid4()
         keeper = LeaseKeeper(
             worker_id,
-            partial(
-                heartbeat_connection, worker_url, timeout=min(settings.connect_timeout, settings.heartbeat_interval)
-            ),
+            partial(heartbeat_connection, worker_url, options, timeout=settings.heartbeat_interval),
             ttl=settings.lease_ttl,
             interval=settings.heartbeat_interval,
             step_timeout=settings.stage_timeout,

@@ -10,6 +10,8 @@ import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from pgvector import Vector
+
 from upload_pipeline.database.queue import Transition
 
 if TYPE_CHECKING:
@@ -232,7 +234,8 @@ async def buffer_vectors(
         lease.token,
         model,
         list(chunk_ids),
-        list(embeddings),
+        # as Vector: asyncpg takes an array of numpy rows for an array of two dimensions
+        [Vector(row) for row in embeddings],
     )
     return stored
 
