@@ -138,8 +138,8 @@ def notes_in(folder: Path) -> list[Path]:
     return list(folder.glob("note*"))
 
 
-def tmp_folders() -> list[Path]:
-    return list(Path(tempfile.gettempdir()).glob("upload-pipeline-*"))
+def tmp_folders(below: str = "*") -> list[Path]:
+    return list(Path(tempfile.gettempdir()).glob(f"upload-pipeline-parser-{below}"))
 
 
 async def works(guard: ProcessGuard) -> None:
@@ -174,7 +174,10 @@ async def test_a_task_sees_no_file_and_no_secret_of_ours(guard: ProcessGuard, tm
 
 async def test_what_a_task_leaves_behind_is_removed(guard: ProcessGuard) -> None:
     result = await guard.run("guard_tasks:litter", {}, LIMITS)
-    assert result.header["folder"] not in map(str, tmp_folders())
+    assert Path(result.header["folder"]).parent in tmp_folders()
+    assert Path(result.header["folder"]) not in tmp_folders("*/*")
+    await asyncio.to_thread(guard.close)
+    assert Path(result.header["folder"]).parent not in tmp_folders()
 
 
 async def test_an_error_of_the_task_comes_back_whole(guard: ProcessGuard) -> None:

@@ -59,19 +59,27 @@ class _Job:
 
 
 def main(arguments: list[str]) -> None:
-    """Serves until the control socket closes. `arguments`: its descriptor, then modules to import first."""
+    """Serves until the control socket closes.
+
+    Args:
+        arguments: the socket's descriptor, a folder to hold the tasks' own, modules to import first.
+    """
     # Service managers signal whole groups; what ends this process is its owner closing the control socket.
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     control = socket.socket(fileno=int(arguments[0]))
-    for name in arguments[1:]:
+    for name in arguments[2:]:
         importlib.import_module(name)
     gc.collect()
     gc.freeze()
-    _serve(control)
+    folder = arguments[1]
+    try:
+        _serve(control, folder)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
-def _serve(control: socket.socket) -> None:
+def _serve(control: socket.socket, parent_folder: str) -> None:
     owner = os.getppid()
     jobs: dict[int, _Job] = {}
     wake_read, wake_write = os.pipe()
@@ -86,7 +94,7 @@ def _serve(control: socket.socket) -> None:
         while serving:
             for key, _ in selector.select(_ORPHAN_CHECK_SECONDS):
                 if key.fileobj is control:
-                    job = _accept(control)
+                    job = _accept(control, parent_folder)
                     if job is None:
                         serving = False
                     elif job.pid:
@@ -108,10 +116,9 @@ def _serve(control: socket.socket) -> None:
     for job in jobs.values():
         _kill(job)
         os.waitpid(job.pid, 0)
-        shutil.rmtree(job.folder, ignore_errors=True)
 
 
-def _accept(control: socket.socket) -> _Job | None:
+def _accept(control: socket.socket, parent_folder: str) -> _Job | None:
     """Takes one task and forks for it; None when the control socket has closed."""
     try:
         message, descriptors, _, _ = socket.recv_fds(control, 4, 3)
@@ -130,7 +137,7 @@ def _accept(control: socket.socket) -> _Job | None:
         return None
     channel_fd, output_fd, error_fd = descriptors
     channel = socket.socket(fileno=channel_fd)
-    folder = tempfile.mkdtemp(prefix="upload-pipeline-")
+    folder = tempfile.mkdtemp(dir=parent_folder)
     server = os.getpid()
     try:
         pid = os.fork()

@@ -13,6 +13,7 @@ import contextlib
 import json
 import math
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -87,6 +88,7 @@ class GuardedResult:
 class _Server:
     process: subprocess.Popen[bytes]
     control: socket.socket
+    folder: str
 
 
 class ProcessGuard:
@@ -233,19 +235,20 @@ class ProcessGuard:
 
 def _start_server(preload: Sequence[str]) -> _Server:
     ours, theirs = socket.socketpair()
+    folder = tempfile.mkdtemp(prefix="upload-pipeline-parser-")
     with theirs:
         environment = {name: os.environ[name] for name in _PASSED_ON if name in os.environ}
         # The same order of sets and the same text encoding wherever this runs.
         environment |= {"PYTHONHASHSEED": "0", "PYTHONUTF8": "1"}
         process = subprocess.Popen(
-            [sys.executable, "-P", "-m", fork_server.__name__, str(theirs.fileno()), *preload],
+            [sys.executable, "-P", "-m", fork_server.__name__, str(theirs.fileno()), folder, *preload],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             pass_fds=(theirs.fileno(),),
             env=environment,
             start_new_session=True,  # Ctrl-C in a terminal is for the worker, which then decides
         )
-    return _Server(process, ours)
+    return _Server(process, ours, folder)
 
 
 def _stop_server(server: _Server) -> None:
@@ -255,6 +258,7 @@ def _stop_server(server: _Server) -> None:
     except subprocess.TimeoutExpired:
         server.process.kill()
         server.process.wait()
+    shutil.rmtree(server.folder, ignore_errors=True)  # it does so itself, unless it was killed
 
 
 def _outcome(
