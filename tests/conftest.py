@@ -3,35 +3,22 @@
 from __future__ import annotations
 
 import itertools
-import os
-import shutil
-import tempfile
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import asyncpg
-import psutil
 import psycopg
 import pytest
+from postgres_servers import FAST, remove_servers_of_dead_runs, temporary_home
 from psycopg import sql
 
 from upload_pipeline.database.connection import connect
-from upload_pipeline.database.embedded import (
-    EmbeddedDatabase,
-    EmbeddedOptions,
-    ensure_embedded,
-    stop_embedded,
-)
+from upload_pipeline.database.embedded import EmbeddedDatabase, ensure_embedded
 from upload_pipeline.database.migrations import apply_migrations
 
 ROOT = Path(__file__).parents[1]
 CORPUS = ROOT.parent / "shared" / "corpus"
-
-FAST = EmbeddedOptions(durable=False, shared_buffers="128MB")
-"""A server for tests: nothing is synced to disk, so that a database is copied in milliseconds."""
-
-_SERVER_PREFIX = "upload-pipeline-test-"
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,14 +33,9 @@ class Database:
 @pytest.fixture(scope="session")
 def postgres_server() -> Iterator[EmbeddedDatabase]:
     """A server for this run of the tests, gone at its end."""
-    _remove_servers_of_dead_runs()
-    # Not below pytest's own folder: that is closed to the user that the server runs as under root.
-    home = Path(tempfile.mkdtemp(prefix=f"{_SERVER_PREFIX}{os.getpid()}-"))
-    try:
+    remove_servers_of_dead_runs()
+    with temporary_home() as home:
         yield ensure_embedded(home, FAST)
-    finally:
-        stop_embedded(home)
-        shutil.rmtree(home)
 
 
 @pytest.fixture(scope="session")
@@ -130,12 +112,3 @@ def _temporary_database(
     )
     yield Database(name=name, admin_url=server.url("postgres", name), worker_url=server.url("upload_worker", name))
     server_admin.execute(sql.SQL("drop database {} with (force)").format(sql.Identifier(name)))
-
-
-def _remove_servers_of_dead_runs() -> None:
-    """Ends the servers of runs that were killed."""
-    for home in Path(tempfile.gettempdir()).glob(f"{_SERVER_PREFIX}*"):
-        pid = home.name.removeprefix(_SERVER_PREFIX).partition("-")[0]
-        if pid.isdigit() and not psutil.pid_exists(int(pid)):
-            stop_embedded(home)
-            shutil.rmtree(home, ignore_errors=True)
