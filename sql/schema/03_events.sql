@@ -22,6 +22,9 @@ begin
   loop
     v_name := 'events_' || to_char(v_month, 'YYYY_MM');
     continue when to_regclass('upload_pipeline.' || v_name) is not null;
+    -- what another transaction has written into the default partition and not committed would escape the move below,
+    -- and then make the attachment fail: wait for it
+    lock table upload_pipeline.events_default in access exclusive mode;
     execute format('create table upload_pipeline.%I (like upload_pipeline.events including defaults including constraints)', v_name);
     execute format('alter table upload_pipeline.%I enable row level security', v_name);
     execute format(

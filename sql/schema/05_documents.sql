@@ -320,12 +320,12 @@ begin
   select d.document_id, d.document_id, d.user_id, 'document'::upload_pipeline.node_kind, d.filename, 0, 0
     from upload_pipeline.documents d where d.document_id = v_document
   union all
-  select distinct on (s.section_id) s.section_id, v_document, b.user_id, 'section', b.heading_path[s.level], s.level, b.ordinal
-    from upload_pipeline.document_chunk_buffer b
-   cross join lateral unnest(b.section_ids) with ordinality s (section_id, level)
-   where b.document_id = v_document
-   order by 1, 7
-  ;
+  -- a section stands where its first chunk stands
+  (select distinct on (s.section_id) s.section_id, v_document, b.user_id, 'section', b.heading_path[s.level], s.level, b.ordinal
+     from upload_pipeline.document_chunk_buffer b
+    cross join lateral unnest(b.section_ids) with ordinality s (section_id, level)
+    where b.document_id = v_document
+    order by s.section_id, b.ordinal);
   get diagnostics v_nodes = row_count;
   insert into upload_pipeline.document_nodes (node_id, document_id, user_id, kind, title, level, ordinal)
   select b.chunk_id, v_document, b.user_id, 'chunk', '', cardinality(b.section_ids) + 1, b.ordinal
@@ -406,10 +406,15 @@ declare
   v_now timestamptz := upload_pipeline.now();
 begin
   -- jobs before the document: the order in which the steps of a job lock them
-  update upload_pipeline.upload_jobs j
-     set state = 'cancelled', cancel_requested = true, lease_token = j.lease_token + 1, worker_id = null,
-         lease_expires_at = null, finished_at = v_now, updated_at = v_now
-   where j.document_id = p_document_id and j.state in ('queued', 'working', 'retryable');
+  with ended as (
+    update upload_pipeline.upload_jobs j
+       set state = 'cancelled', cancel_requested = true, lease_token = j.lease_token + 1, worker_id = null,
+           lease_expires_at = null, finished_at = v_now, updated_at = v_now
+     where j.document_id = p_document_id and j.state in ('queued', 'working', 'retryable')
+    returning j.job_id, j.user_id, j.document_id, j.stage, j.lease_token, j.correlation_id
+  )
+  insert into upload_pipeline.events (at, code, user_id, document_id, job_id, stage, lease_token, correlation_id)
+  select v_now, 'job_cancelled', e.user_id, e.document_id, e.job_id, e.stage, e.lease_token, e.correlation_id from ended e;
   update upload_pipeline.documents d set deleted_at = v_now, updated_at = v_now
    where d.document_id = p_document_id and d.deleted_at is null;
   if found then

@@ -44,7 +44,7 @@ begin
   if v_user is null then
     raise exception 'search_chunks needs a signed-in user' using errcode = '42501';
   end if;
-  if p_mode not in ('hybrid', 'vector', 'text') then
+  if p_mode is null or p_mode not in ('hybrid', 'vector', 'text') then
     raise exception 'p_mode is "%", it must be hybrid, vector or text', p_mode using errcode = '22023';
   end if;
   if p_limit is null or p_limit not between 1 and 1000 then

@@ -451,6 +451,9 @@ begin
   loop
     v_name := 'events_' || to_char(v_month, 'YYYY_MM');
     continue when to_regclass('upload_pipeline.' || v_name) is not null;
+    -- what another transaction has written into the default partition and not committed would escape the move below,
+    -- and then make the attachment fail: wait for it
+    lock table upload_pipeline.events_default in access exclusive mode;
     execute format('create table upload_pipeline.%I (like upload_pipeline.events including defaults including constraints)', v_name);
     execute format('alter table upload_pipeline.%I enable row level security', v_name);
     execute format(
@@ -522,7 +525,7 @@ select upload_pipeline.ensure_event_partitions();
 --   verb             locks                                        a stale token
 --   enqueue_jobs     inserts jobs, then lanes in user order       -
 --   claim_jobs       lanes, then jobs, both SKIP LOCKED           -
---   renew_leases     jobs                                         that job is missing from the answer
+--   renew_leases     jobs in id order                             that job is missing from the answer
 --   check_lease      one job                                      raises UP001: undoes the caller's transaction
 --   advance_jobs     jobs in id order, then lanes in user order   that job is missing from the answer
 --   snooze_job       one job                                      raises UP001
@@ -532,6 +535,7 @@ select upload_pipeline.ensure_event_partitions();
 --   reap_expired     jobs SKIP LOCKED                             -
 --   retry_job        one job, then its lane                       raises the token: fences the holder off
 --   cancel_job       one job                                      -
+--   set_lane_cap     one lane                                     -
 --
 -- A verb that waits for a lane holds jobs; a verb that holds lanes never waits for a job: so no cycle, no deadlock.
 --
@@ -563,7 +567,9 @@ end
 $$;
 
 -- Makes a job at the pipeline's first stage for each document, in the caller's transaction. A document that has a
--- live job of this pipeline gets that job back, `created` false. Rows come back in the order asked.
+-- live job of this pipeline gets that job back, `created` false; so does one that is named twice, the second time.
+-- Rows come back in the order asked, one for each document, and the jobs are as old as that order says. A document that
+-- is unknown, or is not that user's, breaks the foreign key and undoes the whole call.
 create function upload_pipeline.enqueue_jobs(
   p_document_ids   uuid[],
   p_user_ids       uuid[],
@@ -592,11 +598,19 @@ begin
       using errcode = 'UP002', hint = 'The pipelines are the rows of upload_pipeline.stages.';
   end if;
 
-  with made as (
-    insert into upload_pipeline.upload_jobs
-      (document_id, user_id, pipeline, stage, pool, priority, correlation_id, run_at, created_at, updated_at)
-    select a.document_id, a.user_id, p_pipeline, v_first.stage, v_first.pool, p_priority, p_correlation_id, v_now, v_now, v_now
+  with asked as materialized (
+    -- each job's age is drawn in the order asked ...
+    select a.document_id, a.user_id, nextval('upload_pipeline.upload_jobs_seq_seq') as seq
       from unnest(p_document_ids, p_user_ids) a (document_id, user_id)
+  ), made as (
+    insert into upload_pipeline.upload_jobs
+      (seq, document_id, user_id, pipeline, stage, pool, priority, correlation_id, run_at, created_at, updated_at)
+    overriding system value
+    select a.seq, a.document_id, a.user_id, p_pipeline, v_first.stage, v_first.pool, p_priority, p_correlation_id, v_now, v_now, v_now
+      from asked a
+     -- ... and the rows are written in id order: a row waits for another call's row of the same document, so two calls
+     -- with the same documents in opposite order would wait for each other
+     order by a.document_id, a.seq
     on conflict (document_id, pipeline) where state in ('queued', 'working', 'retryable') do nothing
     returning job_id, document_id, user_id, stage
   ), logged as (
@@ -611,12 +625,15 @@ begin
 
   -- A new statement, so a new snapshot: a live job that another transaction made meanwhile is seen.
   return query
-    select j.job_id, a.document_id, j.job_id in (select unnest(v_made))
+    select j.job_id, a.document_id,
+           j.job_id in (select unnest(v_made)) and a.place = min(a.place) over (partition by a.document_id)
       from unnest(p_document_ids) with ordinality a (document_id, place)
      cross join lateral (
-       -- one index look-up a document, whatever the planner thinks of the table
+       -- one index look-up a document, whatever the planner thinks of the table; the live job, or, where it has ended
+       -- since this call found it live, that one
        select u.job_id from upload_pipeline.upload_jobs u
-        where u.document_id = a.document_id and u.pipeline = p_pipeline and u.state in ('queued', 'working', 'retryable')
+        where u.document_id = a.document_id and u.pipeline = p_pipeline
+        order by u.state in ('queued', 'working', 'retryable') desc, u.updated_at desc, u.seq desc
         limit 1) j
      order by a.place;
 end
@@ -780,10 +797,19 @@ set jit = off
 as $$
   update upload_pipeline.workers w set last_beat_at = upload_pipeline.now() where w.worker_id = p_worker_id;
 
+  with asked as materialized (
+    select a.job_id, a.token from unnest(p_job_ids, p_tokens) a (job_id, token) order by a.job_id
+  ), held as materialized (
+    select a.job_id from asked a
+     cross join lateral (
+       select from upload_pipeline.upload_jobs u
+        where u.job_id = a.job_id and u.lease_token = a.token and u.lease_expires_at is not null
+          for no key update) j
+  )
   update upload_pipeline.upload_jobs j
      set lease_expires_at = upload_pipeline.now() + p_ttl
-    from unnest(p_job_ids, p_tokens) a (job_id, token)
-   where j.job_id = a.job_id and j.lease_token = a.token and j.lease_expires_at is not null
+    from held h
+   where j.job_id = h.job_id
   returning j.job_id, j.cancel_requested
 $$;
 
@@ -848,20 +874,24 @@ begin
       from unnest(p_job_ids, p_tokens, p_from_stages, p_to_stages, p_keep, p_results)
              a (job_id, token, from_stage, to_stage, keep, results)
      order by a.job_id
-  ), held as materialized (
-    select a.job_id, a.to_stage, a.results, t.pool, t.final,
-           case when t.final then 'done'
-                when j.cancel_requested then 'cancelled'
-                when a.keep and t.pool = j.pool then 'working'
-                else 'queued' end::upload_pipeline.job_state as next_state
+  ), fenced as materialized (
+    select a.job_id, a.from_stage, a.to_stage, a.keep, a.results, j.pipeline, j.pool, j.cancel_requested
       from asked a
      cross join lateral (
-       -- the fence: one primary-key look-up a job on every plan
+       -- the fence: one primary-key look-up a job on every plan; joined with nothing else, so that no plan changes the
+       -- order of the locks
        select u.pipeline, u.pool, u.cancel_requested from upload_pipeline.upload_jobs u
         where u.job_id = a.job_id and u.lease_token = a.token and u.lease_expires_at is not null and u.stage = a.from_stage
           for no key update) j
-      join upload_pipeline.stages f on f.pipeline = j.pipeline and f.stage = a.from_stage
-      join upload_pipeline.stages t on t.pipeline = j.pipeline and t.stage = a.to_stage and t.position = f.position + 1
+  ), held as materialized (
+    select c.job_id, c.to_stage, c.results, t.pool, t.final,
+           case when t.final then 'done'
+                when c.cancel_requested then 'cancelled'
+                when c.keep and t.pool = c.pool then 'working'
+                else 'queued' end::upload_pipeline.job_state as next_state
+      from fenced c
+      join upload_pipeline.stages f on f.pipeline = c.pipeline and f.stage = c.from_stage
+      join upload_pipeline.stages t on t.pipeline = c.pipeline and t.stage = c.to_stage and t.position = f.position + 1
   ), moved as (
     update upload_pipeline.upload_jobs j
        set stage = h.to_stage,
@@ -890,7 +920,8 @@ begin
       set results = excluded.results, error_code = null, error_message = null, error_details = null, updated_at = v_now
   ), woken as (
     select upload_pipeline.wake_lanes(h.pool, h.user_ids)
-      from (select m.pool, array_agg(m.user_id) as user_ids from moved m where m.state = 'queued' group by m.pool) h
+      from (select m.pool, array_agg(m.user_id) as user_ids from moved m where m.state = 'queued' group by m.pool
+             order by m.pool) h
   )
   -- `woken` is named here so that it runs: a CTE that only reads runs only where it is asked for
   select count(*) + 0 * (select count(*) from woken) into v_moved from moved;
@@ -1218,6 +1249,11 @@ begin
     raise exception 'document % has another job under way', v_job.document_id
       using errcode = 'UP003', hint = 'Wait for that job to end, or cancel it first.';
   end if;
+  if exists (select from upload_pipeline.documents d
+              where d.document_id = v_job.document_id and d.deleted_at is not null) then
+    raise exception 'document % is being deleted', v_job.document_id
+      using errcode = 'UP003', hint = 'Send the file again once it is gone.';
+  end if;
   perform upload_pipeline.prepare_restart(v_job.pipeline, v_job.document_id, v_target.stage);
 
   update upload_pipeline.upload_jobs j
@@ -1264,6 +1300,18 @@ begin
   end if;
   return query select v_job.job_id, v_job.state, v_job.cancel_requested;
 end
+$$;
+
+-- Sets how many jobs of a user a pool may have at work at once. A cap that is lowered lets running jobs run, and starts
+-- none until there are fewer. Makes the lane where the user has had no job in that pool yet.
+create function upload_pipeline.set_lane_cap(p_user_id uuid, p_pool text, p_max_in_flight integer)
+returns void
+language sql
+security definer
+set search_path = ''
+as $$
+  insert into upload_pipeline.lanes (pool, user_id, max_in_flight, ready) values (p_pool, p_user_id, p_max_in_flight, false)
+  on conflict (pool, user_id) do update set max_in_flight = excluded.max_in_flight
 $$;
 
 -- A worker's entry in the register, and its end. renew_leases keeps it fresh.
@@ -1632,12 +1680,12 @@ begin
   select d.document_id, d.document_id, d.user_id, 'document'::upload_pipeline.node_kind, d.filename, 0, 0
     from upload_pipeline.documents d where d.document_id = v_document
   union all
-  select distinct on (s.section_id) s.section_id, v_document, b.user_id, 'section', b.heading_path[s.level], s.level, b.ordinal
-    from upload_pipeline.document_chunk_buffer b
-   cross join lateral unnest(b.section_ids) with ordinality s (section_id, level)
-   where b.document_id = v_document
-   order by 1, 7
-  ;
+  -- a section stands where its first chunk stands
+  (select distinct on (s.section_id) s.section_id, v_document, b.user_id, 'section', b.heading_path[s.level], s.level, b.ordinal
+     from upload_pipeline.document_chunk_buffer b
+    cross join lateral unnest(b.section_ids) with ordinality s (section_id, level)
+    where b.document_id = v_document
+    order by s.section_id, b.ordinal);
   get diagnostics v_nodes = row_count;
   insert into upload_pipeline.document_nodes (node_id, document_id, user_id, kind, title, level, ordinal)
   select b.chunk_id, v_document, b.user_id, 'chunk', '', cardinality(b.section_ids) + 1, b.ordinal
@@ -1718,10 +1766,15 @@ declare
   v_now timestamptz := upload_pipeline.now();
 begin
   -- jobs before the document: the order in which the steps of a job lock them
-  update upload_pipeline.upload_jobs j
-     set state = 'cancelled', cancel_requested = true, lease_token = j.lease_token + 1, worker_id = null,
-         lease_expires_at = null, finished_at = v_now, updated_at = v_now
-   where j.document_id = p_document_id and j.state in ('queued', 'working', 'retryable');
+  with ended as (
+    update upload_pipeline.upload_jobs j
+       set state = 'cancelled', cancel_requested = true, lease_token = j.lease_token + 1, worker_id = null,
+           lease_expires_at = null, finished_at = v_now, updated_at = v_now
+     where j.document_id = p_document_id and j.state in ('queued', 'working', 'retryable')
+    returning j.job_id, j.user_id, j.document_id, j.stage, j.lease_token, j.correlation_id
+  )
+  insert into upload_pipeline.events (at, code, user_id, document_id, job_id, stage, lease_token, correlation_id)
+  select v_now, 'job_cancelled', e.user_id, e.document_id, e.job_id, e.stage, e.lease_token, e.correlation_id from ended e;
   update upload_pipeline.documents d set deleted_at = v_now, updated_at = v_now
    where d.document_id = p_document_id and d.deleted_at is null;
   if found then
@@ -1840,7 +1893,7 @@ begin
   if v_user is null then
     raise exception 'search_chunks needs a signed-in user' using errcode = '42501';
   end if;
-  if p_mode not in ('hybrid', 'vector', 'text') then
+  if p_mode is null or p_mode not in ('hybrid', 'vector', 'text') then
     raise exception 'p_mode is "%", it must be hybrid, vector or text', p_mode using errcode = '22023';
   end if;
   if p_limit is null or p_limit not between 1 and 1000 then

@@ -1,0 +1,46 @@
+"""Connections to a migrated database of the test's own, in the two roles that its tests speak as."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, TypeAlias
+
+import psycopg
+import pytest
+from psycopg.rows import namedtuple_row
+
+Connection: TypeAlias = psycopg.Connection[Any]
+Connect: TypeAlias = Callable[[], Connection]
+
+
+def _open(url: str, opened: list[Connection]) -> Connection:
+    connection: Connection = psycopg.connect(url, autocommit=True, row_factory=namedtuple_row)  # type: ignore[arg-type]
+    opened.append(connection)
+    return connection
+
+
+@pytest.fixture
+def connections() -> Iterator[list[Connection]]:
+    """Every connection that the test has opened; closed at its end."""
+    opened: list[Connection] = []
+    yield opened
+    for connection in opened:
+        connection.close()
+
+
+@pytest.fixture
+def admin(database: Any, connections: list[Connection]) -> Connection:
+    """The schema's owner, for what no verb does."""
+    return _open(database.admin_url, connections)
+
+
+@pytest.fixture
+def connect(database: Any, connections: list[Connection]) -> Connect:
+    """Opens one more connection as role `upload_worker`."""
+    return lambda: _open(database.worker_url, connections)
+
+
+@pytest.fixture
+def worker(connect: Connect) -> Connection:
+    """Role `upload_worker`: what every verb is called as."""
+    return connect()
