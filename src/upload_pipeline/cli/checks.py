@@ -1,0 +1,225 @@
+"""The checks of `doctor`: each looks at one part and says what it found, with the remedy where it is ill."""
+
+from __future__ import annotations
+
+import asyncio
+import tempfile
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from uuid import uuid4
+
+from upload_pipeline.cli.failures import expected
+from upload_pipeline.cli.opening import INSUFFICIENT_PRIVILEGE
+from upload_pipeline.errors import PipelineError
+
+if TYPE_CHECKING:
+    from psycopg import Connection
+
+    from upload_pipeline.database.urls import DatabaseUrls
+    from upload_pipeline.settings import Settings
+
+OLDEST_POSTGRES = 15
+CHECK_SECONDS = 60.0
+"""What one check may take: enough for a database that recovers and for a model that is loaded from a slow disk."""
+
+# The verbs that a worker cannot do without, and one table of each kind that it reads.
+_NEEDED_FUNCTIONS = (
+    "claim_jobs",
+    "advance_jobs",
+    "fail_job",
+    "release_jobs",
+    "accept_document",
+    "buffer_chunks",
+    "commit_embeddings",
+    "begin_deletion",
+    "retry_job",
+    "register_model",
+)
+_NEEDED_TABLES = ("upload_jobs", "documents", "document_chunks", "document_chunk_buffer", "stages", "workers", "events")
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """What a check found.
+
+    Attributes:
+        check: what was looked at, in a word.
+        ok: whether it is well.
+        message: what was found, and the remedy where it is not well.
+    """
+
+    check: str
+    ok: bool
+    message: str
+
+
+async def check_all(settings: Settings) -> list[Finding]:
+    """Every check, in the order in which one stands on another."""
+    findings = [Finding("settings", True, f"every setting is allowed; local state in {settings.home}")]
+    findings += await asyncio.to_thread(_check_database, settings)
+    findings.append(await _guarded("storage", _check_storage, settings))
+    findings.append(await _guarded("parser", _check_parser, settings))
+    findings.append(await _guarded("embedder", _check_embedder, settings))
+    return findings
+
+
+async def _guarded(name: str, check: Callable[[Settings], Awaitable[str]], settings: Settings) -> Finding:
+    try:
+        async with asyncio.timeout(CHECK_SECONDS):
+            return Finding(name, True, await check(settings))
+    except TimeoutError:
+        return Finding(
+            name, False, f"no answer within {CHECK_SECONDS:.0f} s. Look at the load of this machine, then try again."
+        )
+    except Exception as error:  # noqa: BLE001 - whatever a part answers, it is a finding
+        return Finding(name, False, _explained(error))
+
+
+def _explained(error: Exception) -> str:
+    named = expected(error)
+    if named is not None:
+        return f"{named.code}: {named.message}"
+    return f"{type(error).__name__}: {error}. Install the project anew by `scripts/quickstart`, or report this."
+
+
+def _check_database(settings: Settings) -> list[Finding]:
+    from upload_pipeline.database.connection import connect_sync, connection_options, describe_url
+    from upload_pipeline.database.migrations import apply_migrations
+    from upload_pipeline.database.urls import resolve_database
+
+    try:
+        urls = resolve_database(settings)
+        if urls.embedded:
+            apply_migrations(urls.admin)
+        with connect_sync(
+            urls.worker, connection_options(settings, "upload-pipeline doctor"), autocommit=True
+        ) as connection:
+            version = connection.info.server_version
+            name = f"{describe_url(urls.worker)}, Postgres {version // 10000}.{version % 10000}"
+            if version // 10000 < OLDEST_POSTGRES:
+                message = f"{name} is too old. Use Postgres {OLDEST_POSTGRES} or newer."
+                return [Finding("database", False, message)]
+            return [
+                Finding("database", True, f"{name}{' (embedded)' if urls.embedded else ''}"),
+                _check_extension(connection),
+                _check_migrations(urls),
+                _check_rights(connection),
+            ]
+    except Exception as error:  # noqa: BLE001 - whatever the database answers, it is a finding
+        return [Finding("database", False, _explained(error))]
+
+
+def _check_extension(connection: Connection[Any]) -> Finding:
+    row = connection.execute(
+        """
+        select e.extversion, n.nspname from pg_catalog.pg_extension e
+          join pg_catalog.pg_namespace n on n.oid = e.extnamespace where e.extname = 'vector'
+        """
+    ).fetchone()
+    if row is None:
+        remedy = (
+            "Run `upload-pipeline migrate`; where that says that it is not available, install pgvector on the server."
+        )
+        return Finding("extension", False, f"the database has no extension vector. {remedy}")
+    version, schema = row
+    if schema != "extensions":
+        remedy = "As a superuser: `alter extension vector set schema extensions`."
+        return Finding("extension", False, f"vector {version} is in schema {schema}, not in extensions. {remedy}")
+    return Finding("extension", True, f"vector {version}")
+
+
+def _check_migrations(urls: DatabaseUrls) -> Finding:
+    from upload_pipeline.database.migrations import pending_migrations
+
+    try:
+        pending = pending_migrations(urls.admin)
+    except PipelineError as error:
+        if error.details.get("sqlstate") == INSUFFICIENT_PRIVILEGE:
+            hint = "with UPLOAD_PIPELINE_MIGRATION_DATABASE_URL set, doctor can tell"
+            return Finding("migrations", True, f"unknown: this role may not read the ledger ({hint})")
+        return Finding("migrations", False, _explained(error))
+    if pending:
+        names = ", ".join(migration.file_name for migration in pending)
+        return Finding("migrations", False, f"{names} not applied. Run `upload-pipeline migrate`.")
+    return Finding("migrations", True, "up to date")
+
+
+def _check_rights(connection: Connection[Any]) -> Finding:
+    row = connection.execute(
+        "select current_user, rolsuper or rolbypassrls from pg_catalog.pg_roles where rolname = current_user"
+    ).fetchone()
+    role, unbounded = row if row is not None else ("?", False)
+    if unbounded:
+        remedy = "Let UPLOAD_PIPELINE_DATABASE_URL name the role upload_worker, which the migrations make."
+        return Finding("rights", False, f"role {role} is above row-level security. {remedy}")
+    schema = connection.execute(
+        """
+        select coalesce((select pg_catalog.has_schema_privilege(n.oid, 'usage') from pg_catalog.pg_namespace n
+                          where n.nspname = 'upload_pipeline'), false)
+        """
+    ).fetchone()
+    if schema is None or not schema[0]:
+        remedy = "Run `upload-pipeline migrate`, and connect as upload_worker."
+        return Finding("rights", False, f"role {role} cannot use the schema upload_pipeline. {remedy}")
+    missing = connection.execute(
+        """
+        select array(
+          select p.proname::text from pg_catalog.pg_proc p
+           where p.pronamespace = 'upload_pipeline'::regnamespace and p.proname = any(%(functions)s)
+             and not pg_catalog.has_function_privilege(p.oid, 'execute')
+          union all
+          select c.relname::text from pg_catalog.pg_class c
+           where c.relnamespace = 'upload_pipeline'::regnamespace and c.relname = any(%(tables)s)
+             and not pg_catalog.has_table_privilege(c.oid, 'select'))
+        """,
+        {"functions": list(_NEEDED_FUNCTIONS), "tables": list(_NEEDED_TABLES)},
+    ).fetchone()
+    if missing is None or missing[0]:
+        shown = ", ".join(missing[0]) if missing else "everything"
+        remedy = "Let UPLOAD_PIPELINE_DATABASE_URL name the role upload_worker."
+        return Finding("rights", False, f"role {role} may not use {shown}. {remedy}")
+    return Finding("rights", True, f"role {role} may do what a worker does, and no more than row-level security allows")
+
+
+async def _check_storage(settings: Settings) -> str:
+    from upload_pipeline.cli.shown_settings import without_password
+    from upload_pipeline.storage.keys import incoming_key
+    from upload_pipeline.storage.store import open_store
+
+    store = open_store(settings.effective_storage_url)
+    key = incoming_key(uuid4())
+    await store.put_bytes(key, b"doctor")
+    await store.delete([key])
+    return f"{without_password(settings.effective_storage_url)} can be written"
+
+
+async def _check_parser(settings: Settings) -> str:
+    from upload_pipeline.media_types import MARKDOWN
+    from upload_pipeline.providers.local_parser import LocalParser
+
+    parser = LocalParser(settings.parse_timeout, settings.parse_memory_bytes)
+    try:
+        with tempfile.TemporaryDirectory() as directory:
+            path = Path(directory) / "doctor.md"
+            path.write_text("# Doctor\n\nA file to parse.\n", encoding="utf-8")
+            parsed = await parser.parse(path, MARKDOWN)
+    finally:
+        parser.close()
+    if "A file to parse." not in parsed.markdown:
+        raise RuntimeError(f"the parser made {parsed.markdown!r} of a small Markdown file")
+    return parser.version
+
+
+async def _check_embedder(settings: Settings) -> str:
+    from upload_pipeline.providers.embedding import open_embedder
+
+    embedder = open_embedder(settings.embedder)
+    try:
+        vectors = await embedder.embed(["A sentence to embed."])
+    finally:
+        await embedder.close()
+    if vectors.shape != (1, embedder.dimensions):
+        raise RuntimeError(f"the embedder gave an array of shape {vectors.shape}")
+    return f"{embedder.model}, {embedder.dimensions} dimensions"

@@ -1,0 +1,68 @@
+"""`maintenance`: one round of what workers do by themselves now and then."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import typer
+
+from upload_pipeline.cli.arguments import JsonOption, examples
+
+if TYPE_CHECKING:
+    from upload_pipeline.settings import Settings
+    from upload_workers.upkeep import MaintenanceReport
+
+
+def register(app: typer.Typer) -> None:
+    """Adds the command."""
+    app.command("maintenance", epilog=examples("upload-pipeline maintenance", "upload-pipeline maintenance --json"))(
+        maintenance_command
+    )
+
+
+def maintenance_command(as_json: JsonOption = False) -> None:
+    """Tidy up once: what a crash left in the store, deletions cut short, lost workers, event partitions.
+
+    Objects without a document are removed once they are older than ORPHAN_GRACE.
+    """
+    from upload_pipeline.cli.event_loop import run
+    from upload_pipeline.cli.opening import read_settings
+    from upload_pipeline.cli.output import as_object, print_fields, print_json, size_text
+
+    report = run(_maintain(read_settings()))
+    if as_json:
+        print_json(as_object(report))
+        return
+    print_fields(
+        [
+            ("Orphaned objects removed", f"{report.orphans_removed} ({size_text(report.orphan_bytes)})"),
+            ("Unfinished writes removed", report.unfinished_writes_removed),
+            ("Deletions finished", report.deletions_finished),
+            ("Temporary files removed", report.scratch_removed),
+            ("Lost workers forgotten", report.workers_forgotten),
+            ("Event partitions made", report.partitions_made),
+        ]
+    )
+
+
+async def _maintain(settings: Settings) -> MaintenanceReport:
+    import asyncio
+    from datetime import timedelta
+
+    from upload_pipeline.cli.opening import open_database
+    from upload_pipeline.database.connection import connection_options
+    from upload_pipeline.database.pools import open_pool
+    from upload_pipeline.storage.store import open_store
+    from upload_workers.upkeep import maintain
+
+    urls = await asyncio.to_thread(open_database, settings)
+    db = await open_pool(urls.worker, connection_options(settings, "upload-pipeline maintenance"), size=1)
+    try:
+        return await maintain(
+            db,
+            open_store(settings.effective_storage_url),
+            settings.home / "scratch",
+            orphan_grace=timedelta(seconds=settings.orphan_grace),
+        )
+    finally:
+        await db.close()

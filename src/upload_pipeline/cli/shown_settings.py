@@ -1,0 +1,43 @@
+"""The settings as they may be shown: without passwords."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from pydantic import SecretStr
+
+from upload_pipeline.settings import ENV_PREFIX, Settings
+
+_AUTHORITY = re.compile(r"(?<=://)([^/?#]*)@")
+_SECRET_WORDS = re.compile(r"(?i)([?&](?:password|sslpassword|[a-z_]*(?:secret|token|key)[a-z_]*)=)[^&#]*")
+HIDDEN = "***"
+
+
+def without_password(url: str) -> str:
+    """A URL with what may be secret in it replaced: the password before `@`, and such parameters as `password=`."""
+
+    def hide(match: re.Match[str]) -> str:
+        user, colon, _ = match[1].partition(":")
+        return f"{user}{colon}{HIDDEN if colon else ''}@"
+
+    return _SECRET_WORDS.sub(rf"\g<1>{HIDDEN}", _AUTHORITY.sub(hide, url))
+
+
+def effective_settings(settings: Settings) -> list[tuple[str, Any, bool]]:
+    """Each setting as (variable, value as JSON has it, whether it was given), with defaults filled in."""
+    rows: list[tuple[str, Any, bool]] = []
+    for field in type(settings).model_fields:
+        value = getattr(settings, field)
+        if field == "storage_url":
+            value = settings.effective_storage_url
+        if isinstance(value, SecretStr):
+            value = value.get_secret_value()
+        if isinstance(value, str):
+            value = without_password(value)
+        elif isinstance(value, tuple):
+            value = list(value)
+        elif not isinstance(value, int | float | bool):
+            value = str(value)
+        rows.append((f"{ENV_PREFIX}{field.upper()}", value, field in settings.model_fields_set))
+    return rows
