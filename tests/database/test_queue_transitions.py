@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 from typing import Any
 from uuid import UUID, uuid4
 
@@ -192,7 +193,7 @@ def test_a_lost_lease_undoes_the_transaction_that_checks_it(
 
 
 def test_a_job_led_through_all_stages_ends_done_with_one_event_a_step(worker: Connection, lease: Any) -> None:
-    for position, (here, there) in enumerate(zip(STAGES, STAGES[1:], strict=False)):
+    for position, (here, there) in enumerate(itertools.pairwise(STAGES)):
         set_clock(worker, position + 1)
         row = advance(worker, lease, here, there)
         final = there == "embedded"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -115,7 +116,7 @@ def advance(
 def advance_to(db: Connection, lease: Any, stage: str) -> None:
     """Leads a claimed job from where it was claimed to a stage, step by step, lease kept."""
     path = STAGES[STAGES.index(lease.stage) : STAGES.index(stage) + 1]
-    for here, there in zip(path, path[1:], strict=False):
+    for here, there in itertools.pairwise(path):
         advance(db, lease, here, there)
 
 

@@ -1,0 +1,420 @@
+"""Who may do what, read from the catalog: a table, view or function that nobody has thought of here fails a test."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any
+from uuid import UUID, uuid4
+
+import psycopg
+import pytest
+from conftest import Connection
+from verbs import (
+    add_document,
+    advance_to,
+    claim_one,
+    enqueue,
+    fail,
+    user_number,
+    value,
+)
+
+OWNER, STRANGER = user_number(1), user_number(2)
+
+READERS = {
+    "stages": {"authenticated", "upload_worker", "service_role"},
+    "embedding_models": {"upload_worker", "service_role"},
+    "documents": {"authenticated", "upload_worker", "service_role"},
+    "upload_jobs": {"authenticated", "upload_worker", "service_role"},
+    "job_outcomes": {"authenticated", "upload_worker", "service_role"},
+    "lanes": {"upload_worker", "service_role"},
+    "events": {"authenticated", "upload_worker", "service_role"},
+    "events_default": set(),
+    "document_chunk_buffer": {"upload_worker", "service_role"},
+    "document_vector_buffer": {"upload_worker", "service_role"},
+    "document_chunks": {"authenticated", "upload_worker", "service_role"},
+    "document_nodes": {"authenticated", "upload_worker", "service_role"},
+    "document_edges": {"authenticated", "upload_worker", "service_role"},
+    "workers": {"upload_worker", "service_role"},
+    "job_overview": {"authenticated", "upload_worker", "service_role"},
+    "queue_depth": {"authenticated", "upload_worker", "service_role"},
+}
+"""Who may read each table and view; the partitions of `events` that a month has made are nobody's."""
+
+SHARED = {"stages"}
+"""What a signed-in user reads whole: it tells nothing of anybody."""
+
+BACK_END = {"upload_worker", "service_role"}
+
+CALLERS = {
+    **{key: set[str]() for key in ("wake_lanes", "prepare_restart", "drop_event_partitions")},
+    **{key: {"authenticated", *BACK_END} for key in ("now", "search_chunks")},
+    **dict.fromkeys(
+        (
+            "accept_document",
+            "advance_job",
+            "advance_jobs",
+            "begin_deletion",
+            "buffer_chunks",
+            "buffer_vectors",
+            "cancel_job",
+            "check_lease",
+            "chunk_search_vector",
+            "claim_jobs",
+            "commit_chunks",
+            "commit_embeddings",
+            "commit_markdown",
+            "commit_parse",
+            "enqueue_job",
+            "enqueue_jobs",
+            "ensure_event_partitions",
+            "fail_job",
+            "find_duplicate",
+            "finish_deletion",
+            "forget_lost_workers",
+            "max_retries",
+            "pending_vectors",
+            "promote_due",
+            "reap_expired",
+            "record_event",
+            "register_model",
+            "register_worker",
+            "release_jobs",
+            "renew_leases",
+            "retry_delay",
+            "retry_job",
+            "set_lane_cap",
+            "snooze_job",
+            "unfinished_deletions",
+            "unregister_worker",
+        ),
+        BACK_END,
+    ),
+}
+"""Who may call each function."""
+
+ROLES = ("anon", "authenticated", "upload_worker", "service_role")
+
+UNINDEXED_FOREIGN_KEYS = {
+    # stages are a handful of rows that are never deleted, and `stage` in an index would cost every stage change HOT
+    ("upload_jobs", ("pipeline", "stage")),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Relation:
+    """A table, partition or view of the schema."""
+
+    name: str
+    kind: str
+
+
+def relations(admin: Connection) -> list[Relation]:
+    rows = admin.execute(
+        """
+        select relname, relkind::text from pg_catalog.pg_class
+         where relnamespace = 'upload_pipeline'::regnamespace and relkind in ('r', 'p', 'v', 'm', 'f') order by 1
+        """
+    ).fetchall()
+    return [Relation(row.relname, row.relkind) for row in rows]
+
+
+def readers_of(name: str) -> set[str]:
+    if re.fullmatch(r"events_\d{4}_\d{2}", name):
+        return set()
+    assert name in READERS, f"say in READERS who may read {name}"
+    return READERS[name]
+
+
+@pytest.fixture
+def filled(admin: Connection, worker: Connection) -> Connection:
+    """Every table has rows of OWNER and, where a row has a user, of STRANGER."""
+    admin.execute("select upload_pipeline.register_model('m3', 'test', 3)")
+    worker.execute("select upload_pipeline.register_worker(%s, 'h', 1, 'v', '{default}', 1)", [uuid4()])
+    admin.execute("insert into upload_pipeline.events_default (at, code) values ('1999-01-01', 'worker_started')")
+    for user in (OWNER, STRANGER):
+        document = add_document(admin, user)
+        enqueue(worker, document, user)
+        lease = claim_one(worker)
+        advance_to(worker, lease, "parsed")
+        fail(worker, lease, retryable=False)
+        for ordinal, live in enumerate((True, False)):
+            admin.execute(
+                """
+                insert into upload_pipeline.document_chunks
+                  (chunk_id, document_id, user_id, ordinal, text, chunk_sha256, chunker, start_offset, end_offset,
+                   heading_path, section_ids, embed_model, embedding, live)
+                values (%s, %s, %s, %s, 'word', repeat('a', 64), 'c', 0, 4, '{}', '{}', 'm3', '[1,0,0]', %s)
+                """,
+                [uuid4(), document, user, ordinal, live],
+            )
+        chunk, node = uuid4(), uuid4()
+        admin.execute(
+            """
+            insert into upload_pipeline.document_chunk_buffer
+              (document_id, ordinal, chunk_id, user_id, text, chunk_sha256, chunker, start_offset, end_offset, heading_path,
+               section_ids)
+            values (%s, 0, %s, %s, 'word', repeat('a', 64), 'c', 0, 4, '{}', '{}')
+            """,
+            [document, chunk, user],
+        )
+        admin.execute(
+            "insert into upload_pipeline.document_vector_buffer values (%s, 'm3', %s, '[1,0,0]')", [chunk, document]
+        )
+        for one in (node, chunk):
+            admin.execute(
+                "insert into upload_pipeline.document_nodes values (%s, %s, %s, 'section', '', 0, 0)",
+                [one, document, user],
+            )
+        admin.execute(
+            "insert into upload_pipeline.document_edges values (%s, %s, 'next', %s, %s)", [node, chunk, document, user]
+        )
+    for user in (OWNER, STRANGER):
+        enqueue(worker, add_document(admin, user), user)
+    return admin
+
+
+def speak_as(admin: Connection, role: str, user: UUID | None = None) -> None:
+    """Until the end of the open transaction."""
+    admin.execute(f"set local role {role}")
+    admin.execute("select set_config('request.jwt.claims', %s, true)", [f'{{"sub": "{user}"}}' if user else ""])
+
+
+def seen(admin: Connection, role: str, user: UUID | None, name: str) -> set[Any] | None:
+    """The users whose rows are seen; None where reading is refused."""
+    column = value(
+        admin,
+        """
+        select count(*) from information_schema.columns
+         where table_schema = 'upload_pipeline' and table_name = %s and column_name = 'user_id'
+        """,
+        name,
+    )
+    try:
+        with admin.transaction(force_rollback=True):
+            speak_as(admin, role, user)
+            rows = admin.execute(
+                f"select {'user_id' if column else 'null'} as user_id from upload_pipeline.{name}"
+            ).fetchall()
+    except psycopg.errors.InsufficientPrivilege:
+        return None
+    return {row.user_id for row in rows}
+
+
+def test_every_table_has_row_level_security_and_every_view_the_rights_of_its_reader(admin: Connection) -> None:
+    bare = admin.execute(
+        """
+        select relname from pg_catalog.pg_class
+         where relnamespace = 'upload_pipeline'::regnamespace
+           and case when relkind in ('r', 'p') then not relrowsecurity
+                    when relkind = 'v' then not coalesce('security_invoker=true' = any (reloptions), false)
+                    else relkind in ('m', 'f') end
+        """
+    ).fetchall()
+    assert bare == []
+
+
+@pytest.mark.parametrize("role", ROLES)
+def test_each_role_reads_what_it_may_and_no_more(filled: Connection, role: str) -> None:
+    for relation in relations(filled):
+        users = seen(filled, role, OWNER if role == "authenticated" else None, relation.name)
+        if role not in readers_of(relation.name):
+            assert users is None, relation.name
+        elif role == "authenticated" and relation.name not in SHARED:
+            # views without a user's column show what the tables below them let through
+            assert users in ({OWNER}, {None}), relation.name
+        else:
+            assert users, relation.name
+            assert users == {None} or {OWNER, STRANGER} <= users, relation.name
+
+
+def test_a_signed_in_user_sees_nobody_elses_rows(filled: Connection) -> None:
+    newcomer = user_number(3)
+    for relation in relations(filled):
+        if "authenticated" in readers_of(relation.name) - SHARED and relation.name not in SHARED:
+            assert seen(filled, "authenticated", newcomer, relation.name) == set(), relation.name
+            assert seen(filled, "authenticated", None, relation.name) == set(), relation.name
+
+
+def test_a_view_counts_the_readers_own_jobs_only(filled: Connection, worker: Connection) -> None:
+    for _ in range(2):
+        enqueue(worker, add_document(filled, STRANGER), STRANGER)
+    with filled.transaction(force_rollback=True):
+        speak_as(filled, "authenticated", OWNER)
+        assert value(filled, "select sum(jobs)::integer from upload_pipeline.queue_depth") == 1
+    assert value(worker, "select sum(jobs)::integer from upload_pipeline.queue_depth") == 4
+
+
+def test_chunks_that_are_not_live_and_documents_under_deletion_are_hidden_from_their_owner(filled: Connection) -> None:
+    def count(table: str) -> int:
+        with filled.transaction(force_rollback=True):
+            speak_as(filled, "authenticated", OWNER)
+            return int(value(filled, f"select count(*) from upload_pipeline.{table}"))
+
+    assert count("document_chunks") == 1
+    assert (count("documents"), count("job_overview")) == (2, 2)
+    filled.execute("update upload_pipeline.documents set deleted_at = now()")
+    assert (count("documents"), count("job_overview")) == (0, 0)
+
+
+@pytest.mark.parametrize("role", ROLES)
+def test_nobody_who_logs_in_writes_a_table(admin: Connection, role: str) -> None:
+    for relation in relations(admin):
+        for privilege in ("insert", "update", "delete", "truncate", "references", "trigger"):
+            granted = value(
+                admin, "select has_table_privilege(%s, %s, %s)", role, f"upload_pipeline.{relation.name}", privilege
+            )
+            assert not granted, (relation.name, privilege)
+        columns = value(
+            admin,
+            "select has_any_column_privilege(%s, %s, 'insert, update, references')",
+            role,
+            f"upload_pipeline.{relation.name}",
+        )
+        assert not columns, relation.name
+
+
+@pytest.mark.parametrize("role", ROLES)
+def test_no_sequence_is_anybodys(admin: Connection, role: str) -> None:
+    rows = admin.execute(
+        "select oid::regclass::text as name from pg_catalog.pg_class "
+        "where relnamespace = 'upload_pipeline'::regnamespace and relkind = 'S'"
+    ).fetchall()
+    assert len(rows) >= 2
+    for row in rows:
+        assert not value(admin, "select has_sequence_privilege(%s, %s, 'usage, select, update')", role, row.name)
+
+
+def test_nobody_creates_in_the_schema_and_anon_does_not_enter_it(admin: Connection) -> None:
+    entered = {
+        role: value(admin, "select has_schema_privilege(%s, 'upload_pipeline', 'usage')", role) for role in ROLES
+    }
+    assert entered == {"anon": False, "authenticated": True, "upload_worker": True, "service_role": True}
+    for role in ROLES:
+        assert not value(admin, "select has_schema_privilege(%s, 'upload_pipeline', 'create')", role)
+
+
+def test_the_workers_role_has_no_rights_beyond_its_grants(admin: Connection) -> None:
+    row = admin.execute(
+        """
+        select rolsuper, rolbypassrls, rolcreaterole, rolcreatedb, rolreplication, rolinherit
+          from pg_catalog.pg_roles where rolname = 'upload_worker'
+        """
+    ).fetchone()
+    assert tuple(row) == (False,) * 6  # type: ignore[arg-type]
+
+
+def test_each_function_is_called_by_whom_it_may_be(admin: Connection) -> None:
+    rows = admin.execute(
+        """
+        select oid, proname from pg_catalog.pg_proc where pronamespace = 'upload_pipeline'::regnamespace
+        """
+    ).fetchall()
+    assert {row.proname for row in rows} == set(CALLERS), "say in CALLERS who may call it"
+    for row in rows:
+        callers = {
+            role for role in ROLES if value(admin, "select has_function_privilege(%s, %s, 'execute')", role, row.oid)
+        }
+        assert callers == CALLERS[row.proname], row.proname
+
+
+def test_every_function_names_its_own_search_path_and_none_is_the_publics(admin: Connection) -> None:
+    rows = admin.execute(
+        """
+        select proname from pg_catalog.pg_proc
+         where pronamespace = 'upload_pipeline'::regnamespace
+           and (not coalesce('search_path=""' = any (proconfig), false)
+                or exists (select from aclexplode(coalesce(proacl, acldefault('f', proowner))) where grantee = 0))
+        """
+    ).fetchall()
+    assert rows == []
+
+
+def test_calling_a_verb_as_a_user_is_refused(admin: Connection) -> None:
+    for role in ("anon", "authenticated"):
+        with pytest.raises(psycopg.errors.InsufficientPrivilege), admin.transaction():
+            speak_as(admin, role, OWNER)
+            admin.execute("select * from upload_pipeline.claim_jobs(%s, 'default', 1)", [uuid4()])
+
+
+def test_a_workers_hands_are_off_the_tables(filled: Connection, worker: Connection) -> None:
+    for statement in (
+        "update upload_pipeline.upload_jobs set state = 'queued'",
+        "delete from upload_pipeline.events",
+        "insert into upload_pipeline.lanes values ('default', gen_random_uuid())",
+        "select from upload_pipeline.upload_jobs for update",
+        "select upload_pipeline.wake_lanes('default', '{}')",
+        "select upload_pipeline.drop_event_partitions(now())",
+    ):
+        with pytest.raises(psycopg.errors.InsufficientPrivilege):
+            worker.execute(statement)
+
+
+def test_every_foreign_key_is_the_beginning_of_an_index(admin: Connection) -> None:
+    rows = admin.execute(
+        """
+        select c.relname::text as name, k.conkey,
+               array(select a.attname::text from unnest(k.conkey) with ordinality u (attnum, place)
+                       join pg_catalog.pg_attribute a on a.attrelid = k.conrelid and a.attnum = u.attnum
+                      order by u.place) as columns
+          from pg_catalog.pg_constraint k join pg_catalog.pg_class c on c.oid = k.conrelid
+         where k.connamespace = 'upload_pipeline'::regnamespace and k.contype = 'f'
+           -- a partial index serves where all that it leaves out are rows whose key is null; the first column leads,
+           -- and is itself a whole key or nearly one
+           and not exists (
+             select from pg_catalog.pg_index i
+              where i.indrelid = k.conrelid and i.indkey[0] = k.conkey[1]
+                and (i.indpred is null or pg_get_expr(i.indpred, i.indrelid) = format('(%I IS NOT NULL)',
+                     (select attname from pg_catalog.pg_attribute where attrelid = k.conrelid and attnum = k.conkey[1]))))
+        """
+    ).fetchall()
+    assert {(row.name, tuple(row.columns)) for row in rows} == UNINDEXED_FOREIGN_KEYS
+
+
+# search: the caller is who the token says, and nothing widens what is searched
+
+
+def search(
+    admin: Connection,
+    user: UUID | None,
+    documents: list[UUID] | None = None,
+    filter_: str | None = None,
+    mode: str = "hybrid",
+) -> set[UUID]:
+    with admin.transaction(force_rollback=True):
+        speak_as(admin, "authenticated", user)
+        rows = admin.execute(
+            """
+            select document_id from upload_pipeline.search_chunks(
+              'word', '[1,0,0]', 'm3', 100, %s, %s::uuid[], %s::jsonb)
+            """,
+            [mode, documents, filter_],
+        ).fetchall()
+    return {row.document_id for row in rows}
+
+
+def test_a_search_finds_only_the_callers_documents_whatever_is_asked(filled: Connection) -> None:
+    rows = filled.execute("select document_id, user_id from upload_pipeline.documents").fetchall()
+    mine = {
+        row.document_id
+        for row in filled.execute(
+            "select distinct document_id from upload_pipeline.document_chunks where user_id = %s", [OWNER]
+        ).fetchall()
+    }
+    assert len(mine) == 1
+    everything = [row.document_id for row in rows]
+    for mode in ("hybrid", "vector", "text"):
+        assert search(filled, OWNER, mode=mode) == mine
+        assert search(filled, OWNER, everything, mode=mode) == mine
+        assert search(filled, OWNER, [row.document_id for row in rows if row.user_id == STRANGER], mode=mode) == set()
+        assert search(filled, OWNER, filter_="{}", mode=mode) == mine
+        assert search(filled, user_number(3), everything, mode=mode) == set()
+
+
+def test_a_search_by_nobody_is_refused(filled: Connection) -> None:
+    with pytest.raises(psycopg.errors.InsufficientPrivilege, match="signed-in"):
+        search(filled, None)
+    with pytest.raises(psycopg.errors.InsufficientPrivilege), filled.transaction():
+        speak_as(filled, "anon", OWNER)
+        filled.execute("select * from upload_pipeline.search_chunks('word', '[1,0,0]', 'm3')")
