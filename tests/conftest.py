@@ -4,30 +4,25 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import AsyncIterator, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import asyncpg
 import psycopg
 import pytest
-from postgres_servers import FAST, remove_servers_of_dead_runs, temporary_home
+from hypothesis import settings
+from postgres_servers import FAST, Database, remove_servers_of_dead_runs, temporary_home
 from psycopg import sql
 
 from upload_pipeline.database.connection import connect
 from upload_pipeline.database.embedded import EmbeddedDatabase, ensure_embedded
 from upload_pipeline.database.migrations import apply_migrations
 
+# A busy machine is no failure.
+settings.register_profile("patient", deadline=None)
+settings.load_profile("patient")
+
 ROOT = Path(__file__).parents[1]
 CORPUS = ROOT.parent / "shared" / "corpus"
-
-
-@dataclass(frozen=True, slots=True)
-class Database:
-    """A database of a test's own: `admin_url` owns its schema, `worker_url` is role `upload_worker`."""
-
-    name: str
-    admin_url: str
-    worker_url: str
 
 
 @pytest.fixture(scope="session")

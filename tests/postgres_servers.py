@@ -8,7 +8,7 @@ import subprocess
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import psutil
@@ -22,6 +22,15 @@ FAST = EmbeddedOptions(durable=False, shared_buffers="128MB")
 DEBIAN_15 = Path("/usr/lib/postgresql/15/bin")
 
 _PREFIX = "upload-pipeline-test-"
+
+
+@dataclass(frozen=True, slots=True)
+class Database:
+    """A database of a test's own: `admin_url` owns its schema, `worker_url` is role `upload_worker`."""
+
+    name: str
+    admin_url: str
+    worker_url: str
 
 
 @contextmanager

@@ -147,7 +147,7 @@ def connect_sync(
             )
         except psycopg.OperationalError as error:
             # A connection that failed has no SQLSTATE in psycopg.
-            passing = any(words in str(error) for words in ("is starting up", "is shutting down", "too many clients"))
+            passing = any(words in str(error) for words in ("is starting up", "is shutting down", "too many c"))
             if not passing or time.monotonic() + _RETRY_DELAY > deadline:
                 raise unavailable(url, error) from None
         except psycopg.Error as error:
@@ -209,16 +209,18 @@ async def open_bounded(url: str, options: ConnectionOptions, attempt: Any) -> An
     Raises:
         PipelineError: `SETTING_INVALID` for a bad URL, `DATABASE_UNAVAILABLE` where no connection comes about.
     """
+    passing: Exception | None = None
     try:
         async with asyncio.timeout(options.connect_timeout):
             while True:
                 try:
                     return await attempt()
-                except (asyncpg.CannotConnectNowError, asyncpg.TooManyConnectionsError):
+                except (asyncpg.CannotConnectNowError, asyncpg.TooManyConnectionsError) as error:
+                    passing = error
                     await asyncio.sleep(_RETRY_DELAY)
     except (asyncpg.PostgresError, asyncpg.InterfaceError, OSError, ValueError) as error:
         # Without the cause: asyncpg quotes what it cannot read, which may be a part of the password.
-        raise unavailable(url, error) from None
+        raise unavailable(url, passing if passing and isinstance(error, TimeoutError) else error) from None
 
 
 def unavailable(url: str, error: BaseException) -> PipelineError:

@@ -49,6 +49,12 @@ alter table supabase_migrations.schema_migrations add column if not exists state
 alter table supabase_migrations.schema_migrations add column if not exists name text;
 """
 
+_WHOLE_LEDGER = """
+select 1 from pg_attribute
+ where attrelid = to_regclass('supabase_migrations.schema_migrations') and attname in ('version', 'statements', 'name')
+having count(*) = 3
+"""
+
 
 @dataclass(frozen=True, slots=True)
 class AppliedMigration:
@@ -124,7 +130,7 @@ def _apply_next(connection: Connection, known: Sequence[MigrationFile]) -> Migra
     if not pending:
         return None
     migration = pending[0]
-    if not _exists(connection, "select to_regclass('supabase_migrations.schema_migrations')"):
+    if not _exists(connection, _WHOLE_LEDGER):
         connection.execute(_LEDGER)
     if not _exists(connection, "select to_regnamespace('auth')"):
         _run("sql/compat/plain_postgres.sql", split_statements(load_compat()), connection)
