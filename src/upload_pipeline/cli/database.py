@@ -45,6 +45,7 @@ def url_command(admin: AdminOption = False, as_json: JsonOption = False) -> None
     if as_json:
         print_json({"url": url, "embedded": urls.embedded})
     else:
+        # Never wrapped: it is there to be copied.
         out().print(url, soft_wrap=True)
 
 

@@ -80,13 +80,12 @@ def _print_settings(settings: Settings) -> None:
 def _print(findings: list[Finding]) -> None:
     from rich.text import Text
 
-    from upload_pipeline.cli.output import counted, out
+    from upload_pipeline.cli.output import counted, print_line
 
-    console = out()
     for finding in findings:
         mark = Text("ok      ", style="green") if finding.ok else Text("problem ", style="bold red")
-        console.print(Text.assemble(mark, (f"{finding.check:<10}", "bold"), f" {finding.message}"), soft_wrap=True)
+        print_line(Text.assemble(mark, (f"{finding.check:<10}", "bold"), f" {finding.message}"))
     problems = sum(not finding.ok for finding in findings)
-    console.print(
+    print_line(
         f"{counted(problems, 'problem')} found." if problems else "All is well.", style="red" if problems else "green"
     )

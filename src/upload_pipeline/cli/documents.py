@@ -53,7 +53,7 @@ def delete_command(
     """Delete a document with its chunks, its jobs and its stored files. There is no way back."""
     from upload_pipeline.cli.event_loop import run
     from upload_pipeline.cli.opening import read_settings
-    from upload_pipeline.cli.output import out, print_json
+    from upload_pipeline.cli.output import print_json, print_line
     from upload_pipeline.errors import ErrorCode, PipelineError
 
     if not run(_delete(read_settings(), document)):
@@ -64,7 +64,7 @@ def delete_command(
     if as_json:
         print_json({"document_id": document, "deleted": True})
     else:
-        out().print(f"Document {document} is deleted.", soft_wrap=True)
+        print_line(f"Document {document} is deleted.")
 
 
 async def _delete(settings: Settings, document_id: UUID) -> bool:

@@ -22,13 +22,12 @@ def exit_status(error: PipelineError) -> int:
 
 def show(error: PipelineError, *, as_json: bool) -> None:
     """Writes an error: a red line on standard error, or one object on standard output."""
-    from upload_pipeline.cli.output import err, print_json
+    from upload_pipeline.cli.output import err, print_json, print_line
 
     if as_json:
         print_json({"error": error_object(error)})
         return
-    console = err()
-    console.print(f"{error.code}: {error.message}", style="red", soft_wrap=True)
+    print_line(f"{error.code}: {error.message}", err(), style="red")
 
 
 def error_object(error: PipelineError) -> dict[str, Any]:

@@ -29,7 +29,7 @@ def register(app: typer.Typer) -> None:
 def ingest_command(
     paths: Annotated[
         list[Path],
-        typer.Argument(metavar="PATH...", help="Files, and folders for the files in them.", show_default=False),
+        typer.Argument(metavar="PATH", help="Files, and folders for the files in them.", show_default=False),
     ],
     recursive: Annotated[
         bool, typer.Option("--recursive", "-r", help="Also take what lies in folders of folders.")
@@ -97,7 +97,7 @@ def _metadata(pairs: list[str]) -> dict[str, str]:
 
 def _close(outcome: Ingestion, *, as_json: bool, waited: bool) -> None:
     """The last lines: what it came to, and how to go on."""
-    from upload_pipeline.cli.output import counted, note, out, seconds_text
+    from upload_pipeline.cli.output import counted, note, print_line, seconds_text
 
     if outcome.interrupted:
         note(
@@ -117,7 +117,7 @@ def _close(outcome: Ingestion, *, as_json: bool, waited: bool) -> None:
         if count:
             parts.append(f"{count:,} {word}")
     parts += [counted(outcome.chunks, "chunk")] if outcome.chunks else []
-    out().print(f"{', '.join(parts)} in {seconds_text(outcome.seconds)}.", style="bold", soft_wrap=True)
+    print_line(f"{', '.join(parts)} in {seconds_text(outcome.seconds)}.", style="bold")
     if not waited and outcome.queued:
         note("`upload-pipeline worker` processes what is queued; `upload-pipeline jobs` shows how far it is.")
     elif outcome.done:

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from upload_pipeline.cli.output import STATE_STYLES, counted, err, note, out, print_json, seconds_text
+from upload_pipeline.cli.output import STATE_STYLES, counted, err, note, out, print_json, print_line, seconds_text
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -62,7 +62,7 @@ class Lines:
 
     def ended(self, file: FileRun) -> None:
         """Writes the file's line."""
-        (err() if file.code is not None else out()).print(end_line(file), soft_wrap=True)
+        print_line(end_line(file), err() if file.code is not None else out())
 
     def stopping(self) -> None:
         """Says so."""
@@ -80,14 +80,16 @@ class Bars:
         """Draws the bars anew."""
         if self._live.is_started:
             room = max(1, self._live.console.size.height - 4)
-            self._live.update(_bars(files, min(ROWS, room), time.monotonic() - self._begun))
+            self._live.update(
+                _bars(files, min(ROWS, room), time.monotonic() - self._begun, width=self._live.console.width - 4)
+            )
 
     def ended(self, file: FileRun) -> None:
         """Writes the file's line above the bars."""
         if file.code is None and not sys.stdout.isatty():
-            out().print(end_line(file), soft_wrap=True)
+            print_line(end_line(file))
         else:
-            self._live.console.print(end_line(file), soft_wrap=True)
+            print_line(end_line(file), self._live.console)
 
     def stopping(self) -> None:
         """Takes the bars away, and says what happens."""
@@ -113,12 +115,14 @@ def end_line(file: FileRun) -> Text:
     return text
 
 
-def _bars(files: Sequence[FileRun], rows: int, seconds: float) -> RenderableType:
+def _bars(files: Sequence[FileRun], rows: int, seconds: float, *, width: int) -> RenderableType:
+    """The bars; a little narrower than the terminal, so that the `^C` that it echoes begins no line of its own."""
     from rich.progress_bar import ProgressBar
     from rich.table import Table
     from rich.text import Text
 
-    grid = Table.grid(padding=(0, 2, 0, 0), expand=True)
+    grid = Table.grid(padding=(0, 2, 0, 0))
+    grid.width = max(width, 1)
     grid.add_column(width=BAR_WIDTH)
     grid.add_column(no_wrap=True, width=19)
     grid.add_column(no_wrap=True, overflow="ellipsis", ratio=1)

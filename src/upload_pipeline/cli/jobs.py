@@ -96,7 +96,7 @@ def retry_command(
 ) -> None:
     """Start a job again that failed, was cancelled, or (with --from-stage) is done."""
     from upload_pipeline.cli.opening import reading_database
-    from upload_pipeline.cli.output import as_object, note, out, print_json
+    from upload_pipeline.cli.output import as_object, note, print_json, print_line
     from upload_pipeline.database.job_control import retry_job
 
     with reading_database() as connection:
@@ -104,14 +104,14 @@ def retry_command(
     if as_json:
         print_json(as_object(restarted))
         return
-    out().print(f"Job {restarted.job_id} starts again at stage {restarted.stage}.", soft_wrap=True)
+    print_line(f"Job {restarted.job_id} starts again at stage {restarted.stage}.")
     note("A worker takes it up; `upload-pipeline worker` starts one where none is running.")
 
 
 def cancel_command(job: JobArgument, as_json: JsonOption = False) -> None:
     """Stop a job: at once, or at its next step where a worker is busy with it."""
     from upload_pipeline.cli.opening import reading_database
-    from upload_pipeline.cli.output import as_object, out, print_json
+    from upload_pipeline.cli.output import as_object, print_json, print_line
     from upload_pipeline.database.job_control import cancel_job
 
     with reading_database() as connection:
@@ -125,7 +125,7 @@ def cancel_command(job: JobArgument, as_json: JsonOption = False) -> None:
         "done": "was done already; nothing changed",
         "deadletter": "had failed already; nothing changed",
     }
-    out().print(f"Job {cancelled.job_id} {meaning.get(cancelled.state, f'is {cancelled.state}')}.", soft_wrap=True)
+    print_line(f"Job {cancelled.job_id} {meaning.get(cancelled.state, f'is {cancelled.state}')}.")
 
 
 def job_object(job: JobListing) -> dict[str, Any]:

@@ -30,28 +30,27 @@ def migrate_command(
     """Apply the migrations that the database lacks. Any number of processes may do so at once."""
     from upload_pipeline.cli.failures import FAILED
     from upload_pipeline.cli.opening import read_settings
-    from upload_pipeline.cli.output import out, print_json, seconds_text
+    from upload_pipeline.cli.output import print_json, print_line, seconds_text
     from upload_pipeline.database.connection import describe_url
     from upload_pipeline.database.migrations import apply_migrations, pending_migrations
     from upload_pipeline.database.urls import resolve_database
 
     urls = resolve_database(read_settings())
-    console = out()
     if check:
         pending = pending_migrations(urls.admin)
         if as_json:
             print_json({"pending": [migration.version for migration in pending]})
         elif pending:
             for migration in pending:
-                console.print(f"pending  {migration.file_name}", soft_wrap=True)
+                print_line(f"pending  {migration.file_name}")
         else:
-            console.print(f"{describe_url(urls.admin)} is up to date.", soft_wrap=True)
+            print_line(f"{describe_url(urls.admin)} is up to date.")
         raise typer.Exit(FAILED if pending else 0)
     applied = apply_migrations(urls.admin)
     if as_json:
         print_json({"applied": applied})
         return
     for done in applied:
-        console.print(f"applied  {done.version}_{done.name}  {seconds_text(done.seconds)}", soft_wrap=True)
+        print_line(f"applied  {done.version}_{done.name}  {seconds_text(done.seconds)}")
     if not applied:
-        console.print(f"{describe_url(urls.admin)} is up to date.", soft_wrap=True)
+        print_line(f"{describe_url(urls.admin)} is up to date.")

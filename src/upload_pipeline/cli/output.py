@@ -144,9 +144,15 @@ def counted(count: int, noun: str) -> str:
     return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
 
 
+def print_line(line: str | Text, console: Console | None = None, *, style: str = "") -> None:
+    """Writes one line, to standard output where no console is named. Wrapped on a terminal, never in a pipe."""
+    console = console or out()
+    console.print(line, style=style, soft_wrap=not console.is_terminal)
+
+
 def note(text: str) -> None:
     """Writes a hint for a person to standard error."""
-    err().print(text, style="dim", soft_wrap=True)
+    print_line(text, err(), style="dim")
 
 
 def print_fields(fields: Sequence[tuple[str, object]]) -> None:

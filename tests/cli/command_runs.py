@@ -1,0 +1,87 @@
+"""Commands in processes of their own, and what came of them."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+_MAIN = "from upload_pipeline.cli.app import main; main()"
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """A command that has ended."""
+
+    status: int
+    out: str
+    err: str
+
+    def lines(self) -> list[Any]:
+        """Standard output as JSON lines."""
+        return [json.loads(line) for line in self.out.splitlines()]
+
+    def object(self) -> Any:
+        """Standard output as the one JSON object that it is."""
+        (line,) = self.lines()
+        return line
+
+
+@dataclass(frozen=True, slots=True)
+class Terminal:
+    """Types commands; `environment` is all that they see of settings."""
+
+    environment: dict[str, str]
+    directory: Path
+
+    def __call__(self, *arguments: object, **settings: str) -> Ended:
+        """Runs a command to its end; settings by name in lower case, as `log_level="debug"`."""
+        done = subprocess.run(
+            self._command(arguments),
+            env=self._with(settings),
+            cwd=self.directory,
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+        return Ended(done.returncode, done.stdout, done.stderr)
+
+    @contextmanager
+    def running(self, *arguments: object, **settings: str) -> Iterator[subprocess.Popen[str]]:
+        """A command in a process group of its own, as a shell starts it; killed where the test leaves it running."""
+        with subprocess.Popen(
+            self._command(arguments),
+            env=self._with(settings),
+            cwd=self.directory,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        ) as process:
+            try:
+                yield process
+            finally:
+                if process.poll() is None:
+                    os.killpg(process.pid, signal.SIGKILL)
+
+    def _command(self, arguments: tuple[object, ...]) -> list[str]:
+        return [sys.executable, "-c", _MAIN, *map(str, arguments)]
+
+    def _with(self, settings: dict[str, str]) -> dict[str, str]:
+        return self.environment | {f"UPLOAD_PIPELINE_{name.upper()}": value for name, value in settings.items()}
+
+
+def clean_environment(home: Path) -> dict[str, str]:
+    """This process's environment with the home as its only setting."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("UPLOAD_PIPELINE_", "PG"))}
+    for name in ("NO_COLOR", "FORCE_COLOR", "COLUMNS", "GITHUB_ACTIONS"):
+        kept.pop(name, None)
+    return kept | {"UPLOAD_PIPELINE_HOME": str(home)}

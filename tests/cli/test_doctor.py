@@ -1,0 +1,60 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+from command_runs import Terminal
+from postgres_servers import Database
+
+
+def test_a_sound_installation_has_no_problem(terminal: Terminal) -> None:
+    report = terminal("doctor", "--show", "--json")
+    assert report.status == 0
+    checks = {check["check"]: check for check in report.object()["checks"]}
+    assert list(checks) == [
+        *("settings", "database", "extension", "migrations", "rights", "storage", "parser", "embedder"),
+    ]
+    assert all(check["ok"] and check["message"] for check in checks.values())
+    assert report.object()["settings"]["UPLOAD_PIPELINE_PARSER"] == "local"
+
+
+def test_each_bad_setting_is_a_line_of_its_own(terminal: Terminal) -> None:
+    report = terminal("doctor", lease_ttl="-1", parser="magic")
+    assert report.status == 1
+    problems = [line for line in report.out.splitlines() if line.startswith("problem")]
+    assert len(problems) == 2
+    assert any("UPLOAD_PIPELINE_LEASE_TTL" in line for line in problems)
+    assert report.out.splitlines()[-1] == "2 problems found."
+
+
+def test_what_is_ill_is_named_with_its_remedy_and_the_rest_is_looked_at(terminal: Terminal, tmp_path: Path) -> None:
+    blocked = tmp_path / "blocked"
+    blocked.write_text("a file where a folder would be")
+    report = terminal(
+        "doctor", "--show", database_url="postgresql://u:hunter2@127.0.0.1:1/d", storage_url=f"file://{blocked}/store"
+    )
+    assert report.status == 1
+    assert "hunter2" not in report.out + report.err
+    lines = {line.split()[1]: line for line in report.out.splitlines() if line.startswith(("ok ", "problem "))}
+    assert lines["database"].startswith("problem")
+    assert "DATABASE_UNAVAILABLE" in lines["database"]
+    assert lines["storage"].startswith("problem")
+    assert lines["parser"].startswith("ok")
+    assert lines["embedder"].startswith("ok")
+
+
+def test_a_role_above_row_level_security_is_a_problem(terminal: Terminal, database: Database) -> None:
+    report = terminal("doctor", "--json", database_url=database.admin_url)
+    assert report.status == 1
+    ill = [check for check in report.object()["checks"] if not check["ok"]]
+    assert [check["check"] for check in ill] == ["rights"]
+    assert "upload_worker" in ill[0]["message"]
+    sound = terminal("doctor", "--json", database_url=database.worker_url)
+    assert sound.status == 0
+
+
+def test_a_database_without_the_schema_says_migrate(terminal: Terminal, empty_database: Database) -> None:
+    report = terminal("doctor", "--json", database_url=empty_database.admin_url)
+    assert report.status == 1
+    ill = {check["check"]: check["message"] for check in report.object()["checks"] if not check["ok"]}
+    assert "upload-pipeline migrate" in ill["migrations"]
+    assert "upload-pipeline migrate" in ill["extension"]
