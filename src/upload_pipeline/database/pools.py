@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import asyncpg
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from asyncpg.pool import PoolAcquireContext
 
 _IDLE_SECONDS = 300.0
+_RELEASE_SECONDS = 2.0
 _QUERIES_PER_CONNECTION = 50_000
 
 
@@ -33,6 +35,16 @@ class BoundedPool(asyncpg.Pool):  # type: ignore[misc]
     def acquire(self, *, timeout: float | None = None) -> PoolAcquireContext:
         """A connection, as of `asyncpg.Pool.acquire`; `TimeoutError` where none is free within the pool's bound."""
         return super().acquire(timeout=self._acquire_timeout if timeout is None else timeout)
+
+    async def release(self, connection: Any, *, timeout: float | None = None) -> None:  # noqa: ASYNC109 - asyncpg's own
+        """Takes a connection back, as `asyncpg.Pool.release`; one whose server does not answer is ended soon.
+
+        After a statement that was cancelled or timed out, asyncpg waits for the server to confirm that, for as long
+        as one may wait for a connection. Over a dead socket that held up a cancelled task for most of a minute.
+        """
+        # The connection has been ended when this is raised. Passed on, it would take the place of the cancellation.
+        with suppress(TimeoutError):
+            await super().release(connection, timeout=_RELEASE_SECONDS if timeout is None else timeout)
 
 
 async def open_pool(url: str, options: ConnectionOptions | None = None, *, size: int = 10) -> BoundedPool:
