@@ -4,8 +4,8 @@ A worker may write for a job only while it holds the job's lease. The database i
 write names the token, and a stale one writes nothing. What is kept here spares work that cannot be written any
 more, and it must hold when this process is the one that misbehaves:
 
-- The heartbeat runs in a thread with a connection of its own, so that a busy event loop or a parse that burns the
-  CPU cannot starve it.
+- The heartbeat runs in a thread with an event loop and a connection of its own, so that a busy event loop or a parse
+  that burns the CPU cannot starve it. Every wait of it ends by a timer of this process, since a dead peer ends none.
 - A job is trusted until `sent + ttl - margin` on the monotonic clock, where `sent` is when its last successful claim
   or renewal was *sent*: a slow answer does not stretch the lease, and neither does a change of the wall clock. The
   margin makes the worker stop before the database gives the job to another.
@@ -21,6 +21,7 @@ more, and it must hold when this process is the one that misbehaves:
 
 from __future__ import annotations
 
+import asyncio
 import threading
 import time
 from dataclasses import dataclass, field, replace
@@ -28,15 +29,15 @@ from datetime import timedelta
 from enum import Enum
 from typing import TYPE_CHECKING
 
-import psycopg
 import structlog
 
-from upload_pipeline.database.connection import ConnectionOptions, connect_sync
+from upload_pipeline.database.connection import ConnectionOptions, connect
 
 if TYPE_CHECKING:
-    import asyncio
-    from collections.abc import Callable
+    from collections.abc import Awaitable, Callable
     from uuid import UUID
+
+    import asyncpg
 
     from upload_pipeline.database.queue import Lease
 
@@ -70,40 +71,50 @@ class LeaseKeeper:
     """Renews what a worker holds and cancels the tasks of what it has lost.
 
     Attributes:
-        connect: opens the heartbeat's own connection; called again after each failure.
+        connect: opens the heartbeat's own connection; called again after each failure, on the heartbeat's event loop.
         ttl: how long a claim or a renewal lasts, in seconds.
-        interval: seconds between two renewals.
+        interval: seconds between two renewals, and the longest that one may take.
     """
 
     worker_id: UUID
-    connect: Callable[[], psycopg.Connection[tuple[object, ...]]]
+    connect: Callable[[], Awaitable[asyncpg.Connection]]
     ttl: float
     interval: float
     step_timeout: float
     _held: dict[UUID, HeldLease] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
-    _stop: threading.Event = field(default_factory=threading.Event)
+    _stop: asyncio.Event = field(default_factory=asyncio.Event)
     _thread: threading.Thread | None = None
+    _beat_loop: asyncio.AbstractEventLoop | None = None
     _loop: asyncio.AbstractEventLoop | None = None
 
     def start(self, loop: asyncio.AbstractEventLoop) -> None:
         """Starts the heartbeat; tasks are cancelled on `loop`."""
         self._loop = loop
-        # A daemon: a socket that never answers must not keep the process from ending.
-        self._thread = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
+        self._beat_loop = asyncio.new_event_loop()
+        # A daemon: nothing that it waits for must keep the process from ending.
+        self._thread = threading.Thread(target=self._run_beats, args=(self._beat_loop,), name="heartbeat", daemon=True)
         self._thread.start()
 
     def stop(self, timeout: float = 2.0) -> None:
         """Ends the heartbeat; gives a renewal under way `timeout` seconds and then leaves it behind."""
-        self._stop.set()
-        if self._thread is not None:
-            self._thread.join(timeout)
+        if self._thread is None or self._beat_loop is None:
+            return
+        if not self._beat_loop.is_closed():
+            self._beat_loop.call_soon_threadsafe(self._stop.set)
+        self._thread.join(timeout)
 
     def hold(self, lease: Lease, *, sent: float) -> HeldLease:
-        """Takes care of a lease that was asked for at `sent` (monotonic seconds)."""
+        """Takes care of a lease that was asked for at `sent` (monotonic seconds).
+
+        An older lease on the same job is lost with that: there is but one at a time.
+        """
         held = HeldLease(lease, self._trust(sent), time.monotonic() + self.step_timeout)
         with self._lock:
+            older = self._held.get(lease.job_id)
             self._held[lease.job_id] = held
+        if older is not None:
+            self._stop_task(older, StopReason.LOST)
         return held
 
     def next_step(self, held: HeldLease, *, sent: float) -> None:
@@ -144,51 +155,62 @@ class LeaseKeeper:
             if held.task is not None:
                 held.task.cancel()
 
-    def _beat(self) -> None:
-        connection: psycopg.Connection[tuple[object, ...]] | None = None
+    def _run_beats(self, loop: asyncio.AbstractEventLoop) -> None:
+        with asyncio.Runner(loop_factory=lambda: loop) as runner:
+            runner.run(self._beat())
+
+    async def _beat(self) -> None:
+        connection: asyncpg.Connection | None = None
         wait = self.interval
-        while not self._stop.wait(wait):
+        while not await self._stopped_within(wait):
             wait = self.interval
             try:
-                if connection is None:
-                    connection = self.connect()
-                self._renew(connection)
+                async with asyncio.timeout(self.interval):
+                    if connection is None:
+                        connection = await self.connect()
+                    await self._renew(connection)
             except Exception as error:  # noqa: BLE001 - a heartbeat that ends takes every job of the worker with it
                 # Trust runs out by itself; until then try again, soon.
-                log.warning("heartbeat_failed", error=str(error))
+                log.warning("heartbeat_failed", error=str(error) or type(error).__name__)
                 if connection is not None:
-                    connection.close()
+                    connection.terminate()
                 connection = None
                 wait = min(1.0, self.interval)
         if connection is not None:
-            connection.close()
+            connection.terminate()
 
-    def _renew(self, connection: psycopg.Connection[tuple[object, ...]]) -> None:
+    async def _stopped_within(self, seconds: float) -> bool:
+        """Whether stop() was called; waits for that so long."""
+        try:
+            await asyncio.wait_for(self._stop.wait(), seconds)
+        except TimeoutError:
+            return False
+        return True
+
+    async def _renew(self, connection: asyncpg.Connection) -> None:
         now = time.monotonic()
         with self._lock:
             asked = [h for h in self._held.values() if h.stopped is None and now < h.step_deadline]
-        rows = connection.execute(
-            "select job_id, cancel_requested from upload_pipeline.renew_leases(%s, %s, %s::bigint[], %s)",
-            (
-                self.worker_id,
-                [held.lease.job_id for held in asked],
-                [held.lease.token for held in asked],
-                timedelta(seconds=self.ttl),
-            ),
-        ).fetchall()
-        flagged = {row[0]: row[1] for row in rows}
+        rows = await connection.fetch(
+            "select job_id, cancel_requested from upload_pipeline.renew_leases($1, $2, $3, $4)",
+            self.worker_id,
+            [held.lease.job_id for held in asked],
+            [held.lease.token for held in asked],
+            timedelta(seconds=self.ttl),
+        )
+        renewed = {row["job_id"]: row["cancel_requested"] for row in rows}
         with self._lock:
             for held in asked:
-                if held.lease.job_id in flagged:
+                if held.lease.job_id in renewed:
                     held.trusted_until = max(held.trusted_until, self._trust(now))
         for held in asked:
-            if held.lease.job_id not in flagged:
+            if held.lease.job_id not in renewed:
                 # A transition may have ended the job since the list was made; then nobody holds it here any more.
                 with self._lock:
                     current = self._held.get(held.lease.job_id) is held
                 if current:
                     self._call_soon(held, StopReason.LOST)
-            elif flagged[held.lease.job_id]:
+            elif renewed[held.lease.job_id]:
                 self._call_soon(held, StopReason.CANCELLED)
 
     def _call_soon(self, held: HeldLease, reason: StopReason) -> None:
@@ -196,14 +218,12 @@ class LeaseKeeper:
             self._loop.call_soon_threadsafe(self._stop_task, held, reason)
 
 
-def heartbeat_connection(
-    url: str, options: ConnectionOptions, *, timeout: float
-) -> psycopg.Connection[tuple[object, ...]]:
-    """A connection for the heartbeat alone, on which no statement takes longer than `timeout` seconds."""
+async def heartbeat_connection(url: str, options: ConnectionOptions, interval: float) -> asyncpg.Connection:
+    """A connection for the heartbeat alone, on which no statement takes longer than `interval` seconds."""
     bounds = replace(
         options,
         application_name="upload-pipeline heartbeat",
-        connect_timeout=min(options.connect_timeout, timeout),
-        statement_timeout=min(options.statement_timeout, timeout),
+        connect_timeout=min(options.connect_timeout, interval),
+        statement_timeout=min(options.statement_timeout or interval, interval),
     )
-    return connect_sync(url, bounds, autocommit=True)
+    return await connect(url, bounds)
