@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import socket
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
 
 import structlog
 
@@ -16,29 +18,59 @@ log = structlog.get_logger(__name__)
 FORCED_EXIT = 70
 """Exit status of a process that had to be ended by its deadline or by a second signal (EX_SOFTWARE of sysexits.h)."""
 
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
-def on_signals(loop: asyncio.AbstractEventLoop, stop: Callable[[], None], *, deadline: float) -> None:
-    """Calls `stop` at the first TERM or INT; ends the process at the second, or `deadline` seconds after the first.
 
-    The end comes from a thread and by `os._exit`: a socket that never answers, a lock or a busy event loop cannot
-    hold it up. Leases that were still held run out, and other workers take the jobs.
+@contextmanager
+def on_signals(loop: asyncio.AbstractEventLoop, stop: Callable[[], None], *, deadline: float) -> Generator[None]:
+    """While entered: TERM or INT calls `stop` on `loop`; a second one, or `deadline` seconds, ends the process.
+
+    The deadline holds from the first signal on, also after the block was left. Signals are read by a thread, from
+    the socket that Python's own signal handler writes to, and the end is `os._exit`: a socket that never answers, a
+    lock, a thread that computes for ever or an event loop that never turns cannot hold it up. Leases that were still
+    held run out, and other workers take the jobs.
+
+    Must be entered in the main thread. Signals are handled as before once it is left.
     """
+    reader, writer = socket.socketpair()
+    writer.setblocking(False)
+    previous = {number: signal.signal(number, _noted) for number in SIGNALS}
+    previous_fd = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
+    # A daemon, as it waits for signals until the process ends.
+    threading.Thread(target=_read_signals, args=(reader, loop, stop, deadline), name="signals", daemon=True).start()
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(previous_fd)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+        writer.close()
+
+
+def _noted(_number: int, _frame: object) -> None:
+    """Does nothing: that there is a handler keeps the signal from ending the process before the thread has read it."""
+
+
+def _read_signals(
+    reader: socket.socket, loop: asyncio.AbstractEventLoop, stop: Callable[[], None], deadline: float
+) -> None:
     asked = False
-
-    def signalled(name: str) -> None:
-        nonlocal asked
-        if asked:
-            log.warning("stopping_at_once", signal=name)
-            _exit()
-        asked = True
-        log.info("stopping", signal=name, deadline_seconds=deadline)
-        timer = threading.Timer(deadline, _exit)
-        timer.daemon = True
-        timer.start()
-        stop()
-
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, signalled, signal.Signals(number).name)
+    with reader:
+        # Each signal is one byte, its number; nothing more comes once the writing end is closed.
+        while received := reader.recv(1):
+            if received[0] not in SIGNALS:
+                continue
+            name = signal.Signals(received[0]).name
+            if asked:
+                log.warning("stopping_at_once", signal=name)
+                _exit()
+            asked = True
+            log.info("stopping", signal=name, deadline_seconds=deadline)
+            timer = threading.Timer(deadline, _exit)
+            timer.daemon = True
+            timer.start()
+            if not loop.is_closed():
+                loop.call_soon_threadsafe(stop)
 
 
 def _exit() -> None:
