@@ -9,16 +9,18 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
-
-import asyncpg
+from typing import TYPE_CHECKING, TypeAlias
 
 from upload_pipeline.database import queue
+from upload_pipeline.database.queue import Advance, Transition
+from upload_workers.passing import is_passing
 
 if TYPE_CHECKING:
     from datetime import timedelta
 
-    from upload_pipeline.database.queue import Advance, Executor, Transition
+    from upload_pipeline.database.queue import Executor
+
+_Member: TypeAlias = tuple[Advance, asyncio.Future[Transition | None]]
 
 GROUP_LIMIT = 500
 """Most transitions in one statement; past some hundreds the commit is shared out and arrays only grow."""
@@ -35,7 +37,7 @@ class GroupedAdvances:
     db: Executor
     ttl: timedelta
     window: float
-    _waiting: list[tuple[Advance, asyncio.Future[Transition | None]]] = field(default_factory=list)
+    _waiting: list[_Member] = field(default_factory=list)
     _sender: asyncio.Task[None] | None = None
 
     async def advance(self, asked: Advance) -> Transition | None:
@@ -52,34 +54,40 @@ class GroupedAdvances:
         return await future
 
     async def _send_all(self) -> None:
-        # Only the first group waits: while its statement was under way, the next one has gathered by itself.
-        await asyncio.sleep(self.window)
-        while self._waiting:
-            group, self._waiting = self._waiting[:GROUP_LIMIT], self._waiting[GROUP_LIMIT:]
-            await self._send(group)
+        group: list[_Member] = []
+        try:
+            # Only the first group waits: while its statement was under way, the next one has gathered by itself.
+            await asyncio.sleep(self.window)
+            while self._waiting:
+                group, self._waiting = self._waiting[:GROUP_LIMIT], self._waiting[GROUP_LIMIT:]
+                await self._send(group)
+        except asyncio.CancelledError:
+            left, self._waiting = self._waiting, []
+            _fail([*group, *left], ConnectionAbortedError("the worker stopped while a transition was under way"))
+            raise
 
-    async def _send(self, group: list[tuple[Advance, asyncio.Future[Transition | None]]]) -> None:
+    async def _send(self, group: list[_Member]) -> None:
+        # Nobody waits any more for the transition of a job that was stopped: it is failed or handed back instead.
+        group = [member for member in group if not member[1].done()]
+        if not group:
+            return
         try:
             moved = await queue.advance_jobs(self.db, [asked for asked, _ in group], ttl=self.ttl)
-        except asyncpg.PostgresError as error:
-            if error.sqlstate != queue.INVALID_STAGE or len(group) == 1:
+        except Exception as error:  # noqa: BLE001 - handed to every waiter, who must not wait for ever
+            if len(group) == 1 or is_passing(error):
                 _fail(group, error)
                 return
-            # One of them asks for a stage that does not follow: a bug of its step, and not of its neighbours.
+            # One of them asks for what cannot be: a stage that does not follow, or results that are no JSON. That is
+            # a bug of its step, and not of its neighbours.
             for member in group:
                 await self._send([member])
-        except asyncio.CancelledError as error:
-            _fail(group, ConnectionAbortedError("the worker stopped while a transition was under way"))
-            raise error
-        except Exception as error:  # noqa: BLE001 - handed to every waiter, who must not wait for ever
-            _fail(group, error)
         else:
             for asked, future in group:
                 if not future.done():
                     future.set_result(moved.get(asked.lease.job_id))
 
 
-def _fail(group: list[tuple[Advance, asyncio.Future[Transition | None]]], error: BaseException) -> None:
+def _fail(group: list[_Member], error: BaseException) -> None:
     for _, future in group:
         if not future.done():
             future.set_exception(error)

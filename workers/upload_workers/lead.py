@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import TYPE_CHECKING, TypeVar
 
@@ -29,7 +29,9 @@ import structlog
 from upload_pipeline.database import queue
 from upload_pipeline.errors import ErrorCode, PipelineError
 from upload_workers.leases import StopReason
+from upload_workers.passing import is_passing
 from upload_workers.steps import Advance, Commit, Snooze
+from upload_workers.storable import storable_json, storable_text
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Mapping
@@ -45,6 +47,8 @@ T = TypeVar("T")
 
 WRITE_RETRY_DELAY = 0.5
 """Seconds between two tries of a write whose answer was lost; tries end with the trust in the lease."""
+
+UNKNOWN_STAGE_DELAY = timedelta(seconds=30)
 
 
 @dataclass(frozen=True)
@@ -69,50 +73,63 @@ class JobLeader:
         """Runs steps until the job ends, is handed on, fails or is lost. Never raises but for cancellation."""
         # Each job has a task, and so a context, of its own: nothing to unbind.
         structlog.contextvars.bind_contextvars(
-            job_id=str(job.job_id),
-            document_id=str(job.document_id),
-            user_id=str(job.user_id),
+            job_id=job.job_id,
+            document_id=job.document_id,
+            user_id=job.user_id,
             correlation_id=job.correlation_id,
+            stage=job.stage,
         )
         try:
             await self._run_steps(job, held)
-        except asyncio.CancelledError:
-            await self._stopped(held)
+        except asyncio.CancelledError as error:
+            if _is_asked_to_stop(held):
+                await self._stopped(held)
+            else:
+                # The step let out the cancellation of something that it waited for; nobody cancelled the job.
+                await self._crashed(held, error)
         except PipelineError as error:
             await self._fail(held, error)
         except asyncpg.PostgresError as error:
             await self._fail_in_database(held, error)
-        except Exception as error:
-            log.exception("step_crashed")
-            await self._fail(held, PipelineError(ErrorCode.INTERNAL, f"{type(error).__name__}: {error}"))
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # noqa: BLE001 - a library that calls exit() ends its job and not the worker
+            await self._crashed(held, error)
         finally:
             self.keeper.forget(held)
 
     async def _run_steps(self, job: ClaimedJob, held: HeldLease) -> None:
-        pipeline, stage = job.pipeline, job.stage
+        if self.stopping():
+            # It was claimed while the worker began to stop.
+            await self._release(held)
+            return
         while True:
-            structlog.contextvars.bind_contextvars(stage=stage)
-            step = self.steps.get((pipeline, stage))
+            step = self.steps.get((job.pipeline, job.stage))
             if step is None:
                 # A newer release added a stage that this worker does not know: others do.
-                log.warning("no_step_for_stage", pipeline=pipeline)
-                await self._write(held, lambda: queue.snooze_job(self.db, held.lease, delay=timedelta(seconds=30)))
+                log.warning("no_step_for_stage", pipeline=job.pipeline)
+                await self._write(held, lambda: queue.snooze_job(self.db, held.lease, delay=UNKNOWN_STAGE_DELAY))
                 return
             began = time.monotonic()
-            outcome = await step(_at(job, stage), self.context)
+            outcome = await step(job, self.context)
+            if held.stopped is not None:
+                # The step kept the cancellation to itself; its outcome comes too late all the same.
+                await self._stopped(held)
+                return
             sent = time.monotonic()
-            transition = await self._write_outcome(job, stage, held, outcome)
+            transition = await self._write_outcome(job, held, outcome)
             log.info("step_done", seconds=round(sent - began, 3), outcome=type(outcome).__name__)
             if transition is None or transition.state != "working":
                 return
             self.keeper.next_step(held, sent=sent)
-            stage = transition.stage
+            job = replace(job, stage=transition.stage)
+            structlog.contextvars.bind_contextvars(stage=job.stage)
 
-    async def _write_outcome(self, job: ClaimedJob, stage: str, held: HeldLease, outcome: Outcome) -> Transition | None:
+    async def _write_outcome(self, job: ClaimedJob, held: HeldLease, outcome: Outcome) -> Transition | None:
         keep = not self.stopping()
         match outcome:
             case Advance(results):
-                asked = queue.Advance(job.lease, stage, self.next_stages[job.pipeline, stage], keep, results)
+                asked = queue.Advance(job.lease, job.stage, self.next_stages[job.pipeline, job.stage], keep, results)
                 transition = await self._write(held, lambda: self.advances.advance(asked))
                 if transition is None:
                     log.warning("lease_lost", found_by="advance")
@@ -122,18 +139,16 @@ class JobLeader:
             case Snooze(delay):
                 await self._write(held, lambda: queue.snooze_job(self.db, job.lease, delay=delay))
                 return None
+            case _:
+                raise TypeError(f"the step of stage {job.stage!r} returned {outcome!r}, which is no outcome")
 
     async def _write(self, held: HeldLease, write: Callable[[], Awaitable[T]]) -> T:
         """Tries a write again while the connection fails and the lease is trusted: each verb is safe to repeat."""
         while True:
             try:
                 return await write()
-            except asyncpg.PostgresError as error:
-                if not _is_passing(error) or time.monotonic() >= held.trusted_until:
-                    raise
-                log.warning("write_retried", error=str(error))
-            except (OSError, TimeoutError, asyncpg.InterfaceError, asyncpg.InternalClientError) as error:
-                if time.monotonic() >= held.trusted_until:
+            except Exception as error:
+                if not is_passing(error) or time.monotonic() >= held.trusted_until:
                     raise
                 log.warning("write_retried", error=str(error) or type(error).__name__)
             await asyncio.sleep(WRITE_RETRY_DELAY)
@@ -146,9 +161,9 @@ class JobLeader:
                     self.db,
                     held.lease,
                     code=error.code.value,
-                    message=error.message,
+                    message=storable_text(error.message),
                     retryable=error.retryable,
-                    details=error.details,
+                    details=storable_json(error.details),
                 ),
             )
         except Exception as write_error:  # noqa: BLE001 - the lease runs out and the job is reaped
@@ -156,12 +171,18 @@ class JobLeader:
         else:
             log.warning("step_failed", code=error.code.value, error=error.message, state=failure.state)
 
+    async def _crashed(self, held: HeldLease, error: BaseException) -> None:
+        log.error("step_crashed", exc_info=error)
+        # Storage and providers name their own failures, so one that passes and has no name is the database's.
+        code = ErrorCode.DATABASE_UNAVAILABLE if is_passing(error) else ErrorCode.INTERNAL
+        await self._fail(held, PipelineError(code, f"{type(error).__name__}: {error}"))
+
     async def _fail_in_database(self, held: HeldLease, error: asyncpg.PostgresError) -> None:
         if error.sqlstate == queue.LEASE_LOST:
             log.warning("lease_lost", found_by="commit")
             return
         log.error("step_failed_in_database", sqlstate=error.sqlstate, error=str(error))
-        code = ErrorCode.DATABASE_UNAVAILABLE if _is_passing(error) else ErrorCode.INTERNAL
+        code = ErrorCode.DATABASE_UNAVAILABLE if is_passing(error) else ErrorCode.INTERNAL
         await self._fail(held, PipelineError(code, f"SQLSTATE {error.sqlstate}: {error}"))
 
     async def _stopped(self, held: HeldLease) -> None:
@@ -173,18 +194,15 @@ class JobLeader:
             )
             await self._fail(held, PipelineError(ErrorCode.STAGE_TIMEOUT, message))
         elif held.stopped is not StopReason.LOST:
-            try:
-                await queue.release_jobs(self.db, [held.lease])
-            except Exception as error:  # noqa: BLE001 - the lease runs out and the job is reaped
-                log.warning("release_failed", error=str(error))
+            await self._release(held)
+
+    async def _release(self, held: HeldLease) -> None:
+        try:
+            await self._write(held, lambda: queue.release_jobs(self.db, [held.lease]))
+        except Exception as error:  # noqa: BLE001 - the lease runs out and the job is reaped
+            log.warning("release_failed", error=str(error) or type(error).__name__)
 
 
-def _at(job: ClaimedJob, stage: str) -> ClaimedJob:
-    return queue.ClaimedJob(
-        job.lease, job.document_id, job.user_id, job.pipeline, stage, job.retry_count, job.correlation_id
-    )
-
-
-def _is_passing(error: asyncpg.PostgresError) -> bool:
-    """Whether trying again can help: connections (08), resources (53), operators (57), locks and deadlocks (40, 55)."""
-    return (error.sqlstate or "")[:2] in {"08", "40", "53", "55", "57"}
+def _is_asked_to_stop(held: HeldLease) -> bool:
+    task = asyncio.current_task()
+    return held.stopped is not None or (task is not None and task.cancelling() > 0)
