@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
@@ -26,6 +27,8 @@ log = structlog.get_logger(__name__)
 
 PROBE_INTERVAL = 30.0
 PROBE_TIMEOUT = 5.0
+REBUILD_DELAYS = (1.0, 30.0)
+"""Seconds before a listener that failed is rebuilt: the first wait, and the longest after doubling."""
 
 
 @dataclass
@@ -57,27 +60,33 @@ class WakeListener:
 
     Attributes:
         connect: opens a session connection of the listener's own.
+        probe_interval: seconds between two proofs.
+        probe_timeout: seconds that a proof may take.
         healthy: whether the last proof succeeded.
     """
 
     connect: Callable[[], Awaitable[asyncpg.Connection]]
     pools: Collection[str]
     wake: asyncio.Event
+    probe_interval: float = PROBE_INTERVAL
+    probe_timeout: float = PROBE_TIMEOUT
     healthy: bool = False
     _proved: asyncio.Event = field(default_factory=asyncio.Event)
 
     async def run(self) -> None:
         """Listens until cancelled; rebuilds the connection whenever it fails or does not prove itself."""
-        delay = 1.0
+        shortest, longest = REBUILD_DELAYS
+        delay = shortest
         while True:
             try:
                 await self._listen()
-                delay = 1.0
             except Exception as error:  # noqa: BLE001 - whatever ends a listener, the next one is built
+                # One that had proved itself failed for a new reason, and starts from the shortest wait again.
+                delay = shortest if self.healthy else min(delay, longest)
                 log.warning("listener_failed", error=str(error) or type(error).__name__, retry_in=delay)
             self.healthy = False
             await asyncio.sleep(delay)
-            delay = min(delay * 2, 30.0)
+            delay *= 2
 
     async def _listen(self) -> None:
         connection = await self.connect()
@@ -89,16 +98,19 @@ class WakeListener:
             elif payload in self.pools:
                 self.wake.set()
 
+        ended = asyncio.Event()
         try:
+            connection.add_termination_listener(lambda _connection: ended.set())
             await connection.add_listener(WAKE_CHANNEL, notified)
             while True:
                 self._proved.clear()
-                await connection.execute("select pg_notify($1, $2)", WAKE_CHANNEL, probe, timeout=PROBE_TIMEOUT)
-                await asyncio.wait_for(self._proved.wait(), PROBE_TIMEOUT)
+                await connection.execute("select pg_notify($1, $2)", WAKE_CHANNEL, probe, timeout=self.probe_timeout)
+                await asyncio.wait_for(self._proved.wait(), self.probe_timeout)
                 if not self.healthy:
                     # What was notified before this listener stood is found by looking once.
                     self.wake.set()
                 self.healthy = True
-                await asyncio.sleep(PROBE_INTERVAL)
+                with suppress(TimeoutError):
+                    await asyncio.wait_for(ended.wait(), self.probe_interval)
         finally:
             connection.terminate()
