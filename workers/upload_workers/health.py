@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
+from typing import Any
 
 from aiohttp import web
 
 from upload_pipeline.database.queue import Executor
+from upload_pipeline.errors import ErrorCode, PipelineError
 from upload_workers.runner import Runner
 
 READY_TIMEOUT = 2.0
@@ -20,7 +22,21 @@ async def health_endpoint(runner: Runner, db: Executor, *, host: str, port: int)
 
     `/healthz` is 200 while the event loop turns. `/readyz` is 200 while the worker takes jobs and the database
     answers within two seconds, else 503 with the reason.
+
+    Raises:
+        PipelineError: `SETTING_INVALID` where the address cannot be listened on.
     """
+    looking: asyncio.Task[Any] | None = None
+
+    async def look() -> None:
+        # Whoever asks meanwhile waits for the same look: askers must not take the pool's connections from the jobs.
+        nonlocal looking
+        if looking is None or looking.done():
+            looking = asyncio.create_task(db.fetchval("select 1"))
+        done, _ = await asyncio.wait({looking}, timeout=READY_TIMEOUT)
+        if not done:
+            raise TimeoutError(f"no answer within {READY_TIMEOUT:g} s")
+        looking.result()
 
     async def healthz(_request: web.Request) -> web.Response:
         return web.json_response(
@@ -31,7 +47,7 @@ async def health_endpoint(runner: Runner, db: Executor, *, host: str, port: int)
         if runner.stopping:
             return web.json_response({"status": "stopping"}, status=503)
         try:
-            await asyncio.wait_for(db.fetchval("select 1"), READY_TIMEOUT)
+            await look()
         except Exception as error:  # noqa: BLE001 - whatever it is, the answer is that we are not ready
             reason = str(error) or type(error).__name__
             return web.json_response({"status": "database unreachable", "reason": reason}, status=503)
@@ -42,8 +58,16 @@ async def health_endpoint(runner: Runner, db: Executor, *, host: str, port: int)
     server = web.AppRunner(app, access_log=None)
     await server.setup()
     try:
-        site = web.TCPSite(server, host, port)
-        await site.start()
+        try:
+            await web.TCPSite(server, host, port).start()
+        except OSError as error:
+            raise PipelineError(
+                ErrorCode.SETTING_INVALID,
+                f"The health endpoint cannot listen on {host}:{port}: {error.strerror or error}. "
+                "Set UPLOAD_PIPELINE_HEALTH_HOST and UPLOAD_PIPELINE_HEALTH_PORT to an address that is free.",
+            ) from error
         yield server.addresses[0][1]
     finally:
+        if looking is not None:
+            looking.cancel()
         await server.cleanup()

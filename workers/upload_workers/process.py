@@ -10,6 +10,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from functools import partial
 from uuid import uuid4
 
+import asyncpg
 import structlog
 
 import upload_pipeline
@@ -20,6 +21,7 @@ from upload_pipeline.providers.embedding import open_embedder
 from upload_pipeline.providers.local_parser import LocalParser
 from upload_pipeline.settings import Settings
 from upload_pipeline.storage.store import ObjectStore, open_store
+from upload_workers.bounded import bounded
 from upload_workers.health import health_endpoint
 from upload_workers.leases import LeaseKeeper, heartbeat_connection
 from upload_workers.pipelines import STEPS
@@ -31,7 +33,8 @@ from upload_workers.wake import AdaptivePoll, WakeListener
 
 log = structlog.get_logger(__name__)
 
-POOL_CLOSE_TIMEOUT = 2.0
+END_TIMEOUT = 2.0
+"""Seconds that each part of a stopping worker has to say goodbye; with a dead database it never does."""
 
 
 @asynccontextmanager
@@ -75,7 +78,7 @@ async def running_worker(
         worker_id = uuid4()
         keeper = LeaseKeeper(
             worker_id,
-            partial(heartbeat_connection, worker_url, options, timeout=settings.heartbeat_interval),
+            partial(heartbeat_connection, worker_url, options, settings.heartbeat_interval),
             ttl=settings.lease_ttl,
             interval=settings.heartbeat_interval,
             step_timeout=settings.stage_timeout,
@@ -102,6 +105,7 @@ async def running_worker(
             pools=pools,
             concurrency=concurrency,
         )
+        stack.push_async_callback(_sign_off, db, runner)
         upkeep = Upkeep(
             db,
             store,
@@ -115,46 +119,50 @@ async def running_worker(
         if not settings.transaction_pooler:
             listener = WakeListener(partial(connect, worker_url, options), pools, runner.wake)
             beside.append(asyncio.create_task(listener.run(), name="listener"))
+        stack.push_async_callback(_end, beside)
         keeper.start(asyncio.get_running_loop())
+        stack.push_async_callback(asyncio.to_thread, keeper.stop)
         if settings.health_port:
             await stack.enter_async_context(
                 health_endpoint(runner, db, host=settings.health_host, port=settings.health_port)
             )
         log.info("worker_started", worker_id=str(worker_id), pools=pools, concurrency=concurrency)
-        claiming = asyncio.create_task(runner.run(), name="runner")
-        try:
-            yield runner
-        finally:
-            await runner.drain(settings.shutdown_grace)
-            claiming.cancel()
-            for task in beside:
-                task.cancel()
-            await asyncio.gather(claiming, *beside, return_exceptions=True)
-            keeper.stop()
-            await _sign_off(db, runner)
+        runner.start()
+        stack.push_async_callback(runner.drain, settings.shutdown_grace)
+        yield runner
+
+
+async def _end(tasks: Sequence[asyncio.Task[None]]) -> None:
+    for task in tasks:
+        task.cancel()
+    await asyncio.wait(tasks, timeout=END_TIMEOUT)
 
 
 async def _close_pool(pool: BoundedPool) -> None:
     try:
-        await asyncio.wait_for(pool.close(), POOL_CLOSE_TIMEOUT)
-    except TimeoutError:
-        # A connection whose other end is gone never says goodbye.
+        await bounded(pool.close(), END_TIMEOUT)
+    except (TimeoutError, asyncpg.PostgresError, asyncpg.InterfaceError):
         pool.terminate()
 
 
 async def _sign_off(db: queue.Executor, runner: Runner) -> None:
     try:
-        await asyncio.wait_for(queue.unregister_worker(db, worker_id=runner.worker_id), 2.0)
+        await bounded(queue.unregister_worker(db, worker_id=runner.worker_id), END_TIMEOUT)
     except Exception as error:  # noqa: BLE001 - the register is a report; a silent worker is forgotten in time
         log.warning("sign_off_failed", error=str(error) or type(error).__name__)
     log.info("worker_stopped", worker_id=str(runner.worker_id), claimed=runner.claimed, ended=runner.ended)
 
 
 async def work_until_stopped(
-    settings: Settings, worker_url: str, *, pools: Sequence[str] | None = None, concurrency: int | None = None
+    settings: Settings,
+    worker_url: str,
+    *,
+    pools: Sequence[str] | None = None,
+    concurrency: int | None = None,
+    steps: Mapping[tuple[str, str], Step] = STEPS,
 ) -> None:
     """A worker process: works until TERM or INT, and then ends by the shutdown deadline whatever happens."""
     stopped = asyncio.Event()
-    on_signals(asyncio.get_running_loop(), stopped.set, deadline=settings.shutdown_deadline)
-    async with running_worker(settings, worker_url, pools=pools, concurrency=concurrency):
-        await stopped.wait()
+    with on_signals(asyncio.get_running_loop(), stopped.set, deadline=settings.shutdown_deadline):
+        async with running_worker(settings, worker_url, pools=pools, concurrency=concurrency, steps=steps):
+            await stopped.wait()

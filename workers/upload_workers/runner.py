@@ -34,7 +34,10 @@ if TYPE_CHECKING:
 
 log = structlog.get_logger(__name__)
 
-CLAIM_LIMIT = 100
+RELEASE_TIMEOUT = 2.0
+"""Seconds that a stopping worker has, beyond its grace, to hand jobs back; what is left then is left to its lease."""
+
+CLAIM_LIMIT = 200
 """Most jobs asked for in one claim; beyond that a claim only gets longer, not cheaper per job."""
 
 
@@ -59,6 +62,9 @@ class Runner:
     _stopping: asyncio.Event = field(default_factory=asyncio.Event)
     _tasks: set[asyncio.Task[None]] = field(default_factory=set)
     _cursors: dict[str, UUID] = field(default_factory=dict)
+    _rounds: int = 0
+    _claiming: asyncio.Task[None] | None = None
+    _watching: asyncio.Task[None] | None = None
 
     @property
     def at_work(self) -> int:
@@ -75,8 +81,34 @@ class Runner:
         self._stopping.set()
         self.wake.set()
 
-    async def run(self) -> None:
-        """Claims and leads until stop() is called; jobs may still be at work when it returns (see drain)."""
+    def start(self) -> None:
+        """Begins to claim and to lead, on the running event loop."""
+        self._watching = asyncio.create_task(self._watch_trust(), name="trust")
+        self._claiming = asyncio.create_task(self._claim_until_stopped(), name="runner")
+
+    async def drain(self, grace: float) -> None:
+        """Lets running steps finish for `grace` seconds, then hands back what is left. Ends in bounded time.
+
+        Leases are kept and trust is watched until the last job is gone.
+        """
+        self.stop()
+        until = time.monotonic() + grace
+        if self._claiming is not None:
+            # A claim under way is waited for: cancelled, it may have leased jobs that nobody then knows of.
+            _, late = await asyncio.wait({self._claiming}, timeout=max(grace, RELEASE_TIMEOUT))
+            for task in late:
+                task.cancel()
+        if self._tasks:
+            await asyncio.wait(set(self._tasks), timeout=max(0.0, until - time.monotonic()))
+        left = set(self._tasks)
+        for task in left:
+            task.cancel()
+        if left:
+            await asyncio.wait(left, timeout=RELEASE_TIMEOUT)
+        if self._watching is not None:
+            self._watching.cancel()
+
+    async def _claim_until_stopped(self) -> None:
         ttl = timedelta(seconds=self.lease_ttl)
         leader = JobLeader(
             self.db,
@@ -88,42 +120,30 @@ class Runner:
             ttl,
             self._stopping.is_set,
         )
-        trust = asyncio.create_task(self._watch_trust(), name="trust")
         outage = 0.5
-        try:
-            while not self.stopping:
-                # Cleared before the look and not after, so that a wake-up during the look is not lost.
-                self.wake.clear()
-                try:
-                    found = await self._claim_round(leader, ttl)
-                    outage = 0.5
-                except Exception as error:  # noqa: BLE001 - the database is away; the runner is not to end for that
-                    log.warning("claim_failed", error=str(error) or type(error).__name__, retry_in=outage)
-                    await self._sleep(outage * random.uniform(0.8, 1.2))  # noqa: S311
-                    outage = min(outage * 2, 10.0)
-                    continue
-                if found:
-                    self.poll.found_work()
-                else:
-                    await self._sleep(self.poll.next_wait())
-        finally:
-            trust.cancel()
-
-    async def drain(self, grace: float) -> None:
-        """Lets running steps finish for `grace` seconds, then hands back what is left."""
-        self.stop()
-        pending = set(self._tasks)
-        if pending:
-            _, pending = await asyncio.wait(pending, timeout=grace)
-        for task in pending:
-            task.cancel()
-        if pending:
-            await asyncio.wait(pending, timeout=grace)
+        while not self.stopping:
+            # Cleared before the look and not after, so that a wake-up during the look is not lost.
+            self.wake.clear()
+            try:
+                found = await self._claim_round(leader, ttl)
+                outage = 0.5
+            except Exception as error:  # noqa: BLE001 - the database is away; the runner is not to end for that
+                log.warning("claim_failed", error=str(error) or type(error).__name__, retry_in=outage)
+                await self._sleep(outage * random.uniform(0.8, 1.2))  # noqa: S311
+                outage = min(outage * 2, 10.0)
+                continue
+            if found:
+                self.poll.found_work()
+            else:
+                await self._sleep(self.poll.next_wait())
 
     async def _claim_round(self, leader: JobLeader, ttl: timedelta) -> bool:
         """Fills the free slots from each pool; True if there may be more to claim at once."""
         found = False
-        for pool in self.pools:
+        # Each round begins with another pool, so that one with work without end does not starve the others.
+        first = self._rounds % len(self.pools)
+        self._rounds += 1
+        for pool in (*self.pools[first:], *self.pools[:first]):
             free = self.concurrency - self.at_work
             if free <= 0 or self.stopping:
                 break
@@ -140,7 +160,7 @@ class Runner:
                 self._cursors[pool] = jobs[-1].user_id
             for job in jobs:
                 held = self.keeper.hold(job.lease, sent=sent)
-                held.task = asyncio.create_task(leader.lead(job, held), name=f"job {job.job_id}")
+                held.task = asyncio.create_task(leader.lead(job, held))
                 self._tasks.add(held.task)
                 held.task.add_done_callback(self._job_ended)
             self.claimed += len(jobs)

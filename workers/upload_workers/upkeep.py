@@ -16,6 +16,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import TypeVar
 from uuid import UUID
 
 import structlog
@@ -25,12 +26,16 @@ from upload_pipeline.database.deletion import finish_deletions
 from upload_pipeline.database.documents import DeletedDocument
 from upload_pipeline.database.queue import Executor
 from upload_pipeline.storage.document_objects import remove_document_objects
-from upload_pipeline.storage.orphans import sweep
+from upload_pipeline.storage.orphans import Swept, sweep
 from upload_pipeline.storage.store import ObjectStore
 
 log = structlog.get_logger(__name__)
 
+T = TypeVar("T")
+
 PROMOTE_INTERVAL = 1.0
+BATCH = 100
+"""Jobs that one statement promotes or takes back."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,22 +57,49 @@ async def maintain(db: Executor, store: ObjectStore, scratch: Path, *, orphan_gr
     Args:
         scratch: the directory of workers' temporary files.
         orphan_grace: how old an object without a document, or a temporary file, must be to be removed.
+
+    Raises:
+        Exception: the first one that a part of the round raised; the other parts were done nevertheless.
     """
     now = datetime.now(UTC)
+    failures: list[Exception] = []
 
+    async def part(work: Awaitable[T], otherwise: T) -> T:
+        try:
+            return await work
+        except Exception as error:  # noqa: BLE001 - raised when the other parts are done
+            failures.append(error)
+            return otherwise
+
+    partitions = await part(db.fetchval("select upload_pipeline.ensure_event_partitions()"), 0)
+    forgotten = await part(db.fetchval("select upload_pipeline.forget_lost_workers()"), 0)
+    finished = await part(_finish_deletions(db, store, now), 0)
+    swept = await part(_sweep(db, store, now, orphan_grace), Swept(0, 0, 0))
+    cleared = await part(asyncio.to_thread(_clear_scratch, scratch, older_than=orphan_grace), 0)
+    if failures:
+        for error in failures[1:]:
+            log.warning("maintenance_failed", error=str(error) or type(error).__name__)
+        raise failures[0]
+    return MaintenanceReport(
+        int(partitions), int(forgotten), finished, swept.objects, swept.object_bytes, swept.unfinished, cleared
+    )
+
+
+async def _finish_deletions(db: Executor, store: ObjectStore, now: datetime) -> int:
     async def remove_objects(deleted: DeletedDocument) -> None:
         await remove_document_objects(
             store, user_id=deleted.user_id, document_id=deleted.document_id, raw_key=deleted.raw_key
         )
 
+    # A deletion that is under way elsewhere is not taken for one that was cut short.
+    return await finish_deletions(db, before=now - timedelta(minutes=1), remove_objects=remove_objects)
+
+
+async def _sweep(db: Executor, store: ObjectStore, now: datetime, grace: timedelta) -> Swept:
     async def known(document_ids: list[UUID]) -> set[UUID]:
         return await documents.existing_documents(db, document_ids)
 
-    partitions = int(await db.fetchval("select upload_pipeline.ensure_event_partitions()"))
-    forgotten = int(await db.fetchval("select upload_pipeline.forget_lost_workers()"))
-    # A deletion that is under way elsewhere is not taken for one that was cut short.
-    finished = await finish_deletions(db, before=now - timedelta(minutes=1), remove_objects=remove_objects)
-    swept = await sweep(store, known, now=now, grace=orphan_grace)
+    swept = await sweep(store, known, now=now, grace=grace)
     if swept.objects:
         await db.fetchval(
             """
@@ -75,10 +107,7 @@ async def maintain(db: Executor, store: ObjectStore, scratch: Path, *, orphan_gr
             """,
             swept.objects,
         )
-    cleared = await asyncio.to_thread(_clear_scratch, scratch, older_than=orphan_grace)
-    return MaintenanceReport(
-        partitions, forgotten, finished, swept.objects, swept.object_bytes, swept.unfinished, cleared
-    )
+    return swept
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,12 +144,18 @@ class Upkeep:
                 log.warning("upkeep_failed", work=work.__name__, error=str(error) or type(error).__name__)
 
     async def _promote(self) -> None:
-        if await queue.promote_due(self.db):
-            self.wake()
+        promoted = BATCH
+        while promoted == BATCH:
+            promoted = await queue.promote_due(self.db, limit=BATCH)
+            if promoted:
+                self.wake()
 
     async def _reap(self) -> None:
-        if reaped := await queue.reap_expired(self.db):
-            log.warning("leases_reaped", jobs=reaped)
+        reaped = BATCH
+        while reaped == BATCH:
+            reaped = await queue.reap_expired(self.db, limit=BATCH)
+            if reaped:
+                log.warning("leases_reaped", jobs=reaped)
 
     async def _maintain(self) -> None:
         report = await maintain(self.db, self.store, self.scratch, orphan_grace=timedelta(seconds=self.orphan_grace))
@@ -136,4 +171,6 @@ def _clear_scratch(scratch: Path, *, older_than: timedelta) -> int:
                 removed += 1
         except FileNotFoundError:
             continue  # its own process, or another round, was faster
+        except OSError as error:
+            log.warning("scratch_not_removed", path=str(left), error=str(error))
     return removed
