@@ -25,6 +25,7 @@ from upload_pipeline.database.migrations import apply_migrations
 from upload_pipeline.database.pools import open_pool
 from upload_pipeline.errors import PipelineError
 from upload_pipeline.intake.accept import Intake, accept_path
+from upload_pipeline.logs import configure_logs
 from upload_pipeline.media_types import HEAD_BYTES, detect_media_type
 from upload_pipeline.providers.embedding import open_embedder
 from upload_pipeline.providers.local_parser import LocalParser
@@ -83,6 +84,7 @@ def main(arguments: list[str]) -> None:
         try:
             apply_migrations(database.admin_url)
             settings = load_settings(home=home, database_url=database.worker_url, log_level="error")
+            configure_logs(settings)
             work, seconds, stages, bare = uvloop.run(
                 _measure(settings, database.admin_url, folder, options.users, options.concurrency)
             )

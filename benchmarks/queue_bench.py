@@ -32,6 +32,7 @@ class Contender:
 
 CONTENDERS = (
     Contender("ours", "ours", "drain", "enqueue", 20_000),
+    Contender("ours, 500 users, cap 2", "ours", "drain", "enqueue_users", 20_000),
     Contender("ours, 10 stages", "ours", "drain", "enqueue_stages", 4_000),
     Contender("bare, 1 a statement", "bare", "drain_one", "enqueue", 20_000),
     Contender("bare, 100 a statement", "bare", "drain_hundred", "enqueue", 20_000),

@@ -342,10 +342,11 @@ set jit = off
 as $$
 #variable_conflict use_column
 declare
-  v_now   timestamptz := upload_pipeline.now();
-  v_moved bigint;
-  v_wrong record;
+  v_now     timestamptz := upload_pipeline.now();
+  v_answers bigint;
+  v_wrong   record;
 begin
+  return query
   with asked as materialized (
     -- in id order, so that two groups never lock the same jobs in opposite order
     select a.job_id, a.token, a.from_stage, a.to_stage, a.keep, a.results
@@ -402,17 +403,17 @@ begin
              order by m.pool) h
   )
   -- `woken` is named here so that it runs: a CTE that only reads runs only where it is asked for
-  select count(*) + 0 * (select count(*) from woken) into v_moved from moved;
-
-  -- The token is still the caller's and the stage is the one asked for: moved just now, or by the same call before.
-  return query
-    select j.job_id, j.stage, j.state, j.lease_expires_at
-      from unnest(p_job_ids, p_tokens, p_to_stages) a (job_id, token, to_stage)
-     cross join lateral (
-       select u.* from upload_pipeline.upload_jobs u
-        where u.job_id = a.job_id and u.lease_token = a.token and u.stage = a.to_stage
-        limit 1) j;
-  if v_moved = cardinality(p_job_ids) then
+  select m.job_id, m.stage, m.state, m.lease_expires_at from moved m cross join (select count(*) from woken) w
+  union all
+  -- The token is still the caller's and the stage is the one asked for: moved by the same call before.
+  select j.job_id, j.stage, j.state, j.lease_expires_at
+    from asked a
+   cross join lateral (
+     select u.* from upload_pipeline.upload_jobs u
+      where u.job_id = a.job_id and u.lease_token = a.token and u.stage = a.to_stage) j
+   where a.job_id not in (select f.job_id from fenced f);
+  get diagnostics v_answers = row_count;
+  if v_answers = cardinality(p_job_ids) then
     return;
   end if;
 

@@ -1534,6 +1534,11 @@ returns table (job_id uuid, stage text, state upload_pipeline.job_state, lease_e
 language plpgsql
 security definer
 set search_path = ''
+set enable_seqscan = off
+set enable_bitmapscan = off
+set enable_hashjoin = off
+set enable_mergejoin = off
+set jit = off
 as $$
 declare
   v_job upload_pipeline.upload_jobs := upload_pipeline.check_lease(p_job_id, p_token);
@@ -1562,6 +1567,11 @@ language sql
 stable
 security definer
 set search_path = ''
+set enable_seqscan = off
+set enable_bitmapscan = off
+set enable_hashjoin = off
+set enable_mergejoin = off
+set jit = off
 as $$
   select b.chunk_id, b.text
     from upload_pipeline.document_chunk_buffer b
@@ -1586,6 +1596,11 @@ returns integer
 language plpgsql
 security definer
 set search_path = ''
+set enable_seqscan = off
+set enable_bitmapscan = off
+set enable_hashjoin = off
+set enable_mergejoin = off
+set jit = off
 as $$
 declare
   v_job        upload_pipeline.upload_jobs := upload_pipeline.check_lease(p_job_id, p_token);
@@ -1628,6 +1643,11 @@ returns table (job_id uuid, stage text, state upload_pipeline.job_state, lease_e
 language plpgsql
 security definer
 set search_path = ''
+set enable_seqscan = off
+set enable_bitmapscan = off
+set enable_hashjoin = off
+set enable_mergejoin = off
+set jit = off
 as $$
 declare
   v_now      timestamptz := upload_pipeline.now();
@@ -1732,6 +1752,11 @@ returns void
 language plpgsql
 security definer
 set search_path = ''
+set enable_seqscan = off
+set enable_bitmapscan = off
+set enable_hashjoin = off
+set enable_mergejoin = off
+set jit = off
 as $$
 begin
   if p_pipeline <> 'document' then
