@@ -97,9 +97,24 @@ def test_a_fence_left_open_on_a_page_does_not_reach_the_next() -> None:
 
 
 PIECES = st.sampled_from(
-    ["```\n", "~~~~\n", "> ```\n", "- ```x\n", "a", " ", "\n", "\n\n\n", "\r\n", "\r", "\t", "\u0301", "\u0344", "\ud800",
-     "\udc00", "\x00", "\ufeff", "\u0958", "\u05e9\u05c1", "\f", "é", "漢", "  \n", "\u2028", "\x85"]
-)  # fmt: skip
+    [
+        *("```\n", "~~~~\n", "> ```\n", "- ```x\n", "a", " ", "  \n", "\n", "\n\n\n", "\r\n", "\r", "\t", "\f"),
+        *(
+            "\u0301",
+            "\u0344",
+            "\ud800",
+            "\udc00",
+            "\x00",
+            "\ufeff",
+            "\u0958",
+            "\u05e9\u05c1",
+            "é",
+            "漢",
+            "\u2028",
+            "\x85",
+        ),
+    ]
+)
 
 
 @settings(max_examples=300, deadline=None)

@@ -43,7 +43,7 @@ def skip_blank(text: str, start: int, end: int) -> int:
 
 
 def after_blank(text: str, cut: int, end: int) -> int:
-    """Moves a cut behind the blank space that follows it, so that no part begins with blank space.
+    """Moves a cut, above 0, behind the blank space that follows it, so that no part begins with blank space.
 
     Indentation stays with the line that it indents, and a space that carries a combining mark with its mark.
     """
@@ -53,6 +53,8 @@ def after_blank(text: str, cut: int, end: int) -> int:
     line = text.rfind("\n", cut, position) + 1
     if line > 0:
         return line
+    if text[cut - 1] == "\n":
+        return cut
     return position if position == cut or not _joined(text, position) else position - 1
 
 

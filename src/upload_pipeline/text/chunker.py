@@ -22,10 +22,11 @@ The rules, in order. A change to any of them that moves a cut or alters a chunk'
    d) otherwise the block is cut, and the chunk ends there.
 6. Cuts inside a block, each at the last such place in the second half of the room: a list at its outermost items,
    then like prose; prose at a sentence, else a line, else a word (in scripts without spaces: a clause), else
-   a grapheme cluster; code at a blank line, else at the last line that fits, else inside the line like words; a
-   table at the last row that fits. A row that is too long for the room stays whole up to the byte limit, and
-   is cut at a cell, word or grapheme cluster beyond it. A grapheme cluster is parted only when it alone exceeds
-   the byte limit: then at that limit, between two code points. Blank space at a cut goes with the part before.
+   a grapheme cluster; code at a blank line, else at the last line that fits, else (none fits, or those that do
+   take under a quarter of the room) inside the line like words; a table at the last row that fits. A row that is
+   too long for the room stays whole up to the byte limit, and is cut at a cell, word or grapheme cluster beyond
+   it. A grapheme cluster is parted only when it alone exceeds the byte limit: then at that limit, between two
+   code points. Blank space at a cut goes with the part before, indentation with its line.
 7. What is repeated. A continued table begins with its header and delimiter row, unless these take more than
    half the target or a third of the bytes. Continued code begins with its opening line again, and code that does
    not end in its chunk, or never ends, gets a closing line. Any other chunk that does not begin with a heading
@@ -140,7 +141,9 @@ def _make_chunk(
 def _chunk_text(text: str, room: Room, end: int, last: Block) -> str:
     body = text[room.base : end]
     if end > room.hard:
-        body = body.rstrip()
+        shown = body.rstrip()
+        if room.base + len(shown) <= room.hard or end > room.cap(text):
+            body = shown
     return room.before + body + closed_after(last, end, body)
 
 

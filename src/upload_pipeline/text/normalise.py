@@ -47,7 +47,7 @@ _UNREADABLE = re.compile("[\ufffd\ue000-\uf8ff\U000f0000-\U0010fffd]|\\(cid:\\d{
 _TARGET = re.compile(r"!?\[([^\]\n]{0,500}+)\]\([^()\s]*+\)")
 _WORTHLESS = re.compile(
     r"\(cid:\d{1,6}\)"  # how PDF tools write a glyph that has no Unicode value
-    r"|<!--[^<>\n]{0,200}+-->"  # `<!-- image -->` and other placeholders
+    r"|<!--[^<>\n]{0,200}-->"  # `<!-- image -->` and other placeholders
 )
 
 

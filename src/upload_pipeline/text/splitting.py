@@ -68,7 +68,7 @@ def _split_fence(text: str, block: Block, begin: int, room: Room, *, must: bool)
         cut = blank_line_cut(text, low, high) or line_cut(text, code, high)
         if cut is not None and cut >= block.tail:
             cut = line_cut(text, code, block.tail - 1)
-        if cut is not None:
+        if cut is not None and cut - room.base >= room.size // 4:
             return cut
     if not must:
         return None
