@@ -180,8 +180,8 @@ def test_works_below_any_path(home: Path, name: str) -> None:
         assert ensure_embedded(below) == database
     finally:
         assert stop_embedded(below)
-        if database.socket_directory != below / "postgres":
-            database.socket_directory.rmdir()
+    assert not (database.socket_directory / ".s.PGSQL.5432").exists()
+    assert database.socket_directory == below / "postgres" or not database.socket_directory.exists()
 
 
 def test_refuses_a_socket_folder_of_somebody_else(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -191,6 +191,7 @@ def test_refuses_a_socket_folder_of_somebody_else(home: Path, monkeypatch: pytes
     below = home / "a folder"
     database = ensure_embedded(below, FAST)
     stop_embedded(below)
+    database.socket_directory.mkdir()
     os.chown(database.socket_directory, NOBODY, NOBODY)
 
     with pytest.raises(PipelineError, match="belongs to another user"):

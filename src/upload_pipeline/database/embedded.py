@@ -11,7 +11,7 @@ import fcntl
 import importlib.util
 import os
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -175,9 +175,13 @@ def stop_embedded(home: Path) -> bool:
     if embedded_status(home).pid is None:
         return False
     with _lock(data.parent):
-        if find_postmaster(data) is None:
+        postmaster = find_postmaster(data)
+        if postmaster is None:
             return False
         stop_cluster(_cluster(data, EmbeddedOptions()), timeout=_STOP_SECONDS)
+        if postmaster.socket_directory != data:
+            with suppress(OSError):  # not empty, or cleaned away: the next start sees to it
+                postmaster.socket_directory.rmdir()
     return True
 
 
