@@ -32,12 +32,13 @@ begin
     -- noinherit: membership in `authenticated` serves only to search as a user, by `set local role`
     create role upload_worker login noinherit;
   end if;
+exception when duplicate_object or unique_violation then
+  null; -- roles belong to the whole server: another database of it was migrated at the same moment
 end
 $$;
 
 grant authenticated to upload_worker;
 grant usage on schema upload_pipeline to authenticated, service_role, upload_worker;
-grant usage on schema extensions to upload_worker;
 
 create type upload_pipeline.job_state as enum (
   'queued',      -- ready: any worker of its pool may claim it
@@ -1538,6 +1539,7 @@ set enable_seqscan = off
 set enable_bitmapscan = off
 set enable_hashjoin = off
 set enable_mergejoin = off
+set enable_material = off
 set jit = off
 as $$
 declare
@@ -1571,6 +1573,7 @@ set enable_seqscan = off
 set enable_bitmapscan = off
 set enable_hashjoin = off
 set enable_mergejoin = off
+set enable_material = off
 set jit = off
 as $$
   select b.chunk_id, b.text
@@ -1600,6 +1603,7 @@ set enable_seqscan = off
 set enable_bitmapscan = off
 set enable_hashjoin = off
 set enable_mergejoin = off
+set enable_material = off
 set jit = off
 as $$
 declare
@@ -1647,6 +1651,7 @@ set enable_seqscan = off
 set enable_bitmapscan = off
 set enable_hashjoin = off
 set enable_mergejoin = off
+set enable_material = off
 set jit = off
 as $$
 declare
@@ -1756,6 +1761,7 @@ set enable_seqscan = off
 set enable_bitmapscan = off
 set enable_hashjoin = off
 set enable_mergejoin = off
+set enable_material = off
 set jit = off
 as $$
 begin

@@ -175,8 +175,8 @@ def result(db: Connection) -> dict[str, list[Any]]:
         ).fetchall(),
         "documents": db.execute(
             """
-            select document_id, parser, page_count, warnings, markdown_key, markdown_sha256, markdown_chars, page_starts,
-                   chunker, chunk_count, embed_model, searchable_at from upload_pipeline.documents order by 1
+            select document_id, parser, page_count, warnings, markdown_key, markdown_sha256, markdown_chars,
+                   page_starts, chunker, chunk_count, embed_model, searchable_at from upload_pipeline.documents order by 1
             """
         ).fetchall(),
     }
@@ -603,7 +603,8 @@ def test_two_first_models_at_once_leave_one_active(admin: Connection, worker: Co
 
 def partitions(admin: Connection) -> set[str]:
     rows = admin.execute(
-        "select inhrelid::regclass::text as name from pg_catalog.pg_inherits where inhparent = 'upload_pipeline.events'::regclass"
+        "select inhrelid::regclass::text as name from pg_catalog.pg_inherits "
+        "where inhparent = 'upload_pipeline.events'::regclass"
     ).fetchall()
     return {row.name.removeprefix("upload_pipeline.") for row in rows}
 
@@ -662,3 +663,59 @@ def test_only_months_that_ended_before_are_dropped(admin: Connection, worker: Co
 def test_advance_to_reaches_where_lead_does(worker: Connection, lease: Any) -> None:
     advance_to(worker, lease, "parsing")
     assert commit_parse(worker, lease, keep=False).state == "queued"
+
+
+# what a step reads
+
+
+def test_pending_vectors_are_looked_up_by_key_whatever_the_statistics_say(
+    admin: Connection, worker: Connection, lease: Any
+) -> None:
+    """Among 40,000 buffered vectors of others, never analysed, with the plan that a session keeps from its sixth call.
+
+    Left to itself the planner then compares each chunk with each vector of the model: seconds a call.
+    """
+    for table in ("document_chunks", "document_chunk_buffer", "document_vector_buffer"):
+        admin.execute(f"alter table upload_pipeline.{table} set (autovacuum_enabled = off)")
+    lead(worker, lease, [f"text {i}" for i in range(600)], until="embedding")
+    admin.execute("set session_replication_role = replica")
+    admin.execute(
+        """
+        insert into upload_pipeline.document_vector_buffer (chunk_id, embed_model, document_id, embedding)
+        select gen_random_uuid(), %s, lpad(to_hex(i / 400), 32, '0')::uuid, '[1,0,0]' from generate_series(1, 40000) i
+        """,
+        [MODEL],
+    )
+    row = admin.execute(
+        "select prosrc, proconfig from pg_catalog.pg_proc where oid = 'upload_pipeline.pending_vectors'::regproc"
+    ).fetchone()
+    assert row is not None
+    body = row.prosrc
+    for place, name in enumerate(("p_document_id", "p_model", "p_limit"), start=1):
+        body = body.replace(name, f"${place}")
+
+    def plan() -> str:
+        admin.execute("deallocate all")
+        admin.execute(f"prepare body (uuid, text, integer) as {body}")
+        lines = admin.execute(f"explain execute body ('{lease.document_id}', '{MODEL}', 256)").fetchall()
+        return "\n".join(line[0] for line in lines)
+
+    admin.execute("set plan_cache_mode = force_generic_plan")
+    assert "Materialize" in plan(), "the trap that this test sets does not spring"
+    for setting in row.proconfig:
+        admin.execute(f"set {setting.replace('=', ' = ', 1)}")
+    assert "document_vector_buffer_pkey" in plan()
+    assert "Materialize" not in plan()
+
+
+def test_every_verb_that_joins_the_buffers_leaves_the_planner_only_keys(admin: Connection) -> None:
+    rows = admin.execute(
+        """
+        select proname, proconfig from pg_catalog.pg_proc
+         where pronamespace = 'upload_pipeline'::regnamespace and prosrc ~ 'document_(chunk|vector)_buffer'
+           and prosrc ~ '(join|exists)'
+        """
+    ).fetchall()
+    assert {row.proname for row in rows} >= {"pending_vectors", "buffer_vectors", "commit_embeddings"}
+    needed = {f"enable_{way}=off" for way in ("seqscan", "bitmapscan", "hashjoin", "mergejoin", "material")}
+    assert {row.proname for row in rows if not needed <= set(row.proconfig)} == set()

@@ -64,7 +64,7 @@ def test_the_first_start_is_kept_by_later_claims(admin: Connection, worker: Conn
 def test_a_claim_that_is_rolled_back_leaves_the_job_ready(admin: Connection, worker: Connection) -> None:
     add_job(admin, worker)
     before = job_rows(worker)
-    with pytest.raises(RuntimeError, match="crash"), worker.transaction():
+    with pytest.raises(RuntimeError, match="crash"), worker.transaction():  # noqa: PT012
         assert len(claim(worker)) == 1
         raise RuntimeError("crash")
     assert job_rows(worker) == before

@@ -182,7 +182,7 @@ def test_a_lost_lease_undoes_the_transaction_that_checks_it(
             named.lease_token += 1
         case _:
             named.job_id = uuid4()
-    with pytest.raises(psycopg.Error) as error, worker.transaction():
+    with pytest.raises(psycopg.Error) as error, worker.transaction():  # noqa: PT012
         worker.execute("select upload_pipeline.register_worker(%s, 'h', 1, 'v', '{default}', 1)", [uuid4()])
         worker.execute("select upload_pipeline.check_lease(%s, %s)", [named.job_id, named.lease_token])
     assert sqlstate(error) == "UP001"

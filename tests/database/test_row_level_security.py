@@ -153,8 +153,8 @@ def filled(admin: Connection, worker: Connection) -> Connection:
         admin.execute(
             """
             insert into upload_pipeline.document_chunk_buffer
-              (document_id, ordinal, chunk_id, user_id, text, chunk_sha256, chunker, start_offset, end_offset, heading_path,
-               section_ids)
+              (document_id, ordinal, chunk_id, user_id, text, chunk_sha256, chunker, start_offset, end_offset,
+               heading_path, section_ids)
             values (%s, 0, %s, %s, 'word', repeat('a', 64), 'c', 0, 4, '{}', '{}')
             """,
             [document, chunk, user],
@@ -333,7 +333,7 @@ def test_every_function_names_its_own_search_path_and_none_is_the_publics(admin:
 
 def test_calling_a_verb_as_a_user_is_refused(admin: Connection) -> None:
     for role in ("anon", "authenticated"):
-        with pytest.raises(psycopg.errors.InsufficientPrivilege), admin.transaction():
+        with pytest.raises(psycopg.errors.InsufficientPrivilege), admin.transaction():  # noqa: PT012
             speak_as(admin, role, OWNER)
             admin.execute("select * from upload_pipeline.claim_jobs(%s, 'default', 1)", [uuid4()])
 
@@ -366,7 +366,8 @@ def test_every_foreign_key_is_the_beginning_of_an_index(admin: Connection) -> No
              select from pg_catalog.pg_index i
               where i.indrelid = k.conrelid and i.indkey[0] = k.conkey[1]
                 and (i.indpred is null or pg_get_expr(i.indpred, i.indrelid) = format('(%I IS NOT NULL)',
-                     (select attname from pg_catalog.pg_attribute where attrelid = k.conrelid and attnum = k.conkey[1]))))
+                     (select attname from pg_catalog.pg_attribute
+                       where attrelid = k.conrelid and attnum = k.conkey[1]))))
         """
     ).fetchall()
     assert {(row.name, tuple(row.columns)) for row in rows} == UNINDEXED_FOREIGN_KEYS
@@ -415,6 +416,6 @@ def test_a_search_finds_only_the_callers_documents_whatever_is_asked(filled: Con
 def test_a_search_by_nobody_is_refused(filled: Connection) -> None:
     with pytest.raises(psycopg.errors.InsufficientPrivilege, match="signed-in"):
         search(filled, None)
-    with pytest.raises(psycopg.errors.InsufficientPrivilege), filled.transaction():
+    with pytest.raises(psycopg.errors.InsufficientPrivilege), filled.transaction():  # noqa: PT012
         speak_as(filled, "anon", OWNER)
         filled.execute("select * from upload_pipeline.search_chunks('word', '[1,0,0]', 'm3')")
