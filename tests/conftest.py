@@ -65,6 +65,17 @@ def database(
 
 
 @pytest.fixture
+def second_database(
+    postgres_server: EmbeddedDatabase,
+    server_admin: psycopg.Connection,
+    template_database: str,
+    database_names: Iterator[str],
+) -> Iterator[Database]:
+    """Another one like `database`, for tests that compare two."""
+    yield from _temporary_database(postgres_server, server_admin, next(database_names), template_database)
+
+
+@pytest.fixture
 def empty_database(
     postgres_server: EmbeddedDatabase, server_admin: psycopg.Connection, database_names: Iterator[str]
 ) -> Iterator[Database]:

@@ -28,12 +28,13 @@ begin
     -- noinherit: membership in `authenticated` serves only to search as a user, by `set local role`
     create role upload_worker login noinherit;
   end if;
+exception when duplicate_object or unique_violation then
+  null; -- roles belong to the whole server: another database of it was migrated at the same moment
 end
 $$;
 
 grant authenticated to upload_worker;
 grant usage on schema upload_pipeline to authenticated, service_role, upload_worker;
-grant usage on schema extensions to upload_worker;
 
 create type upload_pipeline.job_state as enum (
   'queued',      -- ready: any worker of its pool may claim it
