@@ -85,3 +85,13 @@ def test_metadata_that_cannot_be_kept_is_wrong_usage(bare_terminal: Terminal) ->
     ended = bare_terminal("ingest", "x.txt", "--metadata", f"{'k' * 200}=1", "--json")
     assert ended.status == 2
     assert ended.object()["error"]["code"] == "INVALID_METADATA"
+
+
+def test_a_reader_that_leaves_ends_the_command_quietly(terminal: Terminal, files: Path, user: str) -> None:
+    terminal("ingest", files, "--user", user, "--no-wait")
+    with terminal.running("jobs", "--user", user, "--json") as process:
+        assert process.stdout is not None
+        process.stdout.close()
+        assert process.stderr is not None
+        assert process.stderr.read() == ""
+        assert process.wait(timeout=60) == 1

@@ -2,11 +2,13 @@ from __future__ import annotations
 
 import json
 from datetime import UTC, datetime, timedelta
+from io import StringIO
 from uuid import UUID
 
 import pytest
+from rich.console import Console
 
-from upload_pipeline.cli.output import ago, counted, print_json, seconds_text, size_text
+from upload_pipeline.cli.output import ago, counted, print_json, seconds_text, size_text, table
 from upload_pipeline.cli.search import excerpt
 
 NOW = datetime(2026, 5, 1, 12, tzinfo=UTC)
@@ -50,3 +52,15 @@ def test_json_has_times_in_utc_and_whole_ids_on_one_line(capsys: pytest.CaptureF
 def test_an_excerpt_is_one_line_cut_at_a_word() -> None:
     assert excerpt("one\n\ntwo   three", limit=100) == "one two three"
     assert excerpt("one two three", limit=9) == "one two …"
+
+
+def test_a_narrow_terminal_goes_without_spare_columns_and_keeps_ids_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    job = "6f1d6a3e-3b1c-4a53-9f44-9d3d0a2c7a11"
+    for width, headings in ((60, ["JOB", "STATE", "FILE"]), (100, ["JOB", "STATE", "AGE", "FILE"])):
+        console = Console(width=width, file=StringIO())
+        monkeypatch.setattr("upload_pipeline.cli.output.out", lambda console=console: console)
+        console.print(table(("JOB", "STATE", "AGE", "FILE"), [(job, "deadletter", "3 min", "x" * 80)], spare=("AGE",)))
+        lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
+        assert lines[0].split() == headings
+        assert lines[1].startswith(f"{job}  deadletter")
+        assert lines[1].rstrip().endswith("…")

@@ -96,9 +96,9 @@ async def _delete(settings: Settings, document_id: UUID) -> bool:
 def _print(found: list[DocumentListing]) -> None:
     from upload_pipeline.cli.output import ago, print_table, size_text, state_text, table
 
-    made = table("DOCUMENT", "STATE", "SIZE", "PAGES", "CHUNKS", "CREATED", "FILE", wide="FILE")
-    for document in found:
-        made.add_row(
+    columns = ("DOCUMENT", "STATE", "SIZE", "PAGES", "CHUNKS", "CREATED", "FILE")
+    rows = (
+        (
             str(document.document_id),
             state_text(document.state or ("done" if document.searchable_at else "-")),
             size_text(document.file_bytes),
@@ -107,4 +107,6 @@ def _print(found: list[DocumentListing]) -> None:
             ago(document.created_at),
             document.filename,
         )
-    print_table(made)
+        for document in found
+    )
+    print_table(table(columns, rows, spare=("SIZE", "PAGES", "CHUNKS", "CREATED")))

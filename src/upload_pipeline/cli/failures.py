@@ -42,6 +42,8 @@ def expected(error: Exception) -> PipelineError | None:
     """
     if isinstance(error, PipelineError):
         return error
+    if isinstance(error, BrokenPipeError):
+        return None  # the reader of our output has gone, as `head` does; Typer ends the command quietly
     if (psycopg := sys.modules.get("psycopg")) is not None and isinstance(error, psycopg.Error):
         diagnosis = error.diag.message_primary or str(error).strip() or type(error).__name__
         return _of_database(error.sqlstate or ("" if isinstance(error, psycopg.OperationalError) else None), diagnosis)

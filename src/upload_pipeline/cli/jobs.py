@@ -153,10 +153,9 @@ def _find(connection: Connection[Any], job_id: UUID) -> JobListing:
 def _print_jobs(found: list[JobListing]) -> None:
     from upload_pipeline.cli.output import ago, print_table, state_text, table
 
-    made = table("JOB", "STATE", "STAGE", "CREATED", "FILE", wide="FILE")
-    for job in found:
-        made.add_row(str(job.job_id), state_text(job.state), job.stage, ago(job.created_at), _file_text(job))
-    print_table(made)
+    columns = ("JOB", "STATE", "STAGE", "CREATED", "FILE")
+    rows = ((str(job.job_id), state_text(job.state), job.stage, ago(job.created_at), _file_text(job)) for job in found)
+    print_table(table(columns, rows, spare=("STAGE", "CREATED")))
 
 
 def _file_text(job: JobListing) -> Text:
@@ -202,15 +201,19 @@ def _print_job(job: JobListing) -> None:
 def _print_events(events: list[EventListing]) -> None:
     import json
 
+    from rich.table import Table
     from rich.text import Text
 
-    from upload_pipeline.cli.output import out, print_table, table
+    from upload_pipeline.cli.output import out, print_table
 
     if not events:
         return
     out().print()
     styles = {"error": "red", "warning": "yellow", "debug": "dim"}
-    made = table("AT (UTC)", "EVENT", "STAGE", "DETAILS", wide="DETAILS")
+    made = Table(box=None, pad_edge=False, header_style="bold", show_edge=False)
+    for name in ("AT (UTC)", "EVENT", "STAGE"):
+        made.add_column(name, no_wrap=True)
+    made.add_column("DETAILS", overflow="fold")
     for event in events:
         payload = ", ".join(
             f"{name}={value if isinstance(value, str) else json.dumps(value)}"

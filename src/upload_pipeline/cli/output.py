@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from rich.text import Text
 
 _PIPED_WIDTH = 10_000
+_NARROW = 90
+_NUMBERS = frozenset(("SIZE", "PAGES", "CHUNKS"))
 
 STATE_STYLES: Mapping[str, str] = {
     "queued": "cyan",
@@ -69,25 +71,34 @@ def _plain(value: object) -> object:
     return str(value)
 
 
-def table(*columns: str, wide: str) -> Table:
-    """An empty table without a frame.
+def table(columns: Sequence[str], rows: Iterable[Sequence[str | Text]], *, spare: Collection[str]) -> Table:
+    """A table without a frame, whose last column gives way where the terminal is narrow.
 
     Args:
-        columns: headings; the column of ids and the numbers are never cut.
-        wide: the heading of the column that gives way where the terminal is narrow.
+        columns: headings; only the last column is ever cut.
+        rows: a cell for each heading.
+        spare: headings of what a narrow terminal goes without.
     """
     from rich.table import Table
 
+    shown = [name for name in columns if name not in spare or out().width >= _NARROW]
     made = Table(box=None, pad_edge=False, header_style="bold", show_edge=False)
-    for name in columns:
-        right = name in ("SIZE", "PAGES", "CHUNKS", "%")
+    cells = list(rows)
+    for place, name in enumerate(columns):
+        if name not in shown:
+            continue
+        # Rich would cut all columns alike.
+        whole = max(len(str(row[place])) for row in [columns, *cells])
         made.add_column(
             name,
             no_wrap=True,
             overflow="ellipsis",
-            justify="right" if right else "left",
-            ratio=1 if name == wide else None,
+            justify="right" if name in _NUMBERS else "left",
+            ratio=1 if name == columns[-1] else None,
+            min_width=None if name == columns[-1] else whole,
         )
+    for row in cells:
+        made.add_row(*(cell for name, cell in zip(columns, row, strict=True) if name in shown))
     return made
 
 
