@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 _PIPED_WIDTH = 10_000
 _NARROW = 90
+_GAP = 2
 _NUMBERS = frozenset(("SIZE", "PAGES", "CHUNKS"))
 
 STATE_STYLES: Mapping[str, str] = {
@@ -81,22 +82,26 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[str | Text]], *, spare
     """
     from rich.table import Table
 
-    shown = [name for name in columns if name not in spare or out().width >= _NARROW]
-    made = Table(box=None, pad_edge=False, header_style="bold", show_edge=False)
+    width = out().width
+    shown = [name for name in columns if name not in spare or width >= _NARROW]
     cells = list(rows)
+    left = width
+    made = Table(box=None, pad_edge=False, header_style="bold", show_edge=False)
     for place, name in enumerate(columns):
         if name not in shown:
             continue
-        # Rich would cut all columns alike.
+        last = name == columns[-1]
         whole = max(len(str(row[place])) for row in [columns, *cells])
         made.add_column(
             name,
             no_wrap=True,
             overflow="ellipsis",
             justify="right" if name in _NUMBERS else "left",
-            ratio=1 if name == columns[-1] else None,
-            min_width=None if name == columns[-1] else whole,
+            # Rich would cut all columns alike.
+            min_width=None if last else whole,
+            max_width=max(left, len(name)) if last else None,
         )
+        left -= whole + _GAP
     for row in cells:
         made.add_row(*(cell for name, cell in zip(columns, row, strict=True) if name in shown))
     return made
