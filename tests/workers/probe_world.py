@@ -60,9 +60,9 @@ class ProbeWorld:
     home: Path
 
     async def make_pipeline(self) -> None:
-        """Enters the pipeline's stages; retries come soon."""
+        """Enters the pipeline's stages."""
         await self.admin.executemany(
-            "insert into upload_pipeline.stages (pipeline, stage, position, progress, final) values ($1, $2, $3, $4, $5)",
+            "insert into upload_pipeline.stages (pipeline, stage, position, progress, final) values ($1,$2,$3,$4,$5)",
             [(PIPELINE, stage, place, place * 50, stage == "end") for place, stage in enumerate(STAGES)],
         )
 
