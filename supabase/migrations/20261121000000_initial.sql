@@ -1258,11 +1258,17 @@ begin
   end if;
   perform upload_pipeline.prepare_restart(v_job.pipeline, v_job.document_id, v_target.stage);
 
-  update upload_pipeline.upload_jobs j
-     set stage = v_target.stage, pool = v_target.pool, state = 'queued', retry_count = 0, cancel_requested = false,
-         lease_token = j.lease_token + 1, worker_id = null, lease_expires_at = null, run_at = v_now, updated_at = v_now,
-         finished_at = null
-   where j.job_id = p_job_id;
+  begin
+    update upload_pipeline.upload_jobs j
+       set stage = v_target.stage, pool = v_target.pool, state = 'queued', retry_count = 0, cancel_requested = false,
+           lease_token = j.lease_token + 1, worker_id = null, lease_expires_at = null, run_at = v_now, updated_at = v_now,
+           finished_at = null
+     where j.job_id = p_job_id;
+  exception when unique_violation then
+    -- one was enqueued or started again since the look above
+    raise exception 'document % has another job under way', v_job.document_id
+      using errcode = 'UP003', hint = 'Wait for that job to end, or cancel it first.';
+  end;
   delete from upload_pipeline.job_outcomes o where o.job_id = p_job_id;
   insert into upload_pipeline.events (at, code, user_id, document_id, job_id, stage, lease_token, correlation_id, payload)
   values (v_now, 'job_restarted', v_job.user_id, v_job.document_id, p_job_id, v_target.stage, v_job.lease_token + 1,

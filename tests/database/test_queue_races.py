@@ -203,6 +203,22 @@ def test_results_that_meet_a_restart_wait_for_it_and_are_refused(
     assert error.value.sqlstate == "UP001"
 
 
+def test_a_restart_that_meets_another_job_of_its_document_is_refused(
+    admin: Connection, worker: Connection, other: Connection, lease: Any
+) -> None:
+    cancel(worker, lease.job_id)
+    release(worker, [lease])
+    worker.execute("begin")
+    enqueue(worker, lease.document_id, lease.user_id)
+    restarted = in_background(retry, other, lease.job_id)
+    await_lock_wait(admin, other)
+    worker.execute("commit")
+    with pytest.raises(psycopg.Error) as error:
+        restarted.result(timeout=10)
+    assert error.value.sqlstate == "UP003"
+    assert job_row(worker, lease.job_id).state == "cancelled"
+
+
 def test_a_cancel_that_meets_the_last_step_finds_the_job_done(
     admin: Connection, worker: Connection, other: Connection, lease: Any
 ) -> None:
