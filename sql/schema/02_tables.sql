@@ -88,7 +88,7 @@ create index documents_deleting on upload_pipeline.documents (deleted_at) where 
 -- in `job_outcomes`, history in `events`. `stage`, the lease and the counters are in no index, so a stage change and
 -- a renewal are HOT updates (heap-only, no index written).
 create table upload_pipeline.upload_jobs (
-  job_id           uuid primary key default gen_random_uuid(),
+  job_id           uuid primary key default upload_pipeline.new_job_id(),
   seq              bigint generated always as identity,
   document_id      uuid not null,
   user_id          uuid not null,
