@@ -216,6 +216,7 @@ async def test_clock_of_a_step_starts_anew_with_each_step(world: ProbeWorld) -> 
 
 
 async def test_step_that_hangs_and_ignores_cancellation_costs_its_lease_and_not_the_worker(world: ProbeWorld) -> None:
+    await world.retry_soon()
     hung, release = [], asyncio.Event()
 
     async def first(job: ClaimedJob, context: StepContext) -> Outcome:
@@ -270,6 +271,7 @@ async def test_outcome_that_comes_after_the_lease_ran_out_is_not_written(world: 
 async def test_silent_database_stops_trusted_work_in_time_and_the_worker_goes_on_when_it_answers_again(
     world: ProbeWorld, proxy: SilentProxy
 ) -> None:
+    await world.retry_soon()
     step = Waiting()
     (job_id,) = await world.enqueue()
     options = {"lease_ttl": 1.5, "heartbeat_interval": 0.3, "statement_timeout": 0.5, "connect_timeout": 0.5}

@@ -33,10 +33,13 @@ async def health_endpoint(runner: Runner, db: Executor, *, host: str, port: int)
         nonlocal looking
         if looking is None or looking.done():
             looking = asyncio.create_task(db.fetchval("select 1"))
-        done, _ = await asyncio.wait({looking}, timeout=READY_TIMEOUT)
-        if not done:
+        shared = looking
+        await asyncio.wait({shared}, timeout=READY_TIMEOUT)
+        if not shared.done():
+            shared.cancel()
+        if not shared.done() or shared.cancelled():
             raise TimeoutError(f"no answer within {READY_TIMEOUT:g} s")
-        looking.result()
+        shared.result()
 
     async def healthz(_request: web.Request) -> web.Response:
         return web.json_response(

@@ -1,0 +1,219 @@
+"""What any worker does for all: promotion, reaping, and maintenance of what crashes leave."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from collections.abc import AsyncIterator
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+from uuid import UUID, uuid4
+
+import asyncpg
+import pytest
+from probe_world import ProbeWorld, until_true
+
+from upload_pipeline.database import documents, queue
+from upload_pipeline.errors import ErrorCode, PipelineError
+from upload_pipeline.storage.keys import markdown_key, parser_output_key, raw_key
+from upload_pipeline.storage.store import ObjectStore, open_store
+from upload_workers import upkeep
+from upload_workers.upkeep import Upkeep, maintain
+
+NOW = timedelta(0)
+
+
+@pytest.fixture
+async def pool(world: ProbeWorld) -> AsyncIterator[asyncpg.Pool]:
+    async with asyncpg.create_pool(world.worker_url, min_size=1, max_size=4) as pool:
+        yield pool
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> ObjectStore:
+    return open_store(f"file://{tmp_path / 'objects'}")
+
+
+@pytest.fixture
+def scratch(tmp_path: Path) -> Path:
+    folder = tmp_path / "scratch"
+    folder.mkdir()
+    return folder
+
+
+async def stored_document(world: ProbeWorld, store: ObjectStore, *, row: bool = True) -> tuple[UUID, UUID, list[str]]:
+    """A document with every object that it can have; or, without the row, what an intake that died leaves."""
+    user, document = uuid4(), uuid4()
+    keys = [key(user, document) for key in (raw_key, parser_output_key, markdown_key)]
+    for key in keys:
+        await store.put_bytes(key, b"bytes")
+    if row:
+        await world.admin.execute(
+            """
+            insert into upload_pipeline.documents
+              (document_id, user_id, filename, media_type, file_bytes, file_sha256, raw_key)
+            values ($1, $2, 'a.txt', 'text/plain', 5, $3, $4)
+            """,
+            document,
+            user,
+            os.urandom(32).hex(),
+            keys[0],
+        )
+    return user, document, keys
+
+
+async def present(store: ObjectStore, keys: list[str]) -> list[bool]:
+    return [await store.head(key) is not None for key in keys]
+
+
+async def test_orphans_go_and_documents_stay(
+    world: ProbeWorld, pool: asyncpg.Pool, store: ObjectStore, scratch: Path
+) -> None:
+    _, _, kept = await stored_document(world, store)
+    _, _, orphaned = await stored_document(world, store, row=False)
+    report = await maintain(pool, store, scratch, orphan_grace=timedelta(hours=1))
+    assert report.orphans_removed == 0  # too young: its row may still come
+    report = await maintain(pool, store, scratch, orphan_grace=NOW)
+    assert (report.orphans_removed, report.orphan_bytes) == (3, 15)
+    assert await present(store, kept) == [True] * 3
+    assert await present(store, orphaned) == [False] * 3
+    assert await world.admin.fetchval("select count(*) from upload_pipeline.events where code = 'orphan_removed'") == 1
+    again = await maintain(pool, store, scratch, orphan_grace=NOW)
+    assert again.orphans_removed == 0
+
+
+@pytest.mark.parametrize("removed_before_the_crash", [0, 1, 3])
+async def test_deletion_that_a_crash_cut_short_is_finished(
+    world: ProbeWorld, pool: asyncpg.Pool, store: ObjectStore, scratch: Path, removed_before_the_crash: int
+) -> None:
+    _, document, keys = await stored_document(world, store)
+    await documents.begin_deletion(pool, document)
+    await store.delete(keys[:removed_before_the_crash])
+    report = await maintain(pool, store, scratch, orphan_grace=timedelta(hours=1))
+    assert report.deletions_finished == 0  # under way elsewhere, for all that we know
+    await world.admin.execute("update upload_pipeline.documents set deleted_at = deleted_at - interval '2 minutes'")
+    report = await maintain(pool, store, scratch, orphan_grace=timedelta(hours=1))
+    assert report.deletions_finished == 1
+    assert await present(store, keys) == [False] * 3
+    assert await world.admin.fetchval("select count(*) from upload_pipeline.documents") == 0
+
+
+async def test_temporary_files_of_killed_processes_go_and_young_ones_stay(
+    world: ProbeWorld, pool: asyncpg.Pool, store: ObjectStore, scratch: Path
+) -> None:
+    for name, age in (("job-old", 7200), ("job-young", 10), ("other-old", 7200)):
+        (scratch / name).mkdir()
+        (scratch / name / "file").write_text("x")
+        os.utime(scratch / name, (time.time() - age,) * 2)
+    (scratch / "job-file").write_text("not a folder")
+    os.utime(scratch / "job-file", (time.time() - 7200,) * 2)
+    report = await maintain(pool, store, scratch, orphan_grace=timedelta(hours=1))
+    assert report.scratch_removed == 1
+    assert sorted(path.name for path in scratch.iterdir()) == ["job-file", "job-young", "other-old"]
+
+
+async def test_silent_workers_are_forgotten(
+    world: ProbeWorld, pool: asyncpg.Pool, store: ObjectStore, scratch: Path
+) -> None:
+    for silence in (0, 3600):
+        worker = uuid4()
+        await queue.register_worker(
+            pool, worker_id=worker, host="h", pid=1, version="1", pools=["default"], concurrency=1
+        )
+        await world.admin.execute(
+            "update upload_pipeline.workers set last_beat_at = last_beat_at - $2::interval where worker_id = $1",
+            worker,
+            timedelta(seconds=silence),
+        )
+    report = await maintain(pool, store, scratch, orphan_grace=NOW)
+    assert report.workers_forgotten == 1
+    assert await world.admin.fetchval("select count(*) from upload_pipeline.workers") == 1
+
+
+async def test_part_that_fails_does_not_keep_the_others_from_being_done(
+    world: ProbeWorld, pool: asyncpg.Pool, store: ObjectStore, scratch: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, document, _ = await stored_document(world, store)
+    _, _, orphaned = await stored_document(world, store, row=False)
+    (scratch / "job-old").mkdir()
+    await documents.begin_deletion(pool, document)
+    await world.admin.execute("update upload_pipeline.documents set deleted_at = deleted_at - interval '2 minutes'")
+
+    async def refuse(*_args: Any, **_options: Any) -> None:
+        raise PipelineError(ErrorCode.STORAGE_DENIED, "no")
+
+    monkeypatch.setattr(upkeep, "remove_document_objects", refuse)
+    with pytest.raises(PipelineError, match="no"):
+        await maintain(pool, store, scratch, orphan_grace=NOW)
+    assert await present(store, orphaned) == [False] * 3
+    assert list(scratch.iterdir()) == []
+
+
+async def test_error_in_one_kind_of_upkeep_stops_neither_it_nor_the_others(
+    store: ObjectStore, scratch: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = {"promote": 0, "reap": 0, "maintain": 0}
+
+    def failing(name: str) -> Any:
+        async def work(*_args: Any, **_options: Any) -> int:
+            calls[name] += 1
+            raise ConnectionResetError(name)
+
+        return work
+
+    monkeypatch.setattr(upkeep, "PROMOTE_INTERVAL", 0.01)
+    monkeypatch.setattr(queue, "promote_due", failing("promote"))
+    monkeypatch.setattr(queue, "reap_expired", failing("reap"))
+    monkeypatch.setattr(upkeep, "maintain", failing("maintain"))
+    work = Upkeep(
+        None,  # type: ignore[arg-type]
+        store,
+        scratch,
+        lease_ttl=0.04,
+        maintenance_interval=0.01,
+        orphan_grace=1.0,
+        wake=lambda: None,
+    )
+    task = asyncio.create_task(work.run())
+    await until_true(lambda: min(calls.values()) > 2, "each to be tried again")
+    assert not task.done()
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+
+
+async def test_all_that_is_due_is_promoted_in_one_round_and_wakes_the_worker(
+    world: ProbeWorld, pool: asyncpg.Pool, store: ObjectStore, scratch: Path
+) -> None:
+    await world.enqueue(250)
+    await world.admin.execute("update upload_pipeline.upload_jobs set state = 'retryable', run_at = now()")
+    woken: list[int] = []
+    work = Upkeep(
+        pool,
+        store,
+        scratch,
+        lease_ttl=60.0,
+        maintenance_interval=60.0,
+        orphan_grace=60.0,
+        wake=lambda: woken.append(1),
+    )
+    await work._promote()
+    ready = "select count(*) from upload_pipeline.upload_jobs where state = 'queued'"
+    assert await world.admin.fetchval(ready) == 250
+    assert woken
+
+
+async def test_all_whose_lease_ran_out_are_taken_back_in_one_round(
+    world: ProbeWorld, pool: asyncpg.Pool, store: ObjectStore, scratch: Path
+) -> None:
+    await world.enqueue(250)
+    for _ in range(2):
+        await queue.claim_jobs(
+            pool, worker_id=uuid4(), pool="default", limit=200, after_user=None, ttl=timedelta(milliseconds=1)
+        )
+    await asyncio.sleep(0.01)
+    work = Upkeep(pool, store, scratch, lease_ttl=60.0, maintenance_interval=60.0, orphan_grace=60.0, wake=lambda: None)
+    await work._reap()
+    assert await world.admin.fetchval("select count(*) from upload_pipeline.upload_jobs where state = 'working'") == 0
