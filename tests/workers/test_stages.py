@@ -1,0 +1,390 @@
+"""The steps with real documents: crashed in the middle and run again, alone and beside a zombie, the rows are equal."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+from uuid import UUID, uuid4
+
+import asyncpg
+import numpy as np
+import pytest
+from sample_documents import KINDS, Kind, make_document
+
+from upload_pipeline.database import documents, queue
+from upload_pipeline.database.connection import connection_options
+from upload_pipeline.database.documents import load_document
+from upload_pipeline.database.pools import open_pool
+from upload_pipeline.database.queue import Advance, ClaimedJob, Lease
+from upload_pipeline.errors import ErrorCode, PipelineError
+from upload_pipeline.ids import document_id as document_id_of
+from upload_pipeline.providers.local_embedder import LocalEmbedder
+from upload_pipeline.providers.local_parser import LocalParser
+from upload_pipeline.settings import load_settings
+from upload_pipeline.stages import DOCUMENT_STAGES, Stage
+from upload_pipeline.storage.keys import markdown_key, parser_output_key, raw_key
+from upload_pipeline.storage.store import open_store
+from upload_workers.pipelines import STEPS
+from upload_workers.steps import Commit, StepContext
+
+TTL = timedelta(seconds=60)
+USER = UUID("6f3c1d0e-5b1f-4e57-9d6e-0a6a5f3c2b11")
+TYPES: dict[Kind, str] = {
+    "pdf": "application/pdf",
+    "docx": "application/vnd.openxmlformats-officedocument.wordprocessingml.document",
+    "txt": "text/plain",
+    "md": "text/markdown",
+    "html": "text/html",
+}
+PATH = [row.stage for row in DOCUMENT_STAGES]
+
+ROWS = {
+    "documents": "select document_id, filename, markdown_key, markdown_sha256, page_count, page_starts, chunk_count,"
+    " parser, chunker, embed_model, searchable_at is not null as searchable from upload_pipeline.documents",
+    "chunks": "select chunk_id, ordinal, text, chunk_sha256, start_offset, end_offset, page_from, page_to,"
+    " heading_path, section_ids, embed_model, embedding::text as embedding, live"
+    " from upload_pipeline.document_chunks order by chunk_id",
+    "nodes": "select node_id, kind, document_id from upload_pipeline.document_nodes order by node_id",
+    "edges": "select source_id, kind, target_id from upload_pipeline.document_edges order by 1, 2, 3",
+    "chunk buffer": "select count(*) from upload_pipeline.document_chunk_buffer",
+    "vector buffer": "select count(*) from upload_pipeline.document_vector_buffer",
+}
+
+
+@dataclass(frozen=True)
+class Line:
+    """One document on its way through the steps, each run by hand."""
+
+    context: StepContext
+    admin: asyncpg.Connection
+    document: UUID
+
+    async def claim(self) -> ClaimedJob:
+        (job,) = await queue.claim_jobs(
+            self.context.db, worker_id=uuid4(), pool="default", limit=1, after_user=None, ttl=TTL
+        )
+        return job
+
+    async def run(self, job: ClaimedJob) -> ClaimedJob:
+        """Runs the step of the job's stage and writes its outcome, as the runner does."""
+        outcome = await STEPS[job.pipeline, job.stage](job, self.context)
+        if isinstance(outcome, Commit):
+            moved = await outcome.verb(self.context.db, job.lease, keep=True, ttl=TTL)
+        else:
+            following = PATH[PATH.index(Stage(job.stage)) + 1]
+            asked = Advance(job.lease, job.stage, following, True)
+            moved = (await queue.advance_jobs(self.context.db, [asked], ttl=TTL))[job.job_id]
+        return replace(job, stage=moved.stage)
+
+    async def run_to(self, job: ClaimedJob, stage: str) -> ClaimedJob:
+        while job.stage != stage:
+            job = await self.run(job)
+        return job
+
+    async def rows(self) -> dict[str, list[dict[str, Any]]]:
+        return {name: [dict(row) for row in await self.admin.fetch(query)] for name, query in ROWS.items()}
+
+    async def take_over(self, job: ClaimedJob) -> ClaimedJob:
+        """The job's lease ran out: another worker has it."""
+        await self.admin.execute(
+            "update upload_pipeline.upload_jobs set lease_expires_at = now() - interval '1 s' where job_id = $1",
+            job.job_id,
+        )
+        assert await queue.reap_expired(self.context.db) == 1
+        await self.admin.execute("update upload_pipeline.upload_jobs set run_at = now() where job_id = $1", job.job_id)
+        assert await queue.promote_due(self.context.db) == 1
+        return await self.claim()
+
+
+@pytest.fixture(scope="module")
+def embedder() -> LocalEmbedder:
+    return LocalEmbedder()
+
+
+@pytest.fixture(scope="module")
+def parser() -> Any:
+    parser = LocalParser(60.0, 1024**3)
+    yield parser
+    parser.close()
+
+
+OpenLine = Callable[..., Awaitable[Line]]
+
+
+@pytest.fixture
+async def open_line(
+    database: Any, admin: asyncpg.Connection, tmp_path: Path, parser: LocalParser, embedder: LocalEmbedder
+) -> AsyncIterator[OpenLine]:
+    """Puts a document's bytes in the store and its job in the queue."""
+    settings = load_settings(home=tmp_path, database_url=database.worker_url, embed_batch_size=2)
+    pool = await open_pool(database.worker_url, connection_options(settings), size=3)
+    store = open_store(settings.effective_storage_url)
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    await documents.register_model(pool, model=embedder.model, provider="local", dimensions=embedder.dimensions)
+
+    async def begin(kind: Kind, data: bytes | None = None) -> Line:
+        data = make_document(kind, seed=7, pages=4) if data is None else data
+        digest = sha256(data).hexdigest()
+        document = document_id_of(USER, digest)
+        key = raw_key(USER, document)
+        await store.put_bytes(key, data)
+        await documents.accept_document(
+            pool,
+            document_id=document,
+            user_id=USER,
+            filename=f"claim.{kind}",
+            media_type=TYPES[kind],
+            file_bytes=len(data),
+            file_sha256=digest,
+            raw_key=key,
+            metadata={},
+        )
+        return Line(StepContext(pool, store, parser, embedder, settings, scratch), admin, document)
+
+    yield begin
+    await pool.close()
+
+
+class Crash(BaseException):
+    """The process ends here."""
+
+
+class CrashingDatabase:
+    """A database at which the process dies, before or after the statement that a word names."""
+
+    def __init__(self, db: Any, word: str, *, after: bool, passes: int = 0) -> None:
+        self._db, self._word, self._after, self._passes = db, word, after, passes
+
+    async def _run(self, method: str, query: str, *args: Any) -> Any:
+        hit = self._word in query
+        if hit and self._passes:
+            self._passes -= 1
+            hit = False
+        if hit and not self._after:
+            raise Crash
+        answer = await getattr(self._db, method)(query, *args)
+        if hit:
+            raise Crash
+        return answer
+
+    async def fetch(self, query: str, *args: Any) -> Any:
+        return await self._run("fetch", query, *args)
+
+    async def fetchrow(self, query: str, *args: Any) -> Any:
+        return await self._run("fetchrow", query, *args)
+
+    async def fetchval(self, query: str, *args: Any) -> Any:
+        return await self._run("fetchval", query, *args)
+
+
+@pytest.fixture
+async def undisturbed(open_line: OpenLine) -> Any:
+    """The rows of each kind of document that nothing happened to."""
+
+    async def rows_of(kind: Kind) -> dict[str, list[dict[str, Any]]]:
+        line = await open_line(kind)
+        await line.run_to(await line.claim(), "embedded")
+        rows = await line.rows()
+        assert rows["chunks"]
+        assert rows["documents"][0]["searchable"]
+        assert rows["chunk buffer"][0]["count"] == rows["vector buffer"][0]["count"] == 0
+        # from the start again, with nothing left of it
+        await documents.begin_deletion(line.context.db, line.document)
+        await documents.finish_deletion(line.context.db, line.document)
+        return rows
+
+    return rows_of
+
+
+@pytest.mark.parametrize("kind", KINDS)
+async def test_every_step_run_twice_leaves_the_rows_of_one_run(
+    open_line: OpenLine, undisturbed: Any, kind: Kind
+) -> None:
+    """At each stage the step is run to its outcome, which is thrown away with the process; then another runs it."""
+    expected = await undisturbed(kind)
+    line = await open_line(kind)
+    job = await line.claim()
+    while job.stage != "embedded":
+        await STEPS[job.pipeline, job.stage](job, line.context)
+        job = await line.take_over(job)
+        job = await line.run(job)
+    assert await line.rows() == expected
+    assert list(line.context.scratch.iterdir()) == []
+
+
+@pytest.mark.parametrize("after", [False, True], ids=["before the commit", "after the commit, answer lost"])
+@pytest.mark.parametrize(
+    ("stage", "word", "passes"),
+    [
+        ("parsing", "commit_parse", 0),
+        ("parsed", "commit_markdown", 0),
+        ("chunking", "buffer_chunks", 0),
+        ("chunks_buffered", "commit_chunks", 0),
+        ("embedding", "buffer_vectors", 0),
+        ("embedding", "buffer_vectors", 1),
+        ("embedding", "advance_jobs", 0),
+        ("embeddings_buffered", "commit_embeddings", 0),
+    ],
+)
+async def test_crash_at_the_write_of_a_step_changes_nothing_in_the_end(
+    open_line: OpenLine, undisturbed: Any, stage: str, word: str, passes: int, after: bool
+) -> None:
+    expected = await undisturbed("pdf")
+    line = await open_line("pdf")
+    job = await line.run_to(await line.claim(), stage)
+    crashing = CrashingDatabase(line.context.db, word, after=after, passes=passes)
+    with pytest.raises(Crash):
+        await replace(line, context=replace(line.context, db=crashing)).run(job)
+    if await line.admin.fetchval("select state from upload_pipeline.upload_jobs") == "working":
+        job = await line.take_over(job)
+        await line.run_to(job, "embedded")
+    assert await line.rows() == expected
+
+
+@pytest.mark.parametrize("stage", [stage for stage in PATH if stage != "embedded"])
+async def test_zombie_at_any_stage_writes_nothing_once_another_has_the_job(open_line: OpenLine, stage: str) -> None:
+    line = await open_line("md")
+    zombie = await line.run_to(await line.claim(), stage)
+    await line.take_over(zombie)
+    before = await line.rows()
+    with pytest.raises((asyncpg.PostgresError, KeyError)) as fenced:
+        await line.run(zombie)
+    if isinstance(fenced.value, asyncpg.PostgresError):
+        assert fenced.value.sqlstate == queue.LEASE_LOST
+    else:  # missing from the answer of advance_jobs
+        assert fenced.value.args == (zombie.job_id,)
+    assert await line.rows() == before
+
+
+async def test_restart_from_any_stage_gives_the_same_rows(open_line: OpenLine, undisturbed: Any) -> None:
+    expected = await undisturbed("html")
+    line = await open_line("html")
+    job = await line.run_to(await line.claim(), "embedded")
+    for stage in PATH[:-1]:
+        await line.admin.execute("select * from upload_pipeline.retry_job($1, $2)", job.job_id, str(stage))
+        job = await line.run_to(await line.claim(), "embedded")
+        assert await line.rows() == expected, stage
+
+
+@pytest.mark.parametrize("stage", ["queued", "parsing"])
+async def test_bytes_that_are_not_those_that_were_uploaded_are_refused(open_line: OpenLine, stage: str) -> None:
+    line = await open_line("txt")
+    job = await line.run_to(await line.claim(), stage)
+    await line.context.store.put_bytes(raw_key(USER, line.document), b"something else")
+    with pytest.raises(PipelineError, match=r"claim\.txt") as caught:
+        await line.run(job)
+    assert caught.value.code is ErrorCode.CHECKSUM_MISMATCH
+    assert list(line.context.scratch.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("stage", "key"),
+    [
+        ("queued", raw_key),
+        ("parsing", raw_key),
+        ("parsed", parser_output_key),
+        ("chunking", markdown_key),
+    ],
+)
+async def test_missing_object_is_named(open_line: OpenLine, stage: str, key: Any) -> None:
+    line = await open_line("txt")
+    job = await line.run_to(await line.claim(), stage)
+    await line.context.store.delete([key(USER, line.document)])
+    with pytest.raises(PipelineError) as caught:
+        await line.run(job)
+    assert caught.value.code is ErrorCode.OBJECT_MISSING
+    assert not caught.value.retryable
+
+
+async def test_markdown_that_was_changed_after_the_check_is_refused(open_line: OpenLine) -> None:
+    line = await open_line("md")
+    job = await line.run_to(await line.claim(), "chunking")
+    await line.context.store.put_bytes(markdown_key(USER, line.document), b"# Another text\n\nthat nobody checked")
+    with pytest.raises(PipelineError) as caught:
+        await line.run(job)
+    assert caught.value.code is ErrorCode.CHECKSUM_MISMATCH
+
+
+async def test_text_with_nothing_in_it_is_refused(open_line: OpenLine) -> None:
+    line = await open_line("txt", b"  \n \t \n")
+    job = await line.run_to(await line.claim(), "parsed")
+    with pytest.raises(PipelineError) as caught:
+        await line.run(job)
+    assert caught.value.code is ErrorCode.PARSE_EMPTY
+
+
+async def test_document_that_is_deleted_under_way_is_named_and_its_job_fenced(open_line: OpenLine) -> None:
+    line = await open_line("md")
+    job = await line.run_to(await line.claim(), "parsed")
+    await documents.begin_deletion(line.context.db, line.document)
+    await documents.finish_deletion(line.context.db, line.document)
+    with pytest.raises(PipelineError) as caught:
+        await line.run(job)
+    assert caught.value.code is ErrorCode.DOCUMENT_NOT_FOUND
+    with pytest.raises(asyncpg.PostgresError) as fenced:
+        await queue.fail_job(line.context.db, job.lease, code="X", message="x", retryable=True)
+    assert fenced.value.sqlstate == queue.LEASE_LOST
+
+
+async def test_embedder_is_asked_in_batches_and_only_for_what_is_not_there_yet(open_line: OpenLine) -> None:
+    asked: list[list[str]] = []
+
+    class Watched:
+        def __init__(self, inner: LocalEmbedder) -> None:
+            self.facts, self.model, self.dimensions = inner.facts, inner.model, inner.dimensions
+            self._inner = inner
+
+        async def embed(self, texts: Any) -> Any:
+            asked.append(list(texts))
+            return await self._inner.embed(texts)
+
+        async def close(self) -> None:
+            return
+
+    line = await open_line("md", "\n\n".join(f"# Part {n}\n\n{'word ' * 300}" for n in range(7)).encode())
+    job = await line.run_to(await line.claim(), "embedding")
+    line = replace(line, context=replace(line.context, embedder=Watched(line.context.embedder)))  # type: ignore[arg-type]
+    crashing = CrashingDatabase(line.context.db, "buffer_vectors", after=True, passes=1)
+    with pytest.raises(Crash):
+        await replace(line, context=replace(line.context, db=crashing)).run(job)
+    job = await line.run_to(await line.take_over(job), "embedded")
+    chunks = await line.admin.fetchval("select count(*) from upload_pipeline.document_chunks where live")
+    texts = [text for batch in asked for text in batch]
+    assert chunks > 4
+    assert len(texts) == len(set(texts)) == chunks
+    assert max(len(batch) for batch in asked) == 2
+
+
+async def test_two_at_once_on_one_document_leave_the_rows_of_one(open_line: OpenLine, undisturbed: Any) -> None:
+    """A zombie that runs all of its steps beside the owner, step by step."""
+    expected = await undisturbed("docx")
+    line = await open_line("docx")
+    zombie = await line.claim()
+    owner = await line.take_over(zombie)
+    while owner.stage != "embedded":
+        shadow = replace(owner, lease=Lease(zombie.job_id, zombie.lease.token))
+        results = await asyncio.gather(line.run(shadow), line.run(owner), return_exceptions=True)
+        assert isinstance(results[0], KeyError | asyncpg.PostgresError | PipelineError), results[0]
+        assert isinstance(results[1], ClaimedJob), results[1]
+        owner = results[1]
+    assert await line.rows() == expected
+
+
+async def test_vectors_are_those_of_the_texts(open_line: OpenLine) -> None:
+    line = await open_line("md")
+    await line.run_to(await line.claim(), "embedded")
+    rows = await line.admin.fetch(
+        "select text, embedding from upload_pipeline.document_chunks where live order by ordinal"
+    )
+    expected = await line.context.embedder.embed([row["text"] for row in rows])
+    stored = np.array([np.asarray(row["embedding"].to_numpy()) for row in rows])
+    # stored as half floats
+    assert np.abs(stored - expected).max() < 1e-3
+    document = await load_document(line.context.db, line.document)
+    assert document is not None
