@@ -195,7 +195,20 @@ async def test_end_of_the_sender_leaves_nobody_waiting(world: ProbeWorld, pool: 
     waiters = [asyncio.create_task(group.advance(step_of(job))) for job in jobs]
     await asyncio.sleep(0.02)
     assert bool(db.statements) is under_way
-    assert group._sender is not None
-    group._sender.cancel()
+    (sender,) = [task for task in asyncio.all_tasks() if task.get_name() == "grouped-advances"]
+    sender.cancel()
     answers = await asyncio.gather(*waiters, return_exceptions=True)
     assert [type(answer) for answer in answers] == [ConnectionAbortedError] * 2
+
+
+async def test_job_that_asks_for_its_next_step_as_soon_as_it_is_answered_is_answered_again(
+    world: ProbeWorld, pool: asyncpg.Pool
+) -> None:
+    """The sender is just ending then: it must send that too, or be seen to be gone."""
+    group = GroupedAdvances(pool, TTL, window=0.0)
+    (job,) = await claimed(world, pool, 1)
+    async with asyncio.timeout(10):
+        await group.advance(step_of(job))
+        answer = await group.advance(Advance(job.lease, "second", "end", True))
+    assert answer is not None
+    assert answer.state == "done"
