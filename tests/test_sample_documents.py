@@ -12,7 +12,6 @@ import liteparse
 import mammoth
 import pytest
 from markdownify import markdownify
-
 from sample_documents import KINDS, Block, Heading, Kind, Paragraph, Table, make_document, phrase, write_docx, write_pdf
 
 ROOT = Path(__file__).resolve().parent.parent

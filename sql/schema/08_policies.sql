@@ -57,10 +57,20 @@ begin
     select p.oid::regprocedure from pg_catalog.pg_proc p
      where p.pronamespace = 'upload_pipeline'::regnamespace
        -- inner parts of the verbs, and what only the schema's owner may do
-       and p.proname not in ('wake_lanes', 'prepare_restart', 'drop_event_partitions')
+       and p.proname not in ('new_job_id', 'wake_lanes', 'prepare_restart', 'drop_event_partitions')
   loop
     execute format('grant execute on function %s to upload_worker, service_role', v_function);
   end loop;
+end
+$$;
+
+-- Workers and the terminal see whether migrations are pending. Where this file is not run as a migration there is no ledger.
+do $$
+begin
+  if to_regclass('supabase_migrations.schema_migrations') is not null then
+    grant usage on schema supabase_migrations to upload_worker;
+    grant select on supabase_migrations.schema_migrations to upload_worker;
+  end if;
 end
 $$;
 

@@ -201,7 +201,8 @@ create index documents_deleting on upload_pipeline.documents (deleted_at) where 
 -- in `job_outcomes`, history in `events`. `stage`, the lease and the counters are in no index, so a stage change and
 -- a renewal are HOT updates (heap-only, no index written).
 create table upload_pipeline.upload_jobs (
-  job_id           uuid primary key default upload_pipeline.new_job_id(),
+  -- ids come in order and each row is written again at least twice: room for that in the pages
+  job_id           uuid primary key with (fillfactor = 70) default upload_pipeline.new_job_id(),
   seq              bigint generated always as identity,
   document_id      uuid not null,
   user_id          uuid not null,
@@ -251,7 +252,7 @@ create unique index upload_jobs_live on upload_pipeline.upload_jobs (document_id
 -- a document's jobs, newest last; the foreign key to documents
 create index upload_jobs_document on upload_pipeline.upload_jobs (document_id, seq);
 -- a user's jobs, newest first, page by page
-create index upload_jobs_listing on upload_pipeline.upload_jobs (user_id, created_at desc, job_id);
+create index upload_jobs_listing on upload_pipeline.upload_jobs (user_id, created_at desc, job_id) with (fillfactor = 70);
 
 -- What came of a job: its results, or its last error. Written at a failure or at the end, never on the way.
 create table upload_pipeline.job_outcomes (
@@ -298,11 +299,12 @@ create table upload_pipeline.events (
   lease_token    bigint,
   correlation_id text not null default '',
   payload        jsonb,
-  primary key (at, event_id)
+  -- one job's history, in order; with `at` because a partitioned table wants its key in it
+  unique (job_id, event_id, at)
 ) partition by range (at);
 
--- one job's history, in order
-create index events_job on upload_pipeline.events (job_id, event_id);
+-- what happened lately; rows come in order of time, so a block range index says where at next to no cost
+create index events_at on upload_pipeline.events using brin (at) with (autosummarize = on);
 
 -- Catches what no month covers, so that an event can always be written; ensure_event_partitions empties it.
 create table upload_pipeline.events_default partition of upload_pipeline.events default;
@@ -2108,10 +2110,20 @@ begin
     select p.oid::regprocedure from pg_catalog.pg_proc p
      where p.pronamespace = 'upload_pipeline'::regnamespace
        -- inner parts of the verbs, and what only the schema's owner may do
-       and p.proname not in ('wake_lanes', 'prepare_restart', 'drop_event_partitions')
+       and p.proname not in ('new_job_id', 'wake_lanes', 'prepare_restart', 'drop_event_partitions')
   loop
     execute format('grant execute on function %s to upload_worker, service_role', v_function);
   end loop;
+end
+$$;
+
+-- Workers and the terminal see whether migrations are pending. Where this file is not run as a migration there is no ledger.
+do $$
+begin
+  if to_regclass('supabase_migrations.schema_migrations') is not null then
+    grant usage on schema supabase_migrations to upload_worker;
+    grant select on supabase_migrations.schema_migrations to upload_worker;
+  end if;
 end
 $$;
 

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import Any, TypeAlias
+from collections.abc import Iterator
+from typing import Any
 
 import psycopg
 import pytest
 from psycopg.rows import namedtuple_row
-
-Connection: TypeAlias = psycopg.Connection[Any]
-Connect: TypeAlias = Callable[[], Connection]
+from sessions import Connect, Connection
 
 
 def _open(url: str, opened: list[Connection]) -> Connection:

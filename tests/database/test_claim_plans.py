@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Any
 from uuid import UUID, uuid4
 
-from conftest import Connect, Connection
+from sessions import Connect, Connection
 from verbs import add_document, claim, claim_one, release, user_number, value
 
 BACKLOG = 1_000_000

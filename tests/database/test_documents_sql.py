@@ -11,7 +11,7 @@ from uuid import UUID, uuid4, uuid5
 
 import psycopg
 import pytest
-from conftest import Connect, Connection
+from sessions import Connect, Connection
 from verbs import (
     STAGES,
     advance,

@@ -11,7 +11,7 @@ from typing import Any
 from uuid import UUID, uuid4
 
 import pytest
-from conftest import Connection
+from sessions import Connection
 from verbs import (
     add_document,
     add_job,

@@ -8,7 +8,6 @@ from uuid import UUID
 
 import psycopg
 import pytest
-from conftest import Connection
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -20,6 +19,7 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
+from sessions import Connection
 from verbs import (
     add_document,
     advance_many,

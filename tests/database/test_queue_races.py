@@ -12,7 +12,7 @@ from uuid import UUID, uuid4
 
 import psycopg
 import pytest
-from conftest import Connect, Connection
+from sessions import Connect, Connection
 from verbs import (
     add_document,
     add_job,

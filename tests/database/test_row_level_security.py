@@ -9,7 +9,7 @@ from uuid import UUID, uuid4
 
 import psycopg
 import pytest
-from conftest import Connection
+from sessions import Connection
 from verbs import (
     add_document,
     advance_to,
@@ -48,7 +48,7 @@ SHARED = {"stages"}
 BACK_END = {"upload_worker", "service_role"}
 
 CALLERS = {
-    **{key: set[str]() for key in ("wake_lanes", "prepare_restart", "drop_event_partitions")},
+    **{key: set[str]() for key in ("new_job_id", "wake_lanes", "prepare_restart", "drop_event_partitions")},
     **{key: {"authenticated", *BACK_END} for key in ("now", "search_chunks")},
     **dict.fromkeys(
         (

@@ -8,7 +8,7 @@ from uuid import UUID, uuid4
 
 import psycopg
 import pytest
-from conftest import Connection
+from sessions import Connection
 from verbs import add_document, user_number, value
 
 USER, OTHER = user_number(1), user_number(2)

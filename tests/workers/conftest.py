@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,9 @@ import asyncpg
 import pytest
 from probe_world import ProbeWorld
 from silent_proxy import SilentProxy
+
+from upload_pipeline.database import connection
+from upload_workers import upkeep
 
 
 @pytest.fixture
@@ -20,17 +23,15 @@ async def world(database: Any, admin: asyncpg.Connection, tmp_path: Path) -> Pro
     return world
 
 
+@pytest.fixture(autouse=True)
+def brisk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Shortens what settings do not, for workers in this process."""
+    monkeypatch.setattr(upkeep, "PROMOTE_INTERVAL", 0.1)
+    monkeypatch.setattr(connection, "_COMMAND_SLACK", 0.2)
+
+
 @pytest.fixture
 def proxy(database: Any) -> Iterator[SilentProxy]:
     """Stands between a worker and the test's database."""
     with SilentProxy(database.worker_url) as proxy:
         yield proxy
-
-
-@pytest.fixture
-async def worker_log() -> AsyncIterator[list[dict[str, Any]]]:
-    """What the workers of this process log during the test."""
-    import structlog
-
-    with structlog.testing.capture_logs() as lines:
-        yield lines

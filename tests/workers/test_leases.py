@@ -153,7 +153,7 @@ async def test_lease_is_kept_for_much_longer_than_it_lasts(world: ProbeWorld) ->
     (job_id,) = await world.enqueue()
     async with world.worker(steps_of(step), lease_ttl=0.6, heartbeat_interval=0.1):
         await step.entered.wait()
-        await asyncio.sleep(2.0)
+        await asyncio.sleep(1.5)
         assert await world.admin.fetchval("select upload_pipeline.reap_expired()") == 0
         step.go.set()
         await world.until_state(job_id, "done")
@@ -166,14 +166,14 @@ async def test_lease_is_kept_while_a_step_blocks_the_event_loop_for_longer_than_
 
     async def burn(job: ClaimedJob, context: StepContext) -> Outcome:
         began.append(time.monotonic())
-        while time.monotonic() < began[0] + 4.0:
+        while time.monotonic() < began[0] + 2.5:
             sum(range(1000))
         return Advance()
 
-    async with world.worker(steps_of(burn), lease_ttl=2.0, heartbeat_interval=0.2):
+    async with world.worker(steps_of(burn), lease_ttl=1.0, heartbeat_interval=0.1):
         # This test shares the blocked loop, so a thread plays the other workers.
         reaped: list[int] = []
-        reaper = threading.Thread(target=_reap_for, args=(world.worker_url, 5.0, reaped))
+        reaper = threading.Thread(target=_reap_for, args=(world.worker_url, 3.0, reaped))
         reaper.start()
         await world.until_state(job_id, "done")
         await asyncio.to_thread(reaper.join)

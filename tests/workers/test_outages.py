@@ -50,7 +50,9 @@ async def assert_sound(world: ProbeWorld, jobs: list[UUID]) -> None:
     assert await world.admin.fetchval("select count(*) from upload_pipeline.upload_jobs") == len(jobs)
 
 
-@pytest.mark.parametrize("crash", [False, True], ids=["restart", "crash"])
+@pytest.mark.parametrize(
+    "crash", [pytest.param(False, marks=pytest.mark.slow, id="restart"), pytest.param(True, id="crash")]
+)
 async def test_server_that_restarts_under_load(own_server: EmbeddedDatabase, tmp_path: Path, crash: bool) -> None:
     admin = await asyncpg.connect(own_server.admin_url)
     world = ProbeWorld(admin, own_server.worker_url, tmp_path)

@@ -19,6 +19,7 @@ from silent_proxy import SilentProxy
 from upload_workers.shutdown import FORCED_EXIT
 
 HERE = Path(__file__).parent
+OTHER_HANGS = ("wait", "deaf", "thread")
 
 
 class Process:
@@ -86,7 +87,7 @@ def start(world: ProbeWorld) -> Iterator[Start]:
         process.end()
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 async def test_first_signal_lets_steps_finish_and_hands_back_the_rest(
     world: ProbeWorld, start: Start, number: signal.Signals
 ) -> None:
@@ -110,7 +111,7 @@ async def test_first_signal_cuts_off_what_does_not_finish_and_counts_no_retry(wo
     assert (job["stage"], job["state"], job["retry_count"]) == ("first", "queued", 0)
 
 
-@pytest.mark.parametrize("step", ["wait", "deaf", "spin", "thread"])
+@pytest.mark.parametrize("step", ["spin", *(pytest.param(step, marks=pytest.mark.slow) for step in OTHER_HANGS)])
 async def test_second_signal_ends_the_process_at_once(world: ProbeWorld, start: Start, step: str) -> None:
     (job_id,) = await world.enqueue()
     process = start(step, shutdown_grace=600.0, shutdown_deadline=600.0)
@@ -123,7 +124,7 @@ async def test_second_signal_ends_the_process_at_once(world: ProbeWorld, start: 
     assert (await world.job(job_id))["state"] == "working"  # its lease runs out
 
 
-@pytest.mark.parametrize("step", ["deaf", "spin", "thread"])
+@pytest.mark.parametrize("step", ["spin", *(pytest.param(step, marks=pytest.mark.slow) for step in OTHER_HANGS)])
 async def test_deadline_ends_a_process_whose_step_never_does(world: ProbeWorld, start: Start, step: str) -> None:
     await world.enqueue()
     process = start(step, shutdown_grace=0.1, shutdown_deadline=1.0)
@@ -133,7 +134,7 @@ async def test_deadline_ends_a_process_whose_step_never_does(world: ProbeWorld, 
     assert not process.runs
 
 
-@pytest.mark.parametrize("step", ["wait", "nap"])
+@pytest.mark.parametrize("step", ["wait", pytest.param("nap", marks=pytest.mark.slow)])
 async def test_process_with_a_dead_database_socket_ends_by_its_deadline(
     world: ProbeWorld, proxy: SilentProxy, start: Start, step: str
 ) -> None:
@@ -177,6 +178,7 @@ async def test_zombie_writes_nothing_and_goes_on_with_other_work(world: ProbeWor
     assert zombie.wait() == 0
 
 
+@pytest.mark.slow
 async def test_zombie_whose_job_is_at_work_elsewhere_leaves_it_alone(world: ProbeWorld, start: Start) -> None:
     await world.retry_soon()
     (job_id,) = await world.enqueue()
@@ -198,6 +200,7 @@ async def test_zombie_whose_job_is_at_work_elsewhere_leaves_it_alone(world: Prob
     assert zombie.runs
 
 
+@pytest.mark.slow
 async def test_killed_worker_costs_one_retry_and_another_goes_on_at_the_same_stage(
     world: ProbeWorld, start: Start
 ) -> None:

@@ -201,7 +201,7 @@ async def test_end_does_not_wait_for_a_step_that_never_ends(world: ProbeWorld, m
 
     await world.enqueue()
     async with asyncio.timeout(20):
-        async with world.worker(steps_of(deaf), shutdown_grace=0.1) as runner:
+        async with world.worker(steps_of(deaf), shutdown_grace=0.1, lease_ttl=0.5) as runner:
             await entered.wait()
     release.set()
     await until_true(lambda: runner.at_work == 0, "the step to end")

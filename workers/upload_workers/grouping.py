@@ -25,6 +25,12 @@ _Member: TypeAlias = tuple[Advance, asyncio.Future[Transition | None]]
 GROUP_LIMIT = 500
 """Most transitions in one statement; past some hundreds the commit is shared out and arrays only grow."""
 
+SENDERS = 2
+"""Statements under way at once: the database works on one while this process takes in the answer of the other."""
+
+GROUP_FULL = 100
+"""Transitions that must wait before a second statement is sent beside the first; fewer are cheaper in the next one."""
+
 
 @dataclass
 class GroupedAdvances:
@@ -38,7 +44,7 @@ class GroupedAdvances:
     ttl: timedelta
     window: float
     _waiting: list[_Member] = field(default_factory=list)
-    _sender: asyncio.Task[None] | None = None
+    _senders: set[asyncio.Task[None]] = field(default_factory=set)
 
     async def advance(self, asked: Advance) -> Transition | None:
         """Moves one job on; None where its lease is lost.
@@ -49,14 +55,14 @@ class GroupedAdvances:
         """
         future: asyncio.Future[Transition | None] = asyncio.get_running_loop().create_future()
         self._waiting.append((asked, future))
-        if self._sender is None or self._sender.done():
-            self._sender = asyncio.create_task(self._send_all(), name="grouped-advances")
+        if len(self._senders) < SENDERS and (not self._senders or len(self._waiting) >= GROUP_FULL):
+            self._senders.add(asyncio.create_task(self._send_all(), name="grouped-advances"))
         return await future
 
     async def _send_all(self) -> None:
         group: list[_Member] = []
         try:
-            # Only the first group waits: while its statement was under way, the next one has gathered by itself.
+            # Only a sender's first group waits: while its statement is under way, the next one gathers by itself.
             await asyncio.sleep(self.window)
             while self._waiting:
                 group, self._waiting = self._waiting[:GROUP_LIMIT], self._waiting[GROUP_LIMIT:]
@@ -65,6 +71,9 @@ class GroupedAdvances:
             left, self._waiting = self._waiting, []
             _fail([*group, *left], ConnectionAbortedError("the worker stopped while a transition was under way"))
             raise
+        finally:
+            # In the same turn in which it saw that nobody waits: whoever comes after that finds it gone.
+            self._senders.discard(asyncio.current_task())
 
     async def _send(self, group: list[_Member]) -> None:
         # Nobody waits any more for the transition of a job that was stopped: it is failed or handed back instead.

@@ -28,6 +28,7 @@ import structlog
 
 from upload_pipeline.database import queue
 from upload_pipeline.errors import ErrorCode, PipelineError
+from upload_pipeline.logs import log_fields
 from upload_workers.leases import StopReason
 from upload_workers.passing import is_passing
 from upload_workers.steps import Advance, Commit, Snooze
@@ -71,14 +72,8 @@ class JobLeader:
 
     async def lead(self, job: ClaimedJob, held: HeldLease) -> None:
         """Runs steps until the job ends, is handed on, fails or is lost. Never raises but for cancellation."""
-        # Each job has a task, and so a context, of its own: nothing to unbind.
-        structlog.contextvars.bind_contextvars(
-            job_id=job.job_id,
-            document_id=job.document_id,
-            user_id=job.user_id,
-            correlation_id=job.correlation_id,
-            stage=job.stage,
-        )
+        # Each job has a task, and so a context, of its own: nothing to take back.
+        log_fields.set(_fields(job))
         try:
             await self._run_steps(job, held)
         except asyncio.CancelledError as error:
@@ -123,7 +118,7 @@ class JobLeader:
                 return
             self.keeper.next_step(held, sent=sent)
             job = replace(job, stage=transition.stage)
-            structlog.contextvars.bind_contextvars(stage=job.stage)
+            log_fields.set(_fields(job))
 
     async def _write_outcome(self, job: ClaimedJob, held: HeldLease, outcome: Outcome) -> Transition | None:
         keep = not self.stopping()
@@ -206,3 +201,13 @@ class JobLeader:
 def _is_asked_to_stop(held: HeldLease) -> bool:
     task = asyncio.current_task()
     return held.stopped is not None or (task is not None and task.cancelling() > 0)
+
+
+def _fields(job: ClaimedJob) -> dict[str, object]:
+    return {
+        "job_id": job.job_id,
+        "document_id": job.document_id,
+        "user_id": job.user_id,
+        "correlation_id": job.correlation_id,
+        "stage": job.stage,
+    }

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from uuid import UUID
 
-    from upload_pipeline.database.queue import Executor
+    from upload_pipeline.database.queue import ClaimedJob, Executor
     from upload_workers.leases import LeaseKeeper
     from upload_workers.steps import Step, StepContext
 
@@ -39,6 +39,15 @@ RELEASE_TIMEOUT = 2.0
 
 CLAIM_LIMIT = 200
 """Most jobs asked for in one claim; beyond that a claim only gets longer, not cheaper per job."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Claim:
+    """A claim under way: when it was sent (monotonic seconds), for how many jobs, and what will come back."""
+
+    sent: float
+    limit: int
+    answer: asyncio.Task[list[ClaimedJob]]
 
 
 @dataclass
@@ -144,30 +153,40 @@ class Runner:
         first = self._rounds % len(self.pools)
         self._rounds += 1
         for pool in (*self.pools[first:], *self.pools[:first]):
-            free = self.concurrency - self.at_work
-            if free <= 0 or self.stopping:
-                break
-            sent = time.monotonic()
-            jobs = await queue.claim_jobs(
-                self.db,
-                worker_id=self.worker_id,
-                pool=pool,
-                limit=min(free, CLAIM_LIMIT),
-                after_user=self._cursors.get(pool),
-                ttl=ttl,
-            )
-            if jobs:
-                self._cursors[pool] = jobs[-1].user_id
-            for job in jobs:
-                held = self.keeper.hold(job.lease, sent=sent)
-                held.task = asyncio.create_task(leader.lead(job, held))
-                self._tasks.add(held.task)
-                held.task.add_done_callback(self._job_ended)
-            self.claimed += len(jobs)
-            found = found or bool(jobs)
+            claim = self._ask(pool, self.concurrency - self.at_work, ttl)
+            while claim is not None:
+                jobs = await claim.answer
+                more = None
+                if jobs:
+                    found = True
+                    self._cursors[pool] = jobs[-1].user_id
+                    if len(jobs) == claim.limit:
+                        # There may be more: the next claim is on its way while the jobs of this one are begun.
+                        more = self._ask(pool, self.concurrency - self.at_work - len(jobs), ttl)
+                        await asyncio.sleep(0)
+                    self._begin(leader, jobs, claim.sent)
+                claim = more
         if self.at_work >= self.concurrency:
             await self._wait_for_slots()
         return found
+
+    def _ask(self, pool: str, free: int, ttl: timedelta) -> _Claim | None:
+        """Sends a claim for up to `free` jobs; None where there is nothing to ask for."""
+        if free <= 0 or self.stopping:
+            return None
+        limit = min(free, CLAIM_LIMIT)
+        answer = queue.claim_jobs(
+            self.db, worker_id=self.worker_id, pool=pool, limit=limit, after_user=self._cursors.get(pool), ttl=ttl
+        )
+        return _Claim(time.monotonic(), limit, asyncio.create_task(answer))
+
+    def _begin(self, leader: JobLeader, jobs: list[ClaimedJob], sent: float) -> None:
+        for job in jobs:
+            held = self.keeper.hold(job.lease, sent=sent)
+            held.task = asyncio.create_task(leader.lead(job, held))
+            self._tasks.add(held.task)
+            held.task.add_done_callback(self._job_ended)
+        self.claimed += len(jobs)
 
     async def _wait_for_slots(self) -> None:
         """Until a slot is free, and then a moment more, so that slots that come free together are filled together."""
