@@ -1,8 +1,8 @@
 """This queue: the real runner with its heartbeat, every write fenced, every transition with its event.
 
-`drain` takes jobs of one step, or of ten, as many as a document's. Like the others it is set up for throughput: twenty
-users with a hundred jobs at work each, so that a claim takes many jobs of few lanes. `enqueue_users` is the hard case: 500
-users with the default cap of two, so that a claim takes one or two jobs of each lane.
+`drain` takes jobs of one step, or of ten, as many as a document's. Like the others it is set up for throughput:
+twenty users with a hundred jobs at work each, so that a claim takes many jobs of few lanes. `enqueue_users` is the hard
+case: 500 users with the default cap of two, so that a claim takes one or two jobs of each lane.
 """
 
 from __future__ import annotations

@@ -23,6 +23,7 @@ most lines that could be written are worth."""
 
 def configure_logs(settings: Settings) -> None:
     """Sets up structlog for this process, as `LOG_LEVEL` and `LOG_FORMAT` say. Called once, at the start."""
+    # Tracebacks without local variables: those hold URLs with passwords, and the text of users' files.
     readable = settings.log_format == "console" or (settings.log_format == "auto" and sys.stderr.isatty())
     shared: list[structlog.typing.Processor] = [
         _with_fields,
@@ -31,9 +32,11 @@ def configure_logs(settings: Settings) -> None:
         _ids_as_text,
     ]
     if readable:
-        shared.append(structlog.dev.ConsoleRenderer())
+        plain = structlog.dev.RichTracebackFormatter(show_locals=False)
+        shared.append(structlog.dev.ConsoleRenderer(exception_formatter=plain))
     else:
-        shared += [structlog.processors.dict_tracebacks, structlog.processors.JSONRenderer()]
+        transformer = structlog.tracebacks.ExceptionDictTransformer(show_locals=False)
+        shared += [structlog.processors.ExceptionRenderer(transformer), structlog.processors.JSONRenderer()]
     structlog.configure(
         processors=shared,
         wrapper_class=structlog.make_filtering_bound_logger(getattr(logging, settings.log_level.upper())),

@@ -190,9 +190,10 @@ def test_transaction_of_its_own_is_refused_before_anything_runs(empty_database: 
     assert pending_migrations(empty_database.admin_url, migrations=[FIRST]) == [FIRST]
 
 
-def test_role_without_rights_is_told_what_to_do(database: Database) -> None:
+def test_role_without_rights_is_told_what_to_do(empty_database: Database, template_database: str) -> None:
+    assert template_database, "whose migrations make the server's role upload_worker"
     with pytest.raises(PipelineError, match="UPLOAD_PIPELINE_MIGRATION_DATABASE_URL") as caught:
-        apply_migrations(database.worker_url)
+        apply_migrations(empty_database.worker_url)
 
     assert caught.value.details["sqlstate"] == "42501"
 

@@ -166,14 +166,14 @@ async def test_lease_is_kept_while_a_step_blocks_the_event_loop_for_longer_than_
 
     async def burn(job: ClaimedJob, context: StepContext) -> Outcome:
         began.append(time.monotonic())
-        while time.monotonic() < began[0] + 2.5:
+        while time.monotonic() < began[0] + 4.0:
             sum(range(1000))
         return Advance()
 
-    async with world.worker(steps_of(burn), lease_ttl=1.0, heartbeat_interval=0.1):
+    async with world.worker(steps_of(burn), lease_ttl=2.0, heartbeat_interval=0.2):
         # This test shares the blocked loop, so a thread plays the other workers.
         reaped: list[int] = []
-        reaper = threading.Thread(target=_reap_for, args=(world.worker_url, 3.0, reaped))
+        reaper = threading.Thread(target=_reap_for, args=(world.worker_url, 4.5, reaped))
         reaper.start()
         await world.until_state(job_id, "done")
         await asyncio.to_thread(reaper.join)

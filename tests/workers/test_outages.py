@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import signal
 from collections.abc import AsyncIterator
@@ -87,8 +88,12 @@ async def test_server_that_restarts_under_load(own_server: EmbeddedDatabase, tmp
 
 
 def _a_backend_of(postmaster: int) -> int:
-    children = psutil.Process(postmaster).children()
-    return int(next(child.pid for child in children if "upload_worker" in " ".join(child.cmdline())))
+    for child in psutil.Process(postmaster).children():
+        # a backend that has just ended has no command line any more
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if "upload_worker" in " ".join(child.cmdline()):
+                return int(child.pid)
+    raise AssertionError("no worker is connected")
 
 
 async def test_backends_that_are_ended_again_and_again_cost_no_job(world: ProbeWorld) -> None:

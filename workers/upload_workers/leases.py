@@ -24,6 +24,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from enum import Enum
@@ -73,7 +74,7 @@ class LeaseKeeper:
     Attributes:
         connect: opens the heartbeat's own connection; called again after each failure, on the heartbeat's event loop.
         ttl: how long a claim or a renewal lasts, in seconds.
-        interval: seconds between two renewals, and the longest that one may take.
+        interval: seconds between two renewals; one may take as long, or a third of the lease where that is longer.
     """
 
     worker_id: UUID
@@ -86,6 +87,7 @@ class LeaseKeeper:
     _stop: asyncio.Event = field(default_factory=asyncio.Event)
     _thread: threading.Thread | None = None
     _beat_loop: asyncio.AbstractEventLoop | None = None
+    _beating: asyncio.Task[None] | None = None
     _loop: asyncio.AbstractEventLoop | None = None
 
     def start(self, loop: asyncio.AbstractEventLoop) -> None:
@@ -97,12 +99,17 @@ class LeaseKeeper:
         self._thread.start()
 
     def stop(self, timeout: float = 2.0) -> None:
-        """Ends the heartbeat; gives a renewal under way `timeout` seconds and then leaves it behind."""
+        """Ends the heartbeat, a renewal under way too; leaves it behind where that takes more than `timeout` seconds."""
         if self._thread is None or self._beat_loop is None:
             return
         if not self._beat_loop.is_closed():
-            self._beat_loop.call_soon_threadsafe(self._stop.set)
+            self._beat_loop.call_soon_threadsafe(self._end_beats)
         self._thread.join(timeout)
+
+    def _end_beats(self) -> None:
+        self._stop.set()
+        if self._beating is not None:
+            self._beating.cancel()
 
     def hold(self, lease: Lease, *, sent: float) -> HeldLease:
         """Takes care of a lease that was asked for at `sent` (monotonic seconds).
@@ -156,28 +163,32 @@ class LeaseKeeper:
                 held.task.cancel()
 
     def _run_beats(self, loop: asyncio.AbstractEventLoop) -> None:
-        with asyncio.Runner(loop_factory=lambda: loop) as runner:
+        with asyncio.Runner(loop_factory=lambda: loop) as runner, suppress(asyncio.CancelledError):
             runner.run(self._beat())
 
     async def _beat(self) -> None:
+        self._beating = asyncio.current_task()
         connection: asyncpg.Connection | None = None
-        wait = self.interval
-        while not await self._stopped_within(wait):
-            wait = self.interval
-            try:
-                async with asyncio.timeout(self.interval):
-                    if connection is None:
-                        connection = await self.connect()
-                    await self._renew(connection)
-            except Exception as error:  # noqa: BLE001 - a heartbeat that ends takes every job of the worker with it
-                # Trust runs out by itself; until then try again, soon.
-                log.warning("heartbeat_failed", error=str(error) or type(error).__name__)
-                if connection is not None:
-                    connection.terminate()
-                connection = None
-                wait = min(1.0, self.interval)
-        if connection is not None:
-            connection.terminate()
+        # The first beat comes at once: connecting takes longest while a step keeps the processor busy.
+        wait = 0.0
+        try:
+            while not await self._stopped_within(wait):
+                wait = self.interval
+                try:
+                    async with asyncio.timeout(max(self.interval, self.ttl / 3)):
+                        if connection is None:
+                            connection = await self.connect()
+                        await self._renew(connection)
+                except Exception as error:  # noqa: BLE001 - a heartbeat that ends takes every job of the worker with it
+                    # Trust runs out by itself; until then try again, soon.
+                    log.warning("heartbeat_failed", error=str(error) or type(error).__name__)
+                    if connection is not None:
+                        connection.terminate()
+                    connection = None
+                    wait = min(1.0, self.interval)
+        finally:
+            if connection is not None:
+                connection.terminate()
 
     async def _stopped_within(self, seconds: float) -> bool:
         """Whether stop() was called; waits for that so long."""

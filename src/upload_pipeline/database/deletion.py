@@ -14,6 +14,7 @@ from uuid import UUID
 from upload_pipeline.database import documents
 from upload_pipeline.database.documents import DeletedDocument
 from upload_pipeline.database.queue import Executor
+from upload_pipeline.errors import PipelineError
 
 RemoveObjects = Callable[[DeletedDocument], Awaitable[None]]
 """Removes every object of a document; missing ones are fine."""
@@ -37,9 +38,21 @@ async def delete_document(db: Executor, document_id: UUID, remove_objects: Remov
 
 
 async def finish_deletions(db: Executor, *, before: datetime, remove_objects: RemoveObjects) -> int:
-    """Ends deletions that were begun before a moment and not finished; returns how many."""
-    unfinished = await documents.unfinished_deletions(db, before=before)
-    for deleted in unfinished:
-        await remove_objects(deleted)
+    """Ends deletions that were begun before a moment and not finished; returns how many.
+
+    Raises:
+        PipelineError: as `remove_objects` does, the first one, after all others were tried.
+    """
+    finished = 0
+    failure: PipelineError | None = None
+    for deleted in await documents.unfinished_deletions(db, before=before):
+        try:
+            await remove_objects(deleted)
+        except PipelineError as error:
+            failure = failure or error
+            continue
         await documents.finish_deletion(db, deleted.document_id)
-    return len(unfinished)
+        finished += 1
+    if failure is not None:
+        raise failure
+    return finished
