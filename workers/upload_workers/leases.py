@@ -99,7 +99,7 @@ class LeaseKeeper:
         self._thread.start()
 
     def stop(self, timeout: float = 2.0) -> None:
-        """Ends the heartbeat, a renewal under way too; leaves it behind where that takes more than `timeout` seconds."""
+        """Ends the heartbeat, a renewal under way too; leaves it behind where that takes over `timeout` seconds."""
         if self._thread is None or self._beat_loop is None:
             return
         if not self._beat_loop.is_closed():
