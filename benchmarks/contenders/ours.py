@@ -92,7 +92,7 @@ async def enqueue_stages(url: str, n: int) -> None:
 
 
 async def drain(url: str, n: int) -> float:
-    """One worker, up to 400 jobs at once."""
+    """One worker, up to 1,000 jobs at once."""
     del n
     watcher = await asyncpg.connect(url)
     worker_url = url.replace("//postgres", "//upload_worker", 1)
@@ -100,7 +100,7 @@ async def drain(url: str, n: int) -> float:
         settings = load_settings(home=Path(home), database_url=worker_url, log_level="error")
         configure_logs(settings)
         began = time.perf_counter()
-        async with running_worker(settings, worker_url, pools=["bench"], concurrency=400, steps=_steps()) as runner:
+        async with running_worker(settings, worker_url, pools=["bench"], concurrency=1000, steps=_steps()) as runner:
             while runner.claimed == 0:
                 began = time.perf_counter()
                 await asyncio.sleep(0)

@@ -65,7 +65,7 @@ async def test_a_document_goes_with_its_objects_and_once_more_is_no_error(db: as
     assert not await delete_document(db, document, objects.remove)
 
 
-async def test_a_store_that_fails_leaves_the_document_hidden_and_maintenance_finishes_it(
+async def test_a_store_that_fails_leaves_the_document_hidden_until_maintenance_ends_it(
     db: asyncpg.Connection,
 ) -> None:
     document = await accept(db)
