@@ -1,0 +1,67 @@
+"""The FastAPI application put together: routers, errors, what every request has."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from fastapi import FastAPI
+from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
+
+import upload_pipeline
+from upload_pipeline.api import service_routes
+from upload_pipeline.api.error_bodies import install_error_handlers
+from upload_pipeline.api.request_context import CORRELATION_HEADER, Faults, RequestContext, TrustedHosts
+
+if TYPE_CHECKING:
+    from fastapi import APIRouter
+
+    from upload_pipeline.api.resources import Resources
+    from upload_pipeline.settings import Settings
+
+ROUTERS: tuple[APIRouter, ...] = (service_routes.router,)
+"""Every router of the service, in the order of the OpenAPI document."""
+
+MAX_JSON_BYTES = 1024 * 1024
+"""Largest body of a route that does not say otherwise (`max_body_size`): requests are small, uploads have routes."""
+
+_EXPOSED_HEADERS = (
+    CORRELATION_HEADER,
+    "Retry-After",
+    "X-RateLimit-Limit",
+    "X-RateLimit-Remaining",
+    "X-RateLimit-Reset",
+)
+
+
+def create_app(settings: Settings, resources: Resources) -> FastAPI:
+    """The application; it neither opens nor closes the resources.
+
+    Args:
+        settings: of this process.
+        resources: open for as long as the application serves.
+    """
+    app = FastAPI(
+        title="Upload pipeline",
+        summary="Files go in; searchable, per-user text comes out; nothing gets lost on the way.",
+        version=upload_pipeline.__version__,
+        max_body_size=MAX_JSON_BYTES,
+        middleware=[
+            Middleware(RequestContext),
+            Middleware(TrustedHosts, hosts=(*settings.api_trusted_hosts, settings.api_host)),
+            Middleware(
+                CORSMiddleware,
+                allow_origins=settings.cors_origins,
+                allow_methods=["GET", "POST", "PUT", "PATCH", "DELETE"],
+                allow_headers=["Authorization", "Content-Type", "X-API-Key", CORRELATION_HEADER, "Last-Event-ID"],
+                expose_headers=_EXPOSED_HEADERS,
+                max_age=600,
+            ),
+            Middleware(Faults),
+        ],
+    )
+    app.state.resources = resources
+    install_error_handlers(app)
+    for router in ROUTERS:
+        app.include_router(router)
+    return app
