@@ -37,6 +37,7 @@ READERS = {
     "document_nodes": {"authenticated", "upload_worker", "service_role"},
     "document_edges": {"authenticated", "upload_worker", "service_role"},
     "workers": {"upload_worker", "service_role"},
+    "stage_durations": {"upload_worker", "service_role"},
     "job_overview": {"authenticated", "upload_worker", "service_role"},
     "queue_depth": {"authenticated", "upload_worker", "service_role"},
 }
@@ -49,7 +50,7 @@ BACK_END = {"upload_worker", "service_role"}
 
 CALLERS = {
     **{key: set[str]() for key in ("wake_lanes", "prepare_restart", "drop_event_partitions")},
-    **{key: {"authenticated", *BACK_END} for key in ("now", "search_chunks")},
+    **{key: {"authenticated", *BACK_END} for key in ("now", "search_chunks", "estimate_jobs")},
     **dict.fromkeys(
         (
             "accept_document",
@@ -78,6 +79,7 @@ CALLERS = {
             "promote_due",
             "reap_expired",
             "record_event",
+            "refresh_stage_durations",
             "register_model",
             "register_worker",
             "release_jobs",
@@ -85,6 +87,7 @@ CALLERS = {
             "retry_delay",
             "retry_job",
             "set_lane_cap",
+            "size_class",
             "snooze_job",
             "unfinished_deletions",
             "unregister_worker",
