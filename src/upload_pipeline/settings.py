@@ -177,6 +177,11 @@ class Settings(BaseSettings):
         return not self.database_url.get_secret_value()
 
     @property
+    def development_tokens(self) -> bool:
+        """Whether the HTTP service takes the tokens of `upload-pipeline token`: embedded, and nobody else signs."""
+        return self.embedded and not self.jwt_issuer
+
+    @property
     def effective_storage_url(self) -> str:
         """The object store's URL with the default filled in."""
         return self.storage_url or f"file://{self.home / 'storage'}"

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from fastapi import FastAPI
+from fastapi import Depends, FastAPI
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 
 import upload_pipeline
 from upload_pipeline.api import service_routes
 from upload_pipeline.api.error_bodies import install_error_handlers
+from upload_pipeline.api.limits import within_limits
 from upload_pipeline.api.request_context import CORRELATION_HEADER, Faults, RequestContext, TrustedHosts
 
 if TYPE_CHECKING:
@@ -19,8 +20,11 @@ if TYPE_CHECKING:
     from upload_pipeline.api.resources import Resources
     from upload_pipeline.settings import Settings
 
-ROUTERS: tuple[APIRouter, ...] = (service_routes.router,)
-"""Every router of the service, in the order of the OpenAPI document."""
+ROUTERS: tuple[APIRouter, ...] = ()
+"""The routers whose every route has a caller (`CurrentPrincipal`); they are counted by `within_limits`."""
+
+OPEN_ROUTERS: tuple[APIRouter, ...] = (service_routes.router,)
+"""The routers that nobody signs in for: probes, and URLs that carry their own permission."""
 
 MAX_JSON_BYTES = 1024 * 1024
 """Largest body of a route that does not say otherwise (`max_body_size`): requests are small, uploads have routes."""
@@ -63,5 +67,7 @@ def create_app(settings: Settings, resources: Resources) -> FastAPI:
     app.state.resources = resources
     install_error_handlers(app)
     for router in ROUTERS:
+        app.include_router(router, dependencies=[Depends(within_limits)])
+    for router in OPEN_ROUTERS:
         app.include_router(router)
     return app

@@ -33,6 +33,13 @@ _DATABASE_FAILURES = (
     TimeoutError,
 )
 
+_LIMIT_HEADERS = {
+    "retry_after": "Retry-After",
+    "limit": "X-RateLimit-Limit",
+    "remaining": "X-RateLimit-Remaining",
+    "reset": "X-RateLimit-Reset",
+}
+
 # Of failures of ours the caller learns what to do, and the log what happened.
 _OWN_FAILURES = {
     500: "Something went wrong here. Try again; if it stays, name the correlation id to the operator of this service.",
@@ -79,14 +86,15 @@ _DESCRIPTIONS = {
 }
 
 
-def error_response(error: PipelineError, correlation_id: str, headers: dict[str, str] | None = None) -> Response:
+def error_response(error: PipelineError, correlation_id: str) -> Response:
     """The answer for an error; its message and details only where the cause is not ours (a status below 500)."""
     status = HTTP_STATUS[error.code]
-    sent = dict(headers or {})
+    sent: dict[str, str] = {}
     if status == 401:
         sent["WWW-Authenticate"] = "Bearer"
     if status == 503:
-        sent.setdefault("Retry-After", str(RETRY_AFTER_SECONDS))
+        sent["Retry-After"] = str(RETRY_AFTER_SECONDS)
+    sent |= {header: str(error.details[name]) for name, header in _LIMIT_HEADERS.items() if status == 429}
     return _response(
         status,
         error.code,
@@ -115,7 +123,7 @@ async def _on_pipeline_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, PipelineError)  # noqa: S101 - registered for this class
     if HTTP_STATUS[error.code] >= 500:
         log.error("request_failed", code=error.code, error=error.message, details=error.details)
-    return error_response(error, request.state.correlation_id, getattr(request.state, "rate_limit_headers", None))
+    return error_response(error, request.state.correlation_id)
 
 
 async def _on_validation_error(request: Request, error: Exception) -> Response:
