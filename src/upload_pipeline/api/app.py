@@ -9,9 +9,10 @@ from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 
 import upload_pipeline
-from upload_pipeline.api import service_routes
+from upload_pipeline.api import job_events, jobs, search, service_routes
 from upload_pipeline.api.error_bodies import install_error_handlers
 from upload_pipeline.api.limits import within_limits
+from upload_pipeline.api.metrics import ServiceMetrics
 from upload_pipeline.api.request_context import CORRELATION_HEADER, Faults, RequestContext, TrustedHosts
 
 if TYPE_CHECKING:
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from upload_pipeline.api.resources import Resources
     from upload_pipeline.settings import Settings
 
-ROUTERS: tuple[APIRouter, ...] = ()
+ROUTERS: tuple[APIRouter, ...] = (jobs.router, job_events.router, search.router)
 """The routers whose every route has a caller (`CurrentPrincipal`); they are counted by `within_limits`."""
 
 OPEN_ROUTERS: tuple[APIRouter, ...] = (service_routes.router,)
@@ -45,13 +46,14 @@ def create_app(settings: Settings, resources: Resources) -> FastAPI:
         settings: of this process.
         resources: open for as long as the application serves.
     """
+    metrics = ServiceMetrics()
     app = FastAPI(
         title="Upload pipeline",
         summary="Files go in; searchable, per-user text comes out; nothing gets lost on the way.",
         version=upload_pipeline.__version__,
         max_body_size=MAX_JSON_BYTES,
         middleware=[
-            Middleware(RequestContext),
+            Middleware(RequestContext, metrics=metrics),
             Middleware(TrustedHosts, hosts=(*settings.api_trusted_hosts, settings.api_host)),
             Middleware(
                 CORSMiddleware,
@@ -65,6 +67,8 @@ def create_app(settings: Settings, resources: Resources) -> FastAPI:
         ],
     )
     app.state.resources = resources
+    app.state.metrics = metrics
+    app.state.ready_looks = service_routes.ReadyLooks(resources)
     install_error_handlers(app)
     for router in ROUTERS:
         app.include_router(router, dependencies=[Depends(within_limits)])

@@ -7,6 +7,7 @@ own, which no service with `JWT_ISSUER` set accepts.
 from __future__ import annotations
 
 import contextlib
+import ipaddress
 import os
 import secrets
 import stat
@@ -84,6 +85,18 @@ def development_token(
         "app_metadata": {"roles": list(roles)},
     }
     return jwt.encode(claims, development_secret(settings.home), algorithm="HS256")
+
+
+def is_exposed(settings: Settings) -> bool:
+    """Whether tokens for development are accepted at an address that other machines may reach."""
+    return settings.development_tokens and not _is_local(settings.api_host)
+
+
+def _is_local(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host.lower() == "localhost"
 
 
 def _make(path: Path) -> None:

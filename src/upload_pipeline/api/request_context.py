@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+    from upload_pipeline.api.metrics import ServiceMetrics
+
 log = structlog.get_logger(__name__)
 
 CORRELATION_HEADER = "X-Correlation-ID"
@@ -55,8 +57,9 @@ class RequestContext:
     A caller's own `X-Correlation-ID` is kept where it has 1 to 200 of letters, digits and `._:/+=@-`.
     """
 
-    def __init__(self, app: ASGIApp) -> None:
+    def __init__(self, app: ASGIApp, metrics: ServiceMetrics) -> None:
         self._app = app
+        self._metrics = metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serves one connection."""
@@ -87,6 +90,9 @@ class RequestContext:
             try:
                 await self._app(scope, receive, send_with_headers)
             finally:
+                seconds = time.perf_counter() - started
+                content_type = Headers(scope=scope).get("content-type", "")
+                self._metrics.observe_request(scope["method"], route_of(scope), status, seconds, content_type)
                 if scope["path"] not in PROBE_PATHS or status >= 400:
                     principal = scope["state"].get("principal")
                     log.info(
@@ -94,7 +100,7 @@ class RequestContext:
                         method=scope["method"],
                         route=route_of(scope),
                         status=status or None,
-                        milliseconds=round((time.perf_counter() - started) * 1000, 1),
+                        milliseconds=round(seconds * 1000, 1),
                         user_id=None if principal is None else principal.user_id,
                         principal=None if principal is None else principal.kind,
                     )

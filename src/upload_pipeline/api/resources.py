@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncGenerator
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Annotated
 
+import asyncpg
 from fastapi import Depends, Request
 
+from upload_pipeline.api.job_feed import JobFeed, running_feed
 from upload_pipeline.api.tokens import TokenVerifier, open_token_verifier
 from upload_pipeline.database.connection import connection_options
 from upload_pipeline.database.pools import BoundedPool, open_pool
@@ -17,6 +20,8 @@ from upload_pipeline.providers.embedding import Embedder, open_embedder
 from upload_pipeline.providers.local_parser import LocalParser
 from upload_pipeline.settings import Settings
 from upload_pipeline.storage.store import ObjectStore, open_store
+
+_CLOSE_SECONDS = 2.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +36,7 @@ class Resources:
         embedder: for queries.
         intake: takes files in.
         tokens: tells users by their tokens.
+        job_feed: tells what is new of jobs that somebody watches.
     """
 
     settings: Settings
@@ -40,6 +46,7 @@ class Resources:
     embedder: Embedder
     intake: Intake
     tokens: TokenVerifier
+    job_feed: JobFeed
 
 
 @asynccontextmanager
@@ -57,13 +64,14 @@ async def open_resources(settings: Settings, database_url: str) -> AsyncGenerato
         db = await open_pool(
             database_url, connection_options(settings, "upload-pipeline serve"), size=settings.pool_size
         )
-        stack.push_async_callback(db.close)
+        stack.push_async_callback(_close_pool, db)
         store = open_store(settings.effective_storage_url)
         embedder = open_embedder(settings.embedder)
         stack.push_async_callback(embedder.close)
         parser = LocalParser(settings.parse_timeout, settings.parse_memory_bytes)
         stack.callback(parser.close)
         tokens = await stack.enter_async_context(open_token_verifier(settings))
+        job_feed = await stack.enter_async_context(running_feed(db, interval=settings.sse_interval))
         yield Resources(
             settings=settings,
             database_url=database_url,
@@ -72,7 +80,15 @@ async def open_resources(settings: Settings, database_url: str) -> AsyncGenerato
             embedder=embedder,
             intake=Intake(db, store, parser.inspect, settings.max_file_bytes, settings.home / "scratch"),
             tokens=tokens,
+            job_feed=job_feed,
         )
+
+
+async def _close_pool(db: BoundedPool) -> None:
+    try:
+        await asyncio.wait_for(db.close(), _CLOSE_SECONDS)
+    except (TimeoutError, asyncpg.PostgresError, asyncpg.InterfaceError):
+        db.terminate()
 
 
 def _resources(request: Request) -> Resources:
