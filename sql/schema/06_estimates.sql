@@ -87,6 +87,7 @@ $$;
 --                  now + the wait + what its stages take for files of its size. The wait is what stands before it, at the
 --                  pool's present concurrency, and no less than its own lane takes at the user's cap. A stage without
 --                  history at any size takes its share of p_default_seconds, which a whole document is assumed to take.
+--   progress       percent: the stage's; while vectors arrive, on the way to the next stage by the share that is there
 --
 -- Cost: one walk over the caller's own lane and one over the heads of the others, each of at most 10,000 index entries,
 -- however many jobs are asked for and however long the queue is.
@@ -94,7 +95,7 @@ create function upload_pipeline.estimate_jobs(
   p_job_ids         uuid[],
   p_default_seconds double precision default 60
 )
-returns table (job_id uuid, queued_ahead integer, estimated_completion_at timestamptz)
+returns table (job_id uuid, queued_ahead integer, estimated_completion_at timestamptz, progress integer)
 language plpgsql
 stable
 security definer
@@ -198,9 +199,17 @@ begin
     select a.job_id, a.ahead,
            v_now + make_interval(secs => work.seconds + greatest(
              a.ahead * t.seconds / v_slots, a.place * t.seconds / v_cap,
-             case when a.state = 'retryable' then extract(epoch from a.run_at - v_now)::double precision end))
+             case when a.state = 'retryable' then extract(epoch from a.run_at - v_now)::double precision end)),
+           f.progress + coalesce(floor((n.progress - f.progress) * vectors.share), 0)::integer
       from asked a
       join typical t on t.pipeline = a.pipeline
+      join upload_pipeline.stages f on f.pipeline = a.pipeline and f.stage = a.stage
+      left join upload_pipeline.stages n on n.pipeline = a.pipeline and n.position = f.position + 1
+     cross join lateral (
+       select case when a.pipeline = 'document' and a.stage = 'embedding' then (
+         select count(v.chunk_id)::double precision / nullif(count(*), 0) from upload_pipeline.document_chunk_buffer b
+           left join upload_pipeline.document_vector_buffer v on v.chunk_id = b.chunk_id
+          where b.document_id = a.document_id) end as share) vectors
      cross join lateral (
        select sum(case when s.stage = a.stage then greatest(0, coalesce(m.seconds, s.share) - a.spent)
                        else coalesce(m.seconds, s.share) end) as seconds
@@ -210,9 +219,7 @@ begin
            select d.seconds from upload_pipeline.stage_durations d
             where d.pipeline = s.pipeline and d.stage = s.stage
             order by abs(d.size_class - a.size_class), d.size_class limit 1) m on true
-        where s.pipeline = a.pipeline
-          and s.position >= (select f.position from upload_pipeline.stages f where f.pipeline = a.pipeline and f.stage = a.stage)
-     ) work;
+        where s.pipeline = a.pipeline and s.position >= f.position) work;
   end loop;
 end
 $$;

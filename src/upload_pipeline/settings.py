@@ -117,6 +117,17 @@ class Settings(BaseSettings):
     jwt_audience: str = Field(default="authenticated", min_length=1, description="The `aud` of users' tokens.")
     jwt_leeway: float = Field(default=10.0, ge=0, le=30, description="Seconds that clocks may differ by.")
 
+    # how jobs are followed
+    estimate_seconds: Seconds = Field(
+        default=60.0, description="Seconds that a document is taken to need while there is no history to go by."
+    )
+    sse_interval: Seconds = Field(default=0.25, description="Seconds between two looks for events to stream.")
+    sse_heartbeat: Seconds = Field(default=15.0, description="Seconds of silence before a stream says it is alive.")
+    sse_seconds: Seconds = Field(
+        default=3600.0, description="Seconds after which a stream ends; its client comes back and misses nothing."
+    )
+    sse_retry: Seconds = Field(default=3.0, description="Seconds that a client waits before it comes back.")
+
     # limits of the HTTP service, shared by all its processes
     limit_uploads_per_day: int = Field(default=30, ge=1, description="Uploads of one user in a day.")
     limit_uploads_per_minute: int = Field(default=10, ge=1, description="Upload requests of one user in a minute.")
