@@ -12,7 +12,7 @@ import asyncpg
 import httpx
 import pytest
 
-from tests.api.job_rows import advance, add_job, claim, event_ids
+from tests.api.job_rows import add_job, advance, claim, event_ids
 from tests.api.live_service import LiveService, follow, frames, new_user, running_service, service_settings
 from upload_pipeline.api import job_feed
 from upload_pipeline.database import queue

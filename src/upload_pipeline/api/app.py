@@ -13,6 +13,7 @@ from upload_pipeline.api import job_events, jobs, search, service_routes
 from upload_pipeline.api.error_bodies import install_error_handlers
 from upload_pipeline.api.limits import within_limits
 from upload_pipeline.api.metrics import ServiceMetrics
+from upload_pipeline.api.openapi import install_openapi
 from upload_pipeline.api.request_context import CORRELATION_HEADER, Faults, RequestContext, TrustedHosts
 
 if TYPE_CHECKING:
@@ -74,4 +75,5 @@ def create_app(settings: Settings, resources: Resources) -> FastAPI:
         app.include_router(router, dependencies=[Depends(within_limits)])
     for router in OPEN_ROUTERS:
         app.include_router(router)
+    install_openapi(app)
     return app
