@@ -147,6 +147,7 @@ def filled(admin: Connection, worker: Connection) -> Connection:
     admin.execute("select upload_pipeline.register_model('m3', 'test', 3)")
     worker.execute("select upload_pipeline.register_worker(%s, 'h', 1, 'v', '{default}', 1)", [uuid4()])
     admin.execute("insert into upload_pipeline.events_default (at, code) values ('1999-01-01', 'worker_started')")
+    admin.execute("insert into upload_pipeline.stage_durations values ('document', 'parsing', 0, 1.5, 3)")
     for user in (OWNER, STRANGER):
         document = add_document(admin, user)
         enqueue(worker, document, user)
