@@ -10,6 +10,7 @@ from starlette.middleware.cors import CORSMiddleware
 
 import upload_pipeline
 from upload_pipeline.api import job_events, jobs, search, service_routes
+from upload_pipeline.api.body_limit import BodyLimit
 from upload_pipeline.api.error_bodies import install_error_handlers
 from upload_pipeline.api.limits import within_limits
 from upload_pipeline.api.metrics import ServiceMetrics
@@ -29,7 +30,7 @@ OPEN_ROUTERS: tuple[APIRouter, ...] = (service_routes.router,)
 """The routers that nobody signs in for: probes, and URLs that carry their own permission."""
 
 MAX_JSON_BYTES = 1024 * 1024
-"""Largest body of a route that does not say otherwise (`max_body_size`): requests are small, uploads have routes."""
+"""Largest body that is read into memory: requests are small, and uploads are streamed."""
 
 _EXPOSED_HEADERS = (
     CORRELATION_HEADER,
@@ -52,7 +53,6 @@ def create_app(settings: Settings, resources: Resources) -> FastAPI:
         title="Upload pipeline",
         summary="Files go in; searchable, per-user text comes out; nothing gets lost on the way.",
         version=upload_pipeline.__version__,
-        max_body_size=MAX_JSON_BYTES,
         middleware=[
             Middleware(RequestContext, metrics=metrics),
             Middleware(TrustedHosts, hosts=(*settings.api_trusted_hosts, settings.api_host)),
@@ -65,6 +65,7 @@ def create_app(settings: Settings, resources: Resources) -> FastAPI:
                 max_age=600,
             ),
             Middleware(Faults),
+            Middleware(BodyLimit, max_bytes=MAX_JSON_BYTES),
         ],
     )
     app.state.resources = resources
