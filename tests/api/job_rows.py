@@ -52,15 +52,16 @@ async def add_job(
     return job.job_id
 
 
-async def claim(admin: asyncpg.Connection, job: UUID) -> ClaimedJob:
-    """Leases jobs until this one is among them."""
+async def claim_all(admin: asyncpg.Connection) -> dict[UUID, ClaimedJob]:
+    """Leases all ready jobs, by id."""
     await admin.execute("update upload_pipeline.lanes set max_in_flight = 10000")
-    for claimed in await queue.claim_jobs(
-        admin, worker_id=WORKER, pool="default", limit=1000, after_user=None, ttl=TTL
-    ):
-        if claimed.job_id == job:
-            return claimed
-    raise AssertionError(f"job {job} was not there to claim")
+    claimed = await queue.claim_jobs(admin, worker_id=WORKER, pool="default", limit=10_000, after_user=None, ttl=TTL)
+    return {job.job_id: job for job in claimed}
+
+
+async def claim(admin: asyncpg.Connection, job: UUID) -> ClaimedJob:
+    """Leases a job, and with it all others that are ready."""
+    return (await claim_all(admin))[job]
 
 
 async def advance(admin: asyncpg.Connection, claimed: ClaimedJob, to_stage: str, start: str | None = None) -> None:

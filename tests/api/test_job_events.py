@@ -13,7 +13,7 @@ import httpx
 import pytest
 
 from tests.api.job_rows import add_job, advance, claim, event_ids
-from tests.api.live_service import LiveService, follow, frames, new_user, running_service, service_settings
+from tests.api.live_service import LiveService, follow, frames, new_user, running_service, service_settings, token
 from upload_pipeline.api import job_feed
 from upload_pipeline.database import queue
 
@@ -211,6 +211,46 @@ async def test_a_client_that_leaves_is_forgotten(service: LiveService, admin: as
     async with asyncio.timeout(10):
         while service.resources.job_feed.watchers:
             await asyncio.sleep(0.01)
+
+
+async def test_a_client_that_does_not_read_holds_no_memory_and_misses_nothing(
+    service: LiveService, admin: asyncpg.Connection
+) -> None:
+    user = new_user()
+    job = await add_job(admin, user)
+    host, port = service.url.removeprefix("http://").split(":")
+    reader, writer = await asyncio.open_connection(host, int(port), limit=1024)
+    request = f"GET /api/v2/jobs/{job}/events HTTP/1.1\r\nHost: {host}\r\nAccept: text/event-stream\r\n"
+    writer.write(f"{request}Authorization: Bearer {token(user)}\r\nConnection: close\r\n\r\n".encode())
+    await asyncio.sleep(0.2)
+    # 12 MB: more than the sockets between take
+    await admin.execute(
+        """
+        insert into upload_pipeline.events (at, code, user_id, job_id, payload)
+        select now(), 'job_advanced', $1, $2, jsonb_build_object('filler', repeat('x', 6000))
+          from generate_series(1, 2000)
+        """,
+        user,
+        job,
+    )
+    feed = service.resources.job_feed
+    await asyncio.sleep(1.5)
+    tail = feed._tails[job]
+    assert tail.last == (await event_ids(admin, job))[-1]
+    assert len(tail.frames) <= job_feed.KEPT_EVENTS
+    await queue.cancel_job(admin, job)
+    told = [int(line[4:]) async for line in reader_lines(reader) if line.startswith(b"id: ")]
+    writer.close()
+    assert told == await event_ids(admin, job)
+
+
+async def reader_lines(reader: asyncio.StreamReader) -> AsyncIterator[bytes]:
+    """The lines of a connection until its end, however long."""
+    left = b""
+    while data := await reader.read(65536):
+        *lines, left = (left + data).split(b"\n")
+        for line in lines:
+            yield line
 
 
 async def test_history_comes_as_json_page_by_page(service: LiveService, admin: asyncpg.Connection) -> None:
