@@ -8,13 +8,15 @@ from uuid import UUID, uuid4
 
 import asyncpg
 import pytest
+from fastapi import Depends
 from hypothesis import given
 from hypothesis import strategies as st
-from in_process import open_api
+from in_process import open_api, token
 from issuer import USER
 from job_rows import add_job
 from postgres_servers import Database
 
+from upload_pipeline.api.limits import within_limits
 from upload_pipeline.database.pools import open_pool
 from upload_pipeline.database.rate_limits import Bucket, BucketState, count_open_jobs, forget_full_buckets, take_tokens
 
@@ -167,3 +169,49 @@ async def test_the_status_of_one_job_is_read_ten_times_a_minute(
         assert answers == [200, 200, 429]
         assert (await api.get(f"/api/v2/jobs/{str(jobs[0]).upper()}")).status_code == 429
         assert (await api.get(f"/api/v2/jobs/{jobs[1]}")).status_code == 200
+
+
+async def test_uploads_are_counted_by_the_minute_by_the_day_and_by_the_jobs_that_are_open(
+    database: Database, tmp_path: Path, admin: asyncpg.Connection
+) -> None:
+    async def uploads(count: int, **limits: int) -> list[int]:
+        async with open_api(database, tmp_path, **limits) as api:
+            # whatever the route makes of a request that says nothing: it is counted first
+            api.app.add_api_route("/api/v2/upload", nothing, methods=["POST"], dependencies=[Depends(within_limits)])
+            user = uuid4()
+            headers = {"Authorization": f"Bearer {token(user)}"}
+            for _ in range(limits.get("limit_open_jobs", 0)):
+                await add_job(admin, user)
+            answers = [await api.client.post("/api/v2/upload", headers=headers) for _ in range(count)]
+        for answer in answers:
+            if answer.status_code == 429:
+                assert answer.json()["error"]["code"] in ("RATE_LIMITED", "TOO_MANY_OPEN_JOBS")
+                assert int(answer.headers["Retry-After"]) >= 1
+                assert answer.headers["X-RateLimit-Remaining"] == "0"
+                assert int(answer.headers["X-RateLimit-Reset"]) > time.time()
+        return [answer.status_code == 429 for answer in answers].count(True)
+
+    assert await uploads(5, limit_uploads_per_minute=3) == 2
+    assert await uploads(5, limit_uploads_per_day=4) == 1
+    assert await uploads(2, limit_open_jobs=2) == 2
+    assert await uploads(5) == 0
+
+
+async def nothing() -> None:
+    """Takes an upload of nothing."""
+
+
+async def test_counting_costs_the_same_however_many_buckets_and_jobs_there_are(admin: asyncpg.Connection) -> None:
+    await admin.execute(
+        """
+        insert into upload_pipeline.rate_limits
+        select 'other:' || n, now() + interval '1 hour' from generate_series(1, 50000) n
+        """
+    )
+    await admin.execute("analyze upload_pipeline.rate_limits")
+    before = await admin.fetchval("select sum(seq_tup_read) from pg_stat_user_tables where relname = 'rate_limits'")
+    for number in range(20):
+        await take_tokens(admin, [Bucket(f"a{number}", 5, timedelta(hours=1)), Bucket("b", 99, timedelta(hours=1))])
+    await admin.execute("select pg_stat_force_next_flush()")
+    after = await admin.fetchval("select sum(seq_tup_read) from pg_stat_user_tables where relname = 'rate_limits'")
+    assert after - before < 50000

@@ -90,6 +90,7 @@ class RequestContext:
             try:
                 await self._app(scope, receive, send_with_headers)
             finally:
+                structlog.contextvars.unbind_contextvars("user_id")
                 seconds = time.perf_counter() - started
                 content_type = Headers(scope=scope).get("content-type", "")
                 self._metrics.observe_request(scope["method"], route_of(scope), status, seconds, content_type)
