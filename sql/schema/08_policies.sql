@@ -15,7 +15,8 @@ begin
 
   foreach v_table in array array[
     'stages', 'embedding_models', 'documents', 'upload_jobs', 'job_outcomes', 'lanes', 'events', 'document_chunk_buffer',
-    'document_vector_buffer', 'document_chunks', 'document_nodes', 'document_edges', 'workers']
+    'document_vector_buffer', 'document_chunks', 'document_nodes', 'document_edges', 'workers',
+    'stage_durations']
   loop
     execute format('create policy %I on upload_pipeline.%I for select to upload_worker using (true)', v_table || '_worker', v_table);
     execute format('grant select on upload_pipeline.%I to upload_worker, service_role', v_table);
@@ -46,6 +47,7 @@ revoke execute on all functions in schema upload_pipeline from public;
 
 grant execute on function
   upload_pipeline.now(),
+  upload_pipeline.estimate_jobs(uuid[], double precision),
   upload_pipeline.search_chunks(text, extensions.vector, text, integer, text, uuid[], jsonb)
   to authenticated;
 

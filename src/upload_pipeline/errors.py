@@ -48,6 +48,14 @@ class ErrorCode(StrEnum):
     DOCUMENT_NOT_FOUND = "DOCUMENT_NOT_FOUND"
     INVALID_STATE = "INVALID_STATE"
     INVALID_STAGE = "INVALID_STAGE"
+    # who is calling, how, and how often
+    UNAUTHENTICATED = "UNAUTHENTICATED"
+    FORBIDDEN = "FORBIDDEN"
+    NOT_FOUND = "NOT_FOUND"
+    METHOD_NOT_ALLOWED = "METHOD_NOT_ALLOWED"
+    RATE_LIMITED = "RATE_LIMITED"
+    TOO_MANY_OPEN_JOBS = "TOO_MANY_OPEN_JOBS"
+    ISSUER_UNAVAILABLE = "ISSUER_UNAVAILABLE"
     # this installation
     SETTING_INVALID = "SETTING_INVALID"
     DATABASE_UNAVAILABLE = "DATABASE_UNAVAILABLE"
@@ -69,6 +77,51 @@ RETRYABLE: frozenset[ErrorCode] = frozenset(
     }
 )
 """Codes after which doing the same again can succeed; all others dead-letter a job at once."""
+
+HTTP_STATUS: dict[ErrorCode, int] = {
+    ErrorCode.EMPTY_FILE: 400,
+    ErrorCode.FILE_TOO_LARGE: 413,
+    ErrorCode.FILE_NOT_FOUND: 400,
+    ErrorCode.FILE_UNREADABLE: 400,
+    ErrorCode.FILE_CHANGED: 409,
+    ErrorCode.UNSUPPORTED_TYPE: 415,
+    ErrorCode.TYPE_MISMATCH: 415,
+    ErrorCode.ENCRYPTED: 400,
+    ErrorCode.CORRUPT_FILE: 400,
+    ErrorCode.INVALID_METADATA: 400,
+    ErrorCode.INVALID_ARGUMENT: 400,
+    ErrorCode.STORAGE_UNAVAILABLE: 503,
+    ErrorCode.STORAGE_DENIED: 503,
+    ErrorCode.INVALID_KEY: 400,
+    ErrorCode.OBJECT_MISSING: 409,
+    ErrorCode.CHECKSUM_MISMATCH: 400,
+    ErrorCode.PARSE_FAILED: 400,
+    ErrorCode.PARSE_EMPTY: 400,
+    ErrorCode.PARSE_TIMEOUT: 503,
+    ErrorCode.PARSE_MEMORY: 400,
+    ErrorCode.PARSE_CRASHED: 400,
+    ErrorCode.EMBED_FAILED: 503,
+    ErrorCode.LEASE_LOST: 409,
+    ErrorCode.STAGE_TIMEOUT: 503,
+    ErrorCode.WORKER_LOST: 503,
+    ErrorCode.JOB_NOT_FOUND: 404,
+    ErrorCode.DOCUMENT_NOT_FOUND: 404,
+    ErrorCode.INVALID_STATE: 409,
+    ErrorCode.INVALID_STAGE: 409,
+    ErrorCode.UNAUTHENTICATED: 401,
+    ErrorCode.FORBIDDEN: 403,
+    ErrorCode.NOT_FOUND: 404,
+    ErrorCode.METHOD_NOT_ALLOWED: 405,
+    ErrorCode.RATE_LIMITED: 429,
+    ErrorCode.TOO_MANY_OPEN_JOBS: 429,
+    ErrorCode.ISSUER_UNAVAILABLE: 503,
+    ErrorCode.SETTING_INVALID: 503,
+    ErrorCode.DATABASE_UNAVAILABLE: 503,
+    ErrorCode.MIGRATIONS_PENDING: 503,
+    ErrorCode.MIGRATION_FAILED: 503,
+    ErrorCode.INTERNAL: 500,
+}
+"""The status of an HTTP answer that carries the code; a test sees to it that every code has one."""
 
 
 @dataclass

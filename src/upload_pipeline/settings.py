@@ -87,6 +87,56 @@ class Settings(BaseSettings):
     health_host: str = Field(default="127.0.0.1", description="Address of the worker's health endpoint.")
     health_port: int = Field(default=0, ge=0, le=65535, description="Its port; 0 turns it off.")
 
+    # the HTTP service
+    api_host: str = Field(default="127.0.0.1", description="Address that the HTTP service listens on.")
+    api_port: int = Field(default=8000, ge=0, le=65535, description="Its port; 0 takes any that is free.")
+    api_trusted_hosts: tuple[str, ...] = Field(
+        default=("localhost", "127.0.0.1", "::1"),
+        description="Names that the service answers to (the Host header); `*.example.com` and `*` are allowed.",
+    )
+    api_public_url: str = Field(
+        default="", description="Where clients reach the service, for URLs that it hands out; empty: as they called it."
+    )
+    api_shutdown_grace: Seconds = Field(
+        default=25.0, description="Seconds that open requests get to finish once the service is told to stop."
+    )
+    cors_origins: tuple[str, ...] = Field(
+        default=(), description='Web pages that may call the service: origins, as `["https://app.example.com"]`.'
+    )
+    jwt_issuer: str = Field(
+        default="", description="Who signs users' tokens: their `iss`. Supabase: `https://<ref>.supabase.co/auth/v1`."
+    )
+    jwt_jwks_url: str = Field(
+        default="",
+        description="Where the issuer's public keys are; empty means `<JWT_ISSUER>/.well-known/jwks.json`.",
+    )
+    jwt_secret: SecretStr = Field(
+        default=SecretStr(""),
+        description="Secret of an issuer that signs by HS256, 32 bytes or more; then no JWKS is used.",
+    )
+    jwt_audience: str = Field(default="authenticated", min_length=1, description="The `aud` of users' tokens.")
+    jwt_leeway: float = Field(default=10.0, ge=0, le=30, description="Seconds that clocks may differ by.")
+
+    # how jobs are followed
+    estimate_seconds: Seconds = Field(
+        default=60.0, description="Seconds that a document is taken to need while there is no history to go by."
+    )
+    sse_interval: Seconds = Field(default=0.25, description="Seconds between two looks for events to stream.")
+    sse_heartbeat: Seconds = Field(default=15.0, description="Seconds of silence before a stream says it is alive.")
+    sse_seconds: Seconds = Field(
+        default=3600.0, description="Seconds after which a stream ends; its client comes back and misses nothing."
+    )
+    sse_retry: Seconds = Field(default=3.0, description="Seconds that a client waits before it comes back.")
+
+    # limits of the HTTP service, shared by all its processes
+    limit_uploads_per_day: int = Field(default=30, ge=1, description="Uploads of one user in a day.")
+    limit_uploads_per_minute: int = Field(default=10, ge=1, description="Upload requests of one user in a minute.")
+    limit_status_reads_per_minute: int = Field(default=10, ge=1, description="Reads of one job's status in a minute.")
+    limit_requests_per_hour: int = Field(
+        default=1000, ge=1, description="Requests of one user to one route in an hour."
+    )
+    limit_open_jobs: int = Field(default=500, ge=1, description="Jobs of one user that have not ended.")
+
     # connections
     pool_size: int = Field(default=10, ge=1, le=500, description="Database connections of one process.")
     connect_timeout: Seconds = Field(default=10.0, description="Seconds to wait for a database connection.")
@@ -123,12 +173,24 @@ class Settings(BaseSettings):
             raise ValueError("poll_min must not exceed poll_max")
         if self.shutdown_grace > self.shutdown_deadline:
             raise ValueError("shutdown_grace must not exceed shutdown_deadline")
+        secret = self.jwt_secret.get_secret_value()
+        if secret and self.jwt_jwks_url:
+            raise ValueError("jwt_secret and jwt_jwks_url exclude each other: an issuer signs in one way")
+        if secret and len(secret.encode()) < 32:
+            raise ValueError("jwt_secret must have 32 bytes or more (RFC 7518, section 3.2)")
+        if (secret or self.jwt_jwks_url) and not self.jwt_issuer:
+            raise ValueError("jwt_issuer must be set where jwt_secret or jwt_jwks_url is")
         return self
 
     @property
     def embedded(self) -> bool:
         """Whether the database is the embedded one."""
         return not self.database_url.get_secret_value()
+
+    @property
+    def development_tokens(self) -> bool:
+        """Whether the HTTP service takes the tokens of `upload-pipeline token`: embedded, and nobody else signs."""
+        return self.embedded and not self.jwt_issuer
 
     @property
     def effective_storage_url(self) -> str:
@@ -157,6 +219,7 @@ def _explain(item: dict[str, object]) -> str:
     if not isinstance(location, tuple) or not location:
         return f"Settings do not fit together: {str(item['msg']).removeprefix('Value error, ')}."
     field = str(location[0])
-    shown = "(hidden)" if field.endswith("database_url") else repr(item["input"])
+    hidden = isinstance(Settings.model_fields[field].default, SecretStr)
+    shown = "(hidden)" if hidden else repr(item["input"])
     meaning = Settings.model_fields[field].description
     return f"{ENV_PREFIX}{field.upper()}={shown} is not allowed: {item['msg']}. It means: {meaning}"

@@ -1903,6 +1903,483 @@ begin
 end
 $$;
 
+-- sql/schema/06_access.sql
+
+-- Who may call the HTTP service, and how often. Nobody reads these tables: the functions below say what has to be known.
+
+-- One row a key. The key itself is random (256 bits) and is not kept: a plain SHA-256 of it cannot be guessed back, so
+-- nothing slower is needed. `prefix` is the part of a key that is no secret and finds its row.
+create table upload_pipeline.api_keys (
+  key_id       uuid primary key default gen_random_uuid(),
+  prefix       text not null unique,
+  key_sha256   text not null,
+  user_id      uuid not null,
+  name         text not null,
+  roles        text[] not null default '{}',
+  created_at   timestamptz not null default upload_pipeline.now(),
+  expires_at   timestamptz,
+  revoked_at   timestamptz,
+  last_used_at timestamptz,
+  constraint api_keys_prefix check (prefix ~ '^[0-9a-f]{12}$'),
+  constraint api_keys_sha256 check (key_sha256 ~ '^[0-9a-f]{64}$'),
+  constraint api_keys_name check (name <> '' and length(name) <= 200),
+  constraint api_keys_user check (user_id <> '00000000-0000-0000-0000-000000000000')
+);
+
+-- a user's keys
+create index api_keys_user on upload_pipeline.api_keys (user_id, created_at desc);
+
+create function upload_pipeline.create_api_key(
+  p_prefix     text,
+  p_key_sha256 text,
+  p_user_id    uuid,
+  p_name       text,
+  p_roles      text[] default '{}',
+  p_expires_at timestamptz default null
+)
+returns uuid
+language sql
+security definer
+set search_path = ''
+as $$
+  insert into upload_pipeline.api_keys (prefix, key_sha256, user_id, name, roles, expires_at)
+  values (p_prefix, p_key_sha256, p_user_id, p_name, p_roles, p_expires_at)
+  returning key_id
+$$;
+
+-- The key of a prefix, where it may be used now. Whoever asks compares the hash, in constant time.
+create function upload_pipeline.find_api_key(p_prefix text)
+returns table (key_id uuid, key_sha256 text, user_id uuid, roles text[], stale boolean)
+language sql
+stable
+security definer
+set search_path = ''
+as $$
+  select k.key_id, k.key_sha256, k.user_id, k.roles,
+         k.last_used_at is null or k.last_used_at < upload_pipeline.now() - interval '1 minute'
+    from upload_pipeline.api_keys k
+   where k.prefix = p_prefix and k.revoked_at is null
+     and (k.expires_at is null or k.expires_at > upload_pipeline.now())
+$$;
+
+-- Notes that a key was used: to the minute, so that a busy key is not a busy row. A row that another call holds is being
+-- noted there.
+create function upload_pipeline.note_api_key_use(p_key_id uuid)
+returns void
+language sql
+security definer
+set search_path = ''
+as $$
+  update upload_pipeline.api_keys k set last_used_at = upload_pipeline.now()
+    from (select n.key_id from upload_pipeline.api_keys n
+           where n.key_id = p_key_id
+             and (n.last_used_at is null or n.last_used_at < upload_pipeline.now() - interval '1 minute')
+             for no key update skip locked) n
+   where k.key_id = n.key_id
+$$;
+
+-- True where this call revoked the key; false where it was revoked before. A key that there is not raises UP002.
+create function upload_pipeline.revoke_api_key(p_key_id uuid)
+returns boolean
+language plpgsql
+security definer
+set search_path = ''
+as $$
+begin
+  update upload_pipeline.api_keys set revoked_at = upload_pipeline.now()
+   where key_id = p_key_id and revoked_at is null;
+  if found then
+    return true;
+  end if;
+  perform from upload_pipeline.api_keys where key_id = p_key_id;
+  if not found then
+    raise exception 'there is no API key %', p_key_id
+      using errcode = 'UP002', hint = '`upload-pipeline keys list` shows the keys.';
+  end if;
+  return false;
+end
+$$;
+
+-- All keys, or those of one user, newest first, without what could be used.
+create function upload_pipeline.list_api_keys(p_user_id uuid default null, p_limit integer default 100)
+returns table (
+  key_id uuid, prefix text, user_id uuid, name text, roles text[], created_at timestamptz, expires_at timestamptz,
+  revoked_at timestamptz, last_used_at timestamptz
+)
+language sql
+stable
+security definer
+set search_path = ''
+as $$
+  select k.key_id, k.prefix, k.user_id, k.name, k.roles, k.created_at, k.expires_at, k.revoked_at, k.last_used_at
+    from upload_pipeline.api_keys k
+   where p_user_id is null or k.user_id = p_user_id
+   order by k.created_at desc, k.key_id
+   limit p_limit
+$$;
+
+-- Token buckets, each one instant: when the bucket is full again. A bucket of n tokens that fills up in a period p gains
+-- one each p/n; taking one moves the instant p/n further; there is one left while the instant is not more than p - p/n
+-- ahead (the generic cell rate algorithm). A bucket that is full needs no row.
+-- Unlogged: a request then waits for no disk. After a crash of the server all buckets are full.
+create unlogged table upload_pipeline.rate_limits (
+  bucket  text primary key,
+  full_at timestamptz not null,
+  constraint rate_limits_bucket check (length(bucket) <= 500)
+) with (fillfactor = 50, autovacuum_vacuum_scale_factor = 0.05, autovacuum_vacuum_threshold = 500);
+
+create index rate_limits_full on upload_pipeline.rate_limits (full_at);
+
+-- Takes one token from each bucket, or none from any where one of them is empty. Atomic and exact: the buckets are
+-- locked in the order of their names, so calls that share some take turns and never wait for each other in a circle.
+--
+-- One row a bucket, in the order asked: whether it had a token (all of them: they were taken), the tokens left, the
+-- seconds until it has one again (0 where it has or had), and when it is full again. A bucket is named once in a call;
+-- a limit is 1 or more, a period at least a microsecond for each token.
+create function upload_pipeline.take_tokens(p_buckets text[], p_limits integer[], p_periods interval[])
+returns table (allowed boolean, remaining integer, retry_after double precision, full_at timestamptz)
+language plpgsql
+security definer
+set search_path = ''
+as $$
+#variable_conflict use_column
+declare
+  v_now     timestamptz := upload_pipeline.now();
+  v_steps   interval[];
+  v_allowed boolean;
+begin
+  -- Rounded down to the microsecond, so that n steps are never longer than the period and n tokens are n.
+  select array_agg(floor(extract(epoch from a.period) * 1000000 / a.tokens) * interval '1 microsecond' order by a.place)
+    into v_steps
+    from unnest(p_limits, p_periods) with ordinality a (tokens, period, place);
+
+  -- Locks every bucket; one that is there is not written.
+  insert into upload_pipeline.rate_limits as r (bucket, full_at)
+  select a.bucket, v_now from unnest(p_buckets) a (bucket) order by a.bucket
+  on conflict (bucket) do update set full_at = r.full_at where false;
+
+  -- A call that waited is older than the one before it: time does not run backwards in a bucket.
+  select bool_and(greatest(r.full_at, v_now) - v_now <= a.period - a.step) into v_allowed
+    from unnest(p_buckets, p_periods, v_steps) a (bucket, period, step)
+    join upload_pipeline.rate_limits r on r.bucket = a.bucket;
+
+  if v_allowed then
+    update upload_pipeline.rate_limits r set full_at = greatest(r.full_at, v_now) + a.step
+      from unnest(p_buckets, v_steps) a (bucket, step)
+     where r.bucket = a.bucket;
+  end if;
+
+  return query
+    select v_allowed or s.ahead <= s.period - s.step,
+           least(s.tokens, floor(extract(epoch from s.period - s.ahead) / extract(epoch from s.step))::integer),
+           case when v_allowed then 0
+                else greatest(extract(epoch from s.ahead - (s.period - s.step)), 0) end::double precision,
+           v_now + s.ahead
+      from (select a.place, a.tokens, a.period, a.step, greatest(r.full_at - v_now, interval '0') as ahead
+              from unnest(p_buckets, p_limits, p_periods, v_steps)
+                     with ordinality a (bucket, tokens, period, step, place)
+              join upload_pipeline.rate_limits r on r.bucket = a.bucket) s
+     order by s.place;
+end
+$$;
+
+-- Removes buckets that are full; how many. Part of maintenance.
+create function upload_pipeline.forget_full_buckets(p_limit integer default 10000)
+returns integer
+language sql
+security definer
+set search_path = ''
+as $$
+  with gone as (
+    delete from upload_pipeline.rate_limits r
+     using (select f.bucket from upload_pipeline.rate_limits f
+             where f.full_at < upload_pipeline.now() - interval '1 minute'
+             order by f.full_at limit p_limit for update skip locked) f
+     where r.bucket = f.bucket
+    returning 1
+  )
+  select count(*)::integer from gone
+$$;
+
+-- a user's jobs that wait for their time
+create index upload_jobs_waiting on upload_pipeline.upload_jobs (user_id) where state = 'retryable';
+
+-- How many jobs of a user have not ended, counted to p_limit at most: each state by its own index, whatever the number
+-- of jobs that have ended, or are other users'.
+create function upload_pipeline.count_open_jobs(p_user_id uuid, p_limit integer)
+returns integer
+language plpgsql
+stable
+security definer
+set search_path = ''
+set enable_seqscan = off
+as $$
+declare
+  v_pool  text;
+  v_part  integer;
+  v_count integer;
+begin
+  select count(*) into v_count
+    from (select from upload_pipeline.upload_jobs j
+           where j.state = 'retryable' and j.user_id = p_user_id limit p_limit) j;
+  for v_pool in select distinct s.pool from upload_pipeline.stages s loop
+    select count(*) into v_part
+      from (select from upload_pipeline.upload_jobs j
+             where j.state = 'queued' and j.pool = v_pool and j.user_id = p_user_id limit p_limit) j;
+    v_count := v_count + v_part;
+    select count(*) into v_part
+      from (select from upload_pipeline.upload_jobs j
+             where j.state = 'working' and j.pool = v_pool and j.user_id = p_user_id limit p_limit) j;
+    v_count := v_count + v_part;
+  end loop;
+  return least(v_count, p_limit);
+end
+$$;
+
+-- The versions in the ledger of migrations, so that a process that may not read the ledger can tell whether the schema
+-- is the one it was written for. The ledger is made by whoever runs migrations, and so is looked up when it is asked for.
+create function upload_pipeline.applied_migrations()
+returns setof text
+language plpgsql
+stable
+security definer
+set search_path = ''
+as $$
+begin
+  if to_regclass('supabase_migrations.schema_migrations') is not null then
+    return query execute 'select version::text from supabase_migrations.schema_migrations';
+  end if;
+end
+$$;
+
+-- sql/schema/06_estimates.sql
+
+-- How long a job still takes: what the recent past says of each stage by the size of files, and what is in front of it.
+
+-- The typical seconds at work of each stage, by size of file. A report, made anew by refresh_stage_durations; nothing
+-- but estimates reads it. `size_class` c holds files of up to 64 KiB x 4^c.
+create table upload_pipeline.stage_durations (
+  pipeline     text not null,
+  stage        text not null,
+  size_class   smallint not null,
+  seconds      double precision not null,
+  samples      integer not null,
+  refreshed_at timestamptz not null default upload_pipeline.now(),
+  primary key (pipeline, stage, size_class),
+  constraint stage_durations_seconds check (seconds >= 0),
+  constraint stage_durations_samples check (samples > 0)
+);
+
+-- The size class of a file: 0 up to 64 KiB, 1 up to 256 KiB, 2 up to 1 MiB, and so on; 6 for all above 64 MiB.
+create function upload_pipeline.size_class(p_bytes bigint)
+returns smallint
+language sql
+immutable
+set search_path = ''
+as $$ select least(6, greatest(0, ceil(log(4, greatest(p_bytes, 1) / 65536.0))))::smallint $$;
+
+-- Measures the stages anew: the median time at work over the last p_events events of the audit trail, from the claim or
+-- the step before to the transition, waits in the queue left out. What the recent past has no sample of keeps its
+-- value. Workers run it as part of maintenance; a run beside another, or within p_pause of one, does nothing.
+-- Returns how many rows it wrote.
+create function upload_pipeline.refresh_stage_durations(
+  p_events integer default 20000,
+  p_pause  interval default '15 seconds'
+)
+returns integer
+language plpgsql
+security definer
+set search_path = ''
+set jit = off
+as $$
+declare
+  v_now     timestamptz := upload_pipeline.now();
+  v_written integer;
+begin
+  if not pg_try_advisory_xact_lock(hashtextextended('upload_pipeline.refresh_stage_durations', 0))
+     or exists (select from upload_pipeline.stage_durations d where d.refreshed_at > v_now - p_pause) then
+    return 0;
+  end if;
+  with recent as materialized (
+    -- the primary key of the newest partitions, read backwards
+    select e.event_id, e.at, e.code, e.job_id, e.stage, e.lease_token
+      from upload_pipeline.events e
+     where e.at > v_now - interval '7 days' and e.at <= v_now
+     order by e.at desc, e.event_id desc limit p_events
+  ), passage as (
+    select r.job_id, r.code, r.stage, r.at, r.lease_token,
+           lead(r.code) over job as next_code, lead(r.at) over job as next_at, lead(r.lease_token) over job as next_token
+      from recent r
+     where r.job_id is not null and r.code <> 'document_searchable'
+    window job as (partition by r.job_id order by r.event_id)
+  ), sample as (
+    select j.pipeline, p.stage, upload_pipeline.size_class(d.file_bytes) as size_class,
+           extract(epoch from p.next_at - p.at)::double precision as seconds
+      from passage p
+      join upload_pipeline.upload_jobs j on j.job_id = p.job_id
+      join upload_pipeline.documents d on d.document_id = j.document_id
+     where p.code in ('job_claimed', 'job_advanced') and p.next_code in ('job_advanced', 'job_handed_on', 'job_done')
+       and p.next_token = p.lease_token
+  )
+  insert into upload_pipeline.stage_durations as t (pipeline, stage, size_class, seconds, samples, refreshed_at)
+  select s.pipeline, s.stage, s.size_class, greatest(0, percentile_cont(0.5) within group (order by s.seconds)), count(*), v_now
+    from sample s
+   group by s.pipeline, s.stage, s.size_class
+  on conflict (pipeline, stage, size_class) do update
+    set seconds = excluded.seconds, samples = excluded.samples, refreshed_at = excluded.refreshed_at;
+  get diagnostics v_written = row_count;
+  return v_written;
+end
+$$;
+
+-- What stands before each of the caller's live jobs among p_job_ids, and when it should be done. Jobs that have ended, and
+-- jobs of others, are missing from the answer. The caller is `auth.uid()`, read here. It counts what the caller may not
+-- read, other users' jobs, and tells no more of them than how many there are: therefore `security definer`.
+--
+--   queued_ahead   ready jobs of the same pool that are claimed before this one when all lanes take turns: those before
+--                  it in its own lane, and as many of each other lane. 0 for a job at work. At most 10,000, the bound of
+--                  what is counted; for jobs before one with more in front an estimate.
+--   estimated_completion_at
+--                  now + the wait + what its stages take for files of its size. The wait is what stands before it, at the
+--                  pool's present concurrency, and no less than its own lane takes at the user's cap. A stage without
+--                  history at any size takes its share of p_default_seconds, which a whole document is assumed to take.
+--   progress       percent: the stage's; while vectors arrive, on the way to the next stage by the share that is there
+--
+-- Cost: one walk over the caller's own lane and one over the heads of the others, each of at most 10,000 index entries,
+-- however many jobs are asked for and however long the queue is.
+create function upload_pipeline.estimate_jobs(
+  p_job_ids         uuid[],
+  p_default_seconds double precision default 60
+)
+returns table (job_id uuid, queued_ahead integer, estimated_completion_at timestamptz, progress integer)
+language plpgsql
+stable
+security definer
+set search_path = ''
+set enable_seqscan = off
+set enable_bitmapscan = off
+set enable_mergejoin = off
+set jit = off
+as $$
+#variable_conflict use_column
+declare
+  v_bound  constant integer := 10000;
+  v_user   uuid := auth.uid();
+  v_now    timestamptz := upload_pipeline.now();
+  v_pool   text;
+  v_jobs   uuid[];
+  v_places integer[];
+  v_depths integer[];
+  v_deeper integer;
+  v_slots  integer;
+  v_cap    integer;
+begin
+  if v_user is null then
+    raise exception 'estimate_jobs needs a signed-in user' using errcode = '42501';
+  end if;
+  for v_pool, v_jobs in
+    select j.pool, array_agg(j.job_id) from unnest(p_job_ids) a (job_id)
+     cross join lateral (
+       select u.job_id, u.pool from upload_pipeline.upload_jobs u
+        where u.job_id = a.job_id and u.user_id = v_user and u.finished_at is null) j
+     group by j.pool
+  loop
+    -- places in the caller's own lane, in the order of v_jobs: null for a job at work; one that waits for its next try
+    -- stands where it would if it were ready
+    with asked as materialized (
+      select a.n, j.job_id, j.state, j.priority, j.seq
+        from unnest(v_jobs) with ordinality a (job_id, n)
+       cross join lateral (
+         select u.job_id, u.state, u.priority, u.seq from upload_pipeline.upload_jobs u where u.job_id = a.job_id) j
+    ), waiting as materialized (
+      (select q.job_id, q.priority, q.seq from upload_pipeline.upload_jobs q
+        where q.pool = v_pool and q.user_id = v_user and q.state = 'queued'
+        order by q.pool, q.user_id, q.priority desc, q.seq limit v_bound)
+      union all
+      select a.job_id, a.priority, a.seq from asked a where a.state = 'retryable'
+    ), placed as materialized (
+      select w.job_id, (row_number() over (order by w.priority desc, w.seq) - 1)::integer as place from waiting w
+    )
+    select array_agg(case when a.state <> 'working' then coalesce(p.place, v_bound) end order by a.n) into v_places
+      from asked a left join placed p on p.job_id = a.job_id;
+
+    -- how deep each other lane is, as far as the last place asked for
+    select array_agg(d.jobs) into v_depths
+      from (
+        select count(*)::integer as jobs
+          from (
+            select l.user_id from upload_pipeline.lanes l
+             cross join lateral (
+               select from upload_pipeline.upload_jobs q
+                where q.pool = l.pool and q.user_id = l.user_id and q.state = 'queued'
+                order by q.pool, q.user_id, q.priority desc, q.seq
+                limit (select coalesce(max(p), 0) from unnest(v_places) p)) q
+             where l.pool = v_pool and l.ready and l.user_id <> v_user
+             limit v_bound) h
+         group by h.user_id) d;
+
+    -- lanes that the bound has left uncounted are taken for as deep as it matters
+    select case when (select sum(d) from unnest(v_depths) d) < v_bound then 0 else count(*) - cardinality(v_depths) end into v_deeper
+      from (select from upload_pipeline.lanes l where l.pool = v_pool and l.ready and l.user_id <> v_user limit v_bound) l;
+
+    -- without a worker in the register: as if there were one slot
+    select greatest(1, sum(w.concurrency)) into v_slots from upload_pipeline.workers w
+     where v_pool = any (w.pools) and w.last_beat_at > v_now - interval '2 minutes';
+    select least(v_slots, coalesce(max(l.max_in_flight), 1)) into v_cap from upload_pipeline.lanes l
+     where l.pool = v_pool and l.user_id = v_user;
+
+    return query
+    with step as materialized (
+      -- a stage without any history takes an equal share of the whole
+      select s.pipeline, s.stage, s.position, p_default_seconds / count(*) over (partition by s.pipeline) as share
+        from upload_pipeline.stages s where not s.final
+    ), typical as materialized (
+      -- what a job in front takes in whole
+      select s.pipeline, sum(coalesce(m.seconds, s.share)) as seconds
+        from step s
+       cross join lateral (
+         select sum(d.seconds * d.samples) / sum(d.samples) as seconds from upload_pipeline.stage_durations d
+          where d.pipeline = s.pipeline and d.stage = s.stage) m
+       group by s.pipeline
+    ), asked as materialized (
+      select j.*, coalesce(a.place, 0) as place, upload_pipeline.size_class(c.file_bytes) as size_class,
+             case when j.state = 'working' then extract(epoch from v_now - j.updated_at) else 0 end::double precision as spent,
+             case when j.state = 'working' then 0
+                  else least(v_bound, a.place::bigint * (1 + coalesce(v_deeper, 0))
+                                + (select coalesce(sum(least(d, a.place)), 0) from unnest(v_depths) d))
+             end::integer as ahead
+        from unnest(v_jobs, v_places) a (job_id, place)
+       cross join lateral (select u.* from upload_pipeline.upload_jobs u where u.job_id = a.job_id) j
+       cross join lateral (select d.file_bytes from upload_pipeline.documents d where d.document_id = j.document_id) c
+    )
+    select a.job_id, a.ahead,
+           v_now + make_interval(secs => work.seconds + greatest(
+             a.ahead * t.seconds / v_slots, a.place * t.seconds / v_cap,
+             case when a.state = 'retryable' then extract(epoch from a.run_at - v_now)::double precision end)),
+           f.progress + coalesce(floor((n.progress - f.progress) * vectors.share), 0)::integer
+      from asked a
+      join typical t on t.pipeline = a.pipeline
+      join upload_pipeline.stages f on f.pipeline = a.pipeline and f.stage = a.stage
+      left join upload_pipeline.stages n on n.pipeline = a.pipeline and n.position = f.position + 1
+     cross join lateral (
+       select case when a.pipeline = 'document' and a.stage = 'embedding' then (
+         select count(v.chunk_id)::double precision / nullif(count(*), 0) from upload_pipeline.document_chunk_buffer b
+           left join upload_pipeline.document_vector_buffer v on v.chunk_id = b.chunk_id
+          where b.document_id = a.document_id) end as share) vectors
+     cross join lateral (
+       select sum(case when s.stage = a.stage then greatest(0, coalesce(m.seconds, s.share) - a.spent)
+                       else coalesce(m.seconds, s.share) end) as seconds
+         from step s
+         left join lateral (
+           -- the nearest size that there is history of
+           select d.seconds from upload_pipeline.stage_durations d
+            where d.pipeline = s.pipeline and d.stage = s.stage
+            order by abs(d.size_class - a.size_class), d.size_class limit 1) m on true
+        where s.pipeline = a.pipeline and s.position >= f.position) work;
+  end loop;
+end
+$$;
+
 -- sql/schema/06_search.sql
 
 -- Search over the caller's own live chunks: nearest vectors and full text, fused by reciprocal rank.
@@ -2068,7 +2545,8 @@ begin
 
   foreach v_table in array array[
     'stages', 'embedding_models', 'documents', 'upload_jobs', 'job_outcomes', 'lanes', 'events', 'document_chunk_buffer',
-    'document_vector_buffer', 'document_chunks', 'document_nodes', 'document_edges', 'workers']
+    'document_vector_buffer', 'document_chunks', 'document_nodes', 'document_edges', 'workers',
+    'stage_durations']
   loop
     execute format('create policy %I on upload_pipeline.%I for select to upload_worker using (true)', v_table || '_worker', v_table);
     execute format('grant select on upload_pipeline.%I to upload_worker, service_role', v_table);
@@ -2099,6 +2577,7 @@ revoke execute on all functions in schema upload_pipeline from public;
 
 grant execute on function
   upload_pipeline.now(),
+  upload_pipeline.estimate_jobs(uuid[], double precision),
   upload_pipeline.search_chunks(text, extensions.vector, text, integer, text, uuid[], jsonb)
   to authenticated;
 

@@ -46,7 +46,7 @@ def test_ingest_leaves_the_work_to_a_running_worker_which_ends_on_term(
 
 def test_up_starts_and_stops_the_database_that_was_not_running(terminal: Terminal) -> None:
     with temporary_home() as home:
-        with terminal.running("up", home=str(home)) as process:
+        with terminal.running("up", "--port", 0, home=str(home)) as process:
             for _ in range(400):
                 if "worker_started" in (line := process.stderr.readline() if process.stderr else ""):
                     break

@@ -37,6 +37,9 @@ READERS = {
     "document_nodes": {"authenticated", "upload_worker", "service_role"},
     "document_edges": {"authenticated", "upload_worker", "service_role"},
     "workers": {"upload_worker", "service_role"},
+    "stage_durations": {"upload_worker", "service_role"},
+    "api_keys": set(),
+    "rate_limits": set(),
     "job_overview": {"authenticated", "upload_worker", "service_role"},
     "queue_depth": {"authenticated", "upload_worker", "service_role"},
 }
@@ -49,12 +52,13 @@ BACK_END = {"upload_worker", "service_role"}
 
 CALLERS = {
     **{key: set[str]() for key in ("new_job_id", "wake_lanes", "prepare_restart", "drop_event_partitions")},
-    **{key: {"authenticated", *BACK_END} for key in ("now", "search_chunks")},
+    **{key: {"authenticated", *BACK_END} for key in ("now", "search_chunks", "estimate_jobs")},
     **dict.fromkeys(
         (
             "accept_document",
             "advance_job",
             "advance_jobs",
+            "applied_migrations",
             "begin_deletion",
             "buffer_chunks",
             "buffer_vectors",
@@ -66,26 +70,36 @@ CALLERS = {
             "commit_embeddings",
             "commit_markdown",
             "commit_parse",
+            "count_open_jobs",
+            "create_api_key",
             "enqueue_job",
             "enqueue_jobs",
             "ensure_event_partitions",
             "fail_job",
+            "find_api_key",
             "find_duplicate",
             "finish_deletion",
+            "forget_full_buckets",
             "forget_lost_workers",
+            "list_api_keys",
             "max_retries",
+            "note_api_key_use",
             "pending_vectors",
             "promote_due",
             "reap_expired",
             "record_event",
+            "refresh_stage_durations",
             "register_model",
             "register_worker",
             "release_jobs",
             "renew_leases",
             "retry_delay",
             "retry_job",
+            "revoke_api_key",
             "set_lane_cap",
+            "size_class",
             "snooze_job",
+            "take_tokens",
             "unfinished_deletions",
             "unregister_worker",
         ),
@@ -133,6 +147,7 @@ def filled(admin: Connection, worker: Connection) -> Connection:
     admin.execute("select upload_pipeline.register_model('m3', 'test', 3)")
     worker.execute("select upload_pipeline.register_worker(%s, 'h', 1, 'v', '{default}', 1)", [uuid4()])
     admin.execute("insert into upload_pipeline.events_default (at, code) values ('1999-01-01', 'worker_started')")
+    admin.execute("insert into upload_pipeline.stage_durations values ('document', 'parsing', 0, 1.5, 3)")
     for user in (OWNER, STRANGER):
         document = add_document(admin, user)
         enqueue(worker, document, user)

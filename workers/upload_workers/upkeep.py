@@ -3,7 +3,7 @@
 every second or so      due retries and snoozes become ready
 every quarter lease     jobs whose lease ran out are taken back
 MAINTENANCE_INTERVAL    event partitions, silent workers, deletions that a crash cut short, orphaned objects,
-                        temporary files that a killed process left
+                        temporary files that a killed process left; how long the stages take is measured anew
 """
 
 from __future__ import annotations
@@ -49,6 +49,7 @@ class MaintenanceReport:
     orphan_bytes: int
     unfinished_writes_removed: int
     scratch_removed: int
+    durations_measured: int
 
 
 async def maintain(db: Executor, store: ObjectStore, scratch: Path, *, orphan_grace: timedelta) -> MaintenanceReport:
@@ -75,13 +76,21 @@ async def maintain(db: Executor, store: ObjectStore, scratch: Path, *, orphan_gr
     forgotten = await part(db.fetchval("select upload_pipeline.forget_lost_workers()"), 0)
     finished = await part(_finish_deletions(db, store, now), 0)
     swept = await part(_sweep(db, store, now, orphan_grace), Swept(0, 0, 0))
+    measured = await part(db.fetchval("select upload_pipeline.refresh_stage_durations()"), 0)
     cleared = await part(asyncio.to_thread(_clear_scratch, scratch, older_than=orphan_grace), 0)
     if failures:
         for error in failures[1:]:
             log.warning("maintenance_failed", error=str(error) or type(error).__name__)
         raise failures[0]
     return MaintenanceReport(
-        int(partitions), int(forgotten), finished, swept.objects, swept.object_bytes, swept.unfinished, cleared
+        int(partitions),
+        int(forgotten),
+        finished,
+        swept.objects,
+        swept.object_bytes,
+        swept.unfinished,
+        cleared,
+        int(measured),
     )
 
 

@@ -13,6 +13,7 @@ import typer
 from typer.core import TyperGroup
 
 from upload_pipeline.cli import (
+    access,
     database,
     doctor,
     documents,
@@ -76,7 +77,7 @@ def root(
     """
 
 
-for _module in (ingest, search, jobs, documents, services, migrate, maintenance, doctor, database):
+for _module in (ingest, search, jobs, documents, services, access, migrate, maintenance, doctor, database):
     _module.register(app)
 
 

@@ -12,7 +12,7 @@ from uuid import uuid4
 
 from upload_pipeline.cli.failures import expected
 from upload_pipeline.cli.opening import INSUFFICIENT_PRIVILEGE
-from upload_pipeline.errors import PipelineError
+from upload_pipeline.errors import ErrorCode, PipelineError
 
 if TYPE_CHECKING:
     from psycopg import Connection
@@ -62,6 +62,7 @@ async def check_all(settings: Settings) -> list[Finding]:
     findings.append(await _guarded("storage", _check_storage, settings))
     findings.append(await _guarded("parser", _check_parser, settings))
     findings.append(await _guarded("embedder", _check_embedder, settings))
+    findings.append(await _guarded("api", _check_api, settings))
     return findings
 
 
@@ -223,3 +224,20 @@ async def _check_embedder(settings: Settings) -> str:
     if vectors.shape != (1, embedder.dimensions):
         raise RuntimeError(f"the embedder gave an array of shape {vectors.shape}")
     return f"{embedder.model}, {embedder.dimensions} dimensions"
+
+
+async def _check_api(settings: Settings) -> str:
+    from upload_pipeline.api.development_tokens import is_exposed
+    from upload_pipeline.api.tokens import open_token_verifier
+
+    if is_exposed(settings):
+        raise PipelineError(
+            ErrorCode.SETTING_INVALID,
+            f"the API is to listen on {settings.api_host}, which other machines may reach, and accepts the tokens for "
+            "development. Set UPLOAD_PIPELINE_JWT_ISSUER to whoever signs users in, or UPLOAD_PIPELINE_API_HOST to "
+            "127.0.0.1.",
+        )
+    if not settings.development_tokens and not settings.jwt_issuer:
+        return "only API keys are accepted; UPLOAD_PIPELINE_JWT_ISSUER names who signs users' tokens"
+    async with open_token_verifier(settings) as verifier:
+        return f"tokens of {verifier.issuer} are accepted"

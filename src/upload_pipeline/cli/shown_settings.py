@@ -32,7 +32,7 @@ def effective_settings(settings: Settings) -> list[tuple[str, Any, bool]]:
         if field == "storage_url":
             value = settings.effective_storage_url
         if isinstance(value, SecretStr):
-            value = value.get_secret_value()
+            value = value.get_secret_value() if field.endswith("_url") or not value else HIDDEN
         if isinstance(value, str):
             value = without_password(value)
         elif isinstance(value, tuple):

@@ -217,6 +217,28 @@ async def release_jobs(db: Executor, leases: Sequence[Lease]) -> dict[UUID, str]
     return {row["job_id"]: row["state"] for row in rows}
 
 
+async def retry_job(db: Executor, job_id: UUID, *, from_stage: str | None) -> Transition:
+    """Starts an ended job again, where it stands or at an earlier stage.
+
+    Raises:
+        asyncpg.PostgresError: SQLSTATE UP002 (no such job), UP003 (its state does not allow it), UP004 (the stage).
+    """
+    row = await db.fetchrow(
+        "select job_id, stage, state::text as state from upload_pipeline.retry_job($1, $2)", job_id, from_stage
+    )
+    return Transition(**row)
+
+
+async def cancel_job(db: Executor, job_id: UUID) -> tuple[str, bool]:
+    """Stops a job: at once where nobody works on it. Returns its state, and whether it was ever asked to stop.
+
+    Raises:
+        asyncpg.PostgresError: SQLSTATE UP002 where there is no such job.
+    """
+    row = await db.fetchrow("select state::text as state, cancel_requested from upload_pipeline.cancel_job($1)", job_id)
+    return row["state"], row["cancel_requested"]
+
+
 async def promote_due(db: Executor, *, limit: int = 100) -> int:
     """Makes due retries and snoozes ready; returns how many."""
     return int(await db.fetchval("select upload_pipeline.promote_due($1)", limit))

@@ -9,12 +9,12 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
+from upload_pipeline.database.as_user import Pool, become_user
 from upload_pipeline.database.failures import DATABASE_FAILURES, translate
 from upload_pipeline.errors import ErrorCode, PipelineError
 from upload_pipeline.providers.embedding import Embedder
@@ -36,13 +36,6 @@ class SearchMode(StrEnum):
     HYBRID = "hybrid"
     VECTOR = "vector"
     TEXT = "text"
-
-
-class Pool(Protocol):
-    """Where connections come from: an `asyncpg.Pool`."""
-
-    def acquire(self) -> AbstractAsyncContextManager[Any]:
-        """A connection, for as long as the context is open."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,10 +111,7 @@ async def search(
             if vector is not None:
                 await _check_model(connection, embedder.model)
             async with connection.transaction(readonly=True):
-                await connection.fetchval(
-                    "select set_config('role', 'authenticated', true), set_config('request.jwt.claims', $1, true)",
-                    json.dumps({"sub": str(user_id), "role": "authenticated"}),
-                )
+                await become_user(connection, user_id)
                 rows = await connection.fetch(
                     # The vector goes as text: this needs no codec, and nine digits give back each 32-bit float.
                     "select * from upload_pipeline.search_chunks($1, $2::text::extensions.vector, $3, $4, $5, $6, $7)",

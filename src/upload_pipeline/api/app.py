@@ -1,0 +1,80 @@
+"""The FastAPI application put together: routers, errors, what every request has."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from fastapi import Depends, FastAPI
+from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
+
+import upload_pipeline
+from upload_pipeline.api import job_events, jobs, search, service_routes
+from upload_pipeline.api.body_limit import BodyLimit
+from upload_pipeline.api.error_bodies import install_error_handlers
+from upload_pipeline.api.limits import within_limits
+from upload_pipeline.api.metrics import ServiceMetrics
+from upload_pipeline.api.openapi import install_openapi
+from upload_pipeline.api.request_context import CORRELATION_HEADER, Faults, RequestContext, TrustedHosts
+
+if TYPE_CHECKING:
+    from fastapi import APIRouter
+
+    from upload_pipeline.api.resources import Resources
+    from upload_pipeline.settings import Settings
+
+ROUTERS: tuple[APIRouter, ...] = (jobs.router, job_events.router, search.router)
+"""The routers whose every route has a caller (`CurrentPrincipal`); they are counted by `within_limits`."""
+
+OPEN_ROUTERS: tuple[APIRouter, ...] = (service_routes.router,)
+"""The routers that nobody signs in for: probes, and URLs that carry their own permission."""
+
+MAX_JSON_BYTES = 1024 * 1024
+"""Largest body that is read into memory: requests are small, and uploads are streamed."""
+
+_EXPOSED_HEADERS = (
+    CORRELATION_HEADER,
+    "Retry-After",
+    "X-RateLimit-Limit",
+    "X-RateLimit-Remaining",
+    "X-RateLimit-Reset",
+)
+
+
+def create_app(settings: Settings, resources: Resources) -> FastAPI:
+    """The application; it neither opens nor closes the resources.
+
+    Args:
+        settings: of this process.
+        resources: open for as long as the application serves.
+    """
+    metrics = ServiceMetrics()
+    app = FastAPI(
+        title="Upload pipeline",
+        summary="Files go in; searchable, per-user text comes out; nothing gets lost on the way.",
+        version=upload_pipeline.__version__,
+        middleware=[
+            Middleware(RequestContext, metrics=metrics),
+            Middleware(TrustedHosts, hosts=(*settings.api_trusted_hosts, settings.api_host)),
+            Middleware(
+                CORSMiddleware,
+                allow_origins=settings.cors_origins,
+                allow_methods=["GET", "POST", "PUT", "PATCH", "DELETE"],
+                allow_headers=["Authorization", "Content-Type", "X-API-Key", CORRELATION_HEADER, "Last-Event-ID"],
+                expose_headers=_EXPOSED_HEADERS,
+                max_age=600,
+            ),
+            Middleware(Faults),
+            Middleware(BodyLimit, max_bytes=MAX_JSON_BYTES),
+        ],
+    )
+    app.state.resources = resources
+    app.state.metrics = metrics
+    app.state.ready_looks = service_routes.ReadyLooks(resources)
+    install_error_handlers(app)
+    for router in ROUTERS:
+        app.include_router(router, dependencies=[Depends(within_limits)])
+    for router in OPEN_ROUTERS:
+        app.include_router(router)
+    install_openapi(app)
+    return app

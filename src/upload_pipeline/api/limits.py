@@ -1,0 +1,83 @@
+"""How often a user may call: token buckets in Postgres, so that all processes of the service count together."""
+
+from __future__ import annotations
+
+import math
+from datetime import UTC, datetime, timedelta
+from typing import TYPE_CHECKING
+
+from fastapi import Request
+
+from upload_pipeline.api.principals import CurrentPrincipal
+from upload_pipeline.api.request_context import route_of
+from upload_pipeline.api.resources import AppResources
+from upload_pipeline.database.rate_limits import Bucket, BucketState, count_open_jobs, take_tokens
+from upload_pipeline.errors import ErrorCode, PipelineError
+
+if TYPE_CHECKING:
+    from upload_pipeline.settings import Settings
+
+UPLOAD_ROUTE = ("POST", "/api/v2/upload")
+STATUS_ROUTE = ("GET", "/api/v2/jobs/{job_id}")
+
+OPEN_JOBS_RETRY_SECONDS = 60
+"""What the cap on open jobs asks for: nobody knows when one ends, and within a minute some usually do."""
+
+
+async def within_limits(request: Request, principal: CurrentPrincipal, resources: AppResources) -> None:
+    """Counts the request; a dependency of every route that has a caller.
+
+    Raises:
+        PipelineError: `RATE_LIMITED`, `TOO_MANY_OPEN_JOBS`, with what the headers of a 429 say in its details.
+    """
+    settings = resources.settings
+    route = (request.method, route_of(request.scope))
+    buckets = _buckets(settings, route, str(principal.user_id), request.path_params)
+    if route == UPLOAD_ROUTE:
+        cap = settings.limit_open_jobs
+        if await count_open_jobs(resources.db, principal.user_id, cap) >= cap:
+            raise _too_many_open_jobs(cap)
+    states = await take_tokens(resources.db, buckets)
+    refusing = [state for state in states if not state.allowed]
+    if refusing:
+        raise _rate_limited(max(refusing, key=lambda state: state.retry_after))
+
+
+def _buckets(settings: Settings, route: tuple[str, str], user: str, path_params: dict[str, object]) -> list[Bucket]:
+    method, path = route
+    buckets = [Bucket(f"route:{user}:{method} {path}", settings.limit_requests_per_hour, timedelta(hours=1))]
+    if route == UPLOAD_ROUTE:
+        buckets.append(Bucket(f"uploads-minute:{user}", settings.limit_uploads_per_minute, timedelta(minutes=1)))
+        buckets.append(Bucket(f"uploads-day:{user}", settings.limit_uploads_per_day, timedelta(days=1)))
+    elif route == STATUS_ROUTE:
+        # By user too, so that nobody else can use up the owner's.
+        job = str(path_params["job_id"])[:40].lower()
+        buckets.append(Bucket(f"status:{user}:{job}", settings.limit_status_reads_per_minute, timedelta(minutes=1)))
+    return buckets
+
+
+def _rate_limited(state: BucketState) -> PipelineError:
+    seconds = max(1, math.ceil(state.retry_after))
+    return PipelineError(
+        ErrorCode.RATE_LIMITED,
+        f"Too many requests: the limit is {state.limit}. Try again in {seconds} s.",
+        {
+            "limit": state.limit,
+            "remaining": state.remaining,
+            "reset": math.ceil(state.full_at.timestamp()),
+            "retry_after": seconds,
+        },
+    )
+
+
+def _too_many_open_jobs(cap: int) -> PipelineError:
+    return PipelineError(
+        ErrorCode.TOO_MANY_OPEN_JOBS,
+        f"{cap} jobs of yours have not ended yet, and more are not taken. Wait until some are done, or cancel some.",
+        {
+            "limit": cap,
+            "remaining": 0,
+            "reset": int(datetime.now(UTC).timestamp()) + OPEN_JOBS_RETRY_SECONDS,
+            "retry_after": OPEN_JOBS_RETRY_SECONDS,
+        },
+    )

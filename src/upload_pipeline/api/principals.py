@@ -1,0 +1,77 @@
+"""Who is calling: found by a token or an API key, in this order."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+from uuid import UUID
+
+from fastapi import Depends, Request, Security
+from fastapi.security import APIKeyHeader, HTTPAuthorizationCredentials, HTTPBearer
+
+from upload_pipeline.api.api_keys import find_user
+from upload_pipeline.api.resources import AppResources
+from upload_pipeline.errors import ErrorCode, PipelineError
+from upload_pipeline.logs import log_fields
+
+
+@dataclass(frozen=True, slots=True)
+class Principal:
+    """A known caller.
+
+    Attributes:
+        user_id: whose rows it may see.
+        roles: of the application, as `ADMIN`; never the database's.
+        kind: how it was found.
+    """
+
+    user_id: UUID
+    roles: frozenset[str]
+    kind: Literal["jwt", "api_key"]
+
+
+_bearer = HTTPBearer(auto_error=False, bearerFormat="JWT", description="A user's access token.")
+_api_key = APIKeyHeader(name="X-API-Key", auto_error=False, description="A key of `upload-pipeline keys create`.")
+
+
+async def _current_principal(
+    request: Request,
+    resources: AppResources,
+    bearer: Annotated[HTTPAuthorizationCredentials | None, Security(_bearer)],
+    api_key: Annotated[str | None, Security(_api_key)],
+) -> Principal:
+    # The first credentials that are there decide: a bad token beside a good key is no mistake to overlook.
+    if bearer is not None:
+        principal = Principal(*await resources.tokens.verify(bearer.credentials), "jwt")
+    elif api_key is not None:
+        found = await find_user(resources.db, api_key)
+        if found is None:
+            raise PipelineError(
+                ErrorCode.UNAUTHENTICATED,
+                "The API key is not accepted: it is unknown, revoked or has expired. Ask the operator for a new one.",
+            )
+        principal = Principal(*found, "api_key")
+    else:
+        raise PipelineError(
+            ErrorCode.UNAUTHENTICATED,
+            "Credentials are needed: `Authorization: Bearer <token>` or `X-API-Key: <key>`.",
+        )
+    request.state.principal = principal
+    log_fields.set({**log_fields.get(), "user_id": principal.user_id})
+    return principal
+
+
+CurrentPrincipal = Annotated[Principal, Depends(_current_principal)]
+"""A route's parameter of this type is the caller; without good credentials the answer is 401."""
+
+
+def require_role(principal: Principal, *roles: str) -> None:
+    """Lets a caller pass who has one of the application roles.
+
+    Raises:
+        PipelineError: `FORBIDDEN`, naming the roles.
+    """
+    if principal.roles.isdisjoint(roles):
+        raise PipelineError(
+            ErrorCode.FORBIDDEN, f"This needs one of the roles {', '.join(roles)}.", {"roles": list(roles)}
+        )

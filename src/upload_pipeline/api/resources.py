@@ -1,0 +1,100 @@
+"""What the routes of one process share: connections, store, providers, and who may call."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Annotated
+
+import asyncpg
+from fastapi import Depends, Request
+
+from upload_pipeline.api.job_feed import JobFeed, running_feed
+from upload_pipeline.api.tokens import TokenVerifier, open_token_verifier
+from upload_pipeline.database.connection import connection_options
+from upload_pipeline.database.pools import BoundedPool, open_pool
+from upload_pipeline.intake.accept import Intake
+from upload_pipeline.providers.embedding import Embedder, open_embedder
+from upload_pipeline.providers.local_parser import LocalParser
+from upload_pipeline.settings import Settings
+from upload_pipeline.storage.store import ObjectStore, open_store
+
+_CLOSE_SECONDS = 2.0
+
+
+@dataclass(frozen=True, slots=True)
+class Resources:
+    """What routes use.
+
+    Attributes:
+        settings: of this process.
+        database_url: as role `upload_worker`, for connections outside the pool (LISTEN).
+        db: pool of role `upload_worker`; what a user may see is read through `as_user`.
+        store: the object store.
+        embedder: for queries.
+        intake: takes files in.
+        tokens: tells users by their tokens.
+        job_feed: tells what is new of jobs that somebody watches.
+    """
+
+    settings: Settings
+    database_url: str = field(repr=False)
+    db: BoundedPool
+    store: ObjectStore
+    embedder: Embedder
+    intake: Intake
+    tokens: TokenVerifier
+    job_feed: JobFeed
+
+
+@asynccontextmanager
+async def open_resources(settings: Settings, database_url: str) -> AsyncGenerator[Resources]:
+    """Opens everything that the routes need, and closes it when left.
+
+    Args:
+        settings: of this process.
+        database_url: Postgres as role `upload_worker`.
+
+    Raises:
+        PipelineError: the database, the store, a provider or the check of tokens cannot be opened.
+    """
+    async with AsyncExitStack() as stack:
+        db = await open_pool(
+            database_url, connection_options(settings, "upload-pipeline serve"), size=settings.pool_size
+        )
+        stack.push_async_callback(_close_pool, db)
+        store = open_store(settings.effective_storage_url)
+        embedder = open_embedder(settings.embedder)
+        stack.push_async_callback(embedder.close)
+        parser = LocalParser(settings.parse_timeout, settings.parse_memory_bytes)
+        stack.callback(parser.close)
+        tokens = await stack.enter_async_context(open_token_verifier(settings))
+        job_feed = await stack.enter_async_context(running_feed(db, interval=settings.sse_interval))
+        yield Resources(
+            settings=settings,
+            database_url=database_url,
+            db=db,
+            store=store,
+            embedder=embedder,
+            intake=Intake(db, store, parser.inspect, settings.max_file_bytes, settings.home / "scratch"),
+            tokens=tokens,
+            job_feed=job_feed,
+        )
+
+
+async def _close_pool(db: BoundedPool) -> None:
+    try:
+        await asyncio.wait_for(db.close(), _CLOSE_SECONDS)
+    except (TimeoutError, asyncpg.PostgresError, asyncpg.InterfaceError):
+        db.terminate()
+
+
+def _resources(request: Request) -> Resources:
+    resources: Resources = request.app.state.resources
+    return resources
+
+
+AppResources = Annotated[Resources, Depends(_resources)]
+"""A route's parameter of this type is the process's resources."""

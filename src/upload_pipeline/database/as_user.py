@@ -1,0 +1,48 @@
+"""Reading as a user: one transaction as role `authenticated` with the user's claims, guarded by row-level security."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncGenerator
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from typing import Any, Protocol
+from uuid import UUID
+
+
+class Pool(Protocol):
+    """Where connections come from: an `asyncpg.Pool` of role `upload_worker`, which may become `authenticated`."""
+
+    def acquire(self) -> AbstractAsyncContextManager[Any]:
+        """A connection, for as long as the context is open."""
+
+
+@asynccontextmanager
+async def as_user(pool: Pool, user_id: UUID, *, readonly: bool = True) -> AsyncGenerator[Any]:
+    """A connection within a transaction in which the database itself decides what the user may see.
+
+    The role and the claims end with the transaction, so a connection goes back as it came.
+
+    Args:
+        pool: of role `upload_worker`.
+        user_id: who asks.
+        readonly: False for a verb that users may call themselves.
+
+    Raises:
+        asyncpg.PostgresError: as the statements in the block do; nothing is translated here.
+    """
+    async with pool.acquire() as connection, connection.transaction(readonly=readonly):
+        await become_user(connection, user_id)
+        yield connection
+
+
+async def become_user(connection: Any, user_id: UUID) -> None:
+    """Makes the rest of the connection's transaction the user's.
+
+    Args:
+        connection: within a transaction, as role `upload_worker`.
+        user_id: who asks.
+    """
+    await connection.fetchval(
+        "select set_config('role', 'authenticated', true), set_config('request.jwt.claims', $1, true)",
+        json.dumps({"sub": str(user_id), "role": "authenticated"}),
+    )

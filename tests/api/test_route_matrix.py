@@ -1,0 +1,127 @@
+"""Every route with every kind of caller, against a table of the expected answers."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+from uuid import UUID, uuid4
+
+import asyncpg
+import httpx
+import jwt
+import pytest
+
+from tests.api.job_rows import add_job, advance, claim
+from tests.api.live_service import SECRET, LiveService, new_user, running_service, service_settings, token
+
+NOBODIES = ("anonymous", "expired", "wrong audience", "alg none", "algorithm swap", "service token", "anon token")
+"""Callers without good credentials: 401 from each route of users."""
+
+STRANGERS = ("other user", "other organisation's user", "other user with roles")
+"""Users who own nothing here."""
+
+EXPECTED: dict[str, tuple[set[int], set[int]]] = {
+    # what the owner gets, what strangers get
+    "GET /api/v2/jobs": ({200}, {200}),
+    "GET /api/v2/jobs/{job_id}": ({200}, {404}),
+    "GET /api/v2/jobs/{job_id}/events": ({200}, {404}),
+    "POST /api/v2/jobs/{job_id}/retry": ({409}, {404}),
+    "POST /api/v2/jobs/{job_id}/cancel": ({409}, {404}),
+    "POST /api/v2/search": ({200}, {200}),
+    # a body that is none
+    "POST /api/v2/upload": ({400, 415}, {400, 415}),
+    # the document came by no upload that waits
+    "POST /api/v2/upload/{document_id}/complete": ({200, 202, 409}, {404}),
+    "GET /api/v2/documents": ({200}, {200}),
+    "GET /api/v2/documents/{document_id}": ({200}, {404}),
+    # its objects were never written: that is a matter of its state
+    "GET /api/v2/documents/{document_id}/markdown": ({200, 409}, {404}),
+    "GET /api/v2/documents/{document_id}/chunks": ({200}, {404}),
+    "GET /api/v2/documents/{document_id}/download": ({200, 409}, {404}),
+    "DELETE /api/v2/documents/{document_id}": ({200, 202, 204}, {404, 204}),
+}
+"""Routes of users. What is somebody else's is like what is not there."""
+
+OPEN = {"GET /healthz", "GET /readyz", "GET /metrics"}
+"""Routes for anybody."""
+
+SIGNED = re.compile(r"(GET|PUT) /api/v2/(objects|storage|uploads?)/.*")
+"""Routes whose URL is the permission; their own tests tell what they refuse."""
+
+
+@pytest.fixture
+async def service(database: Any, tmp_path: Path) -> AsyncIterator[LiveService]:
+    async with running_service(service_settings(database.worker_url, tmp_path)) as running:
+        yield running
+
+
+def credentials(caller: str, owner: UUID) -> dict[str, str]:
+    """The headers of a caller."""
+    now = int(time.time())
+    made = {
+        "owner": lambda: token(owner),
+        "other user": lambda: token(new_user()),
+        "other organisation's user": lambda: token(new_user(), app_metadata={"organisation": str(uuid4())}),
+        "other user with roles": lambda: token(
+            new_user(), app_metadata={"roles": ["ADMIN", "FP_MANAGER"]}, user_metadata={"sub": str(owner)}
+        ),
+        "expired": lambda: token(owner, exp=now - 3600),
+        "wrong audience": lambda: token(owner, aud="somebody-else"),
+        "alg none": lambda: jwt.encode(jwt.decode(token(owner), options={"verify_signature": False}), "", "none"),
+        "algorithm swap": lambda: token(owner, secret=SECRET.rjust(64, "x"), algorithm="HS512"),
+        "service token": lambda: token(owner, role="service_role"),
+        "anon token": lambda: token(owner, role="anon"),
+    }
+    return {} if caller == "anonymous" else {"Authorization": f"Bearer {made[caller]()}"}
+
+
+async def test_every_route_answers_every_caller_as_the_table_says(
+    service: LiveService, admin: asyncpg.Connection
+) -> None:
+    owner = new_user()
+    job = await add_job(admin, owner)
+    await advance(admin, await claim(admin, job), "embedded")
+    document = await admin.fetchval("select document_id from upload_pipeline.upload_jobs where job_id = $1", job)
+    client = service.client()
+    made = (await client.get("/openapi.json")).json()
+    routes = sorted(f"{method.upper()} {path}" for path, methods in made["paths"].items() for method in methods)
+
+    async def ask(route: str, caller: str, *, real: bool = True) -> httpx.Response:
+        method, path = route.split(" ")
+        named = {"job_id": job if real else uuid4(), "document_id": document if real else uuid4()}
+        body = {"query": "anything"} if path.endswith("/search") else None
+        return await client.request(
+            method, path.format(**named), headers=credentials(caller, owner), json=body, follow_redirects=False
+        )
+
+    # what changes something comes last, and the owner last of all
+    for route in sorted(routes, key=lambda route: (route.startswith("DELETE"), not route.startswith("GET"))):
+        if SIGNED.fullmatch(route) and route not in EXPECTED:
+            continue
+        if route in OPEN:
+            assert (await ask(route, "anonymous")).status_code == 200, route
+            continue
+        assert route in EXPECTED, f"say in EXPECTED what {route} answers"
+        own, foreign = EXPECTED[route]
+        for caller in NOBODIES:
+            assert (await ask(route, caller)).status_code == 401, (route, caller)
+        for caller in STRANGERS:
+            answer = await ask(route, caller)
+            assert answer.status_code in foreign, (route, caller, answer.status_code, answer.text)
+            assert str(owner) not in answer.text
+            if "{" in route:
+                alike(answer, await ask(route, caller, real=False))
+        answer = await ask(route, "owner")
+        assert answer.status_code in own, (route, answer.status_code, answer.text)
+    assert set(EXPECTED) & set(routes)
+
+
+def alike(theirs: httpx.Response, missing: httpx.Response) -> None:
+    """The answer for what is somebody else's is the one for what is not there, but for ids and times."""
+    ids = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}")
+    assert theirs.status_code == missing.status_code
+    assert ids.sub("", theirs.text) == ids.sub("", missing.text)
+    assert theirs.headers.keys() == missing.headers.keys()
