@@ -201,6 +201,20 @@ async def test_closing_the_feed_ends_open_streams(service: LiveService, admin: a
     assert told[-1].event is None
 
 
+async def test_a_stream_ends_in_time_and_its_client_resumes(
+    database: Any, admin: asyncpg.Connection, tmp_path: Path
+) -> None:
+    user = new_user()
+    job = await add_job(admin, user)
+    settings = service_settings(database.worker_url, tmp_path, sse_seconds=0.3, sse_heartbeat=0.1, sse_retry=0.05)
+    async with running_service(settings) as service:
+        first = await follow(service.client(user), job)
+        assert [frame.data["code"] for frame in first] == ["job_enqueued"]
+        await advance(admin, await claim(admin, job), "embedded")
+        second = await follow(service.client(user), job, first[-1].id)
+    assert [frame.id for frame in (*first, *second[:-1])] == await event_ids(admin, job)
+
+
 async def test_a_client_that_leaves_is_forgotten(service: LiveService, admin: asyncpg.Connection) -> None:
     user = new_user()
     job = await add_job(admin, user)

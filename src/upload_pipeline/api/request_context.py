@@ -43,7 +43,7 @@ _JSON_POLICY = "default-src 'none'; frame-ancestors 'none'"
 _PAGES = frozenset({"/docs", "/docs/oauth2-redirect", "/redoc"})
 
 
-def _correlation_id(request: Request) -> str:
+async def _correlation_id(request: Request) -> str:
     correlation_id: str = request.state.correlation_id
     return correlation_id
 

@@ -91,7 +91,7 @@ async def _close_pool(db: BoundedPool) -> None:
         db.terminate()
 
 
-def _resources(request: Request) -> Resources:
+async def _resources(request: Request) -> Resources:
     resources: Resources = request.app.state.resources
     return resources
 
