@@ -688,7 +688,7 @@ $$;
 
 -- Starts an ended job again, at p_from_stage or where it stopped. Of `deadletter` and `cancelled`; of `done` only with
 -- a stage. With p_force also of a live job: the token is raised, so that a worker still busy with it is fenced off.
--- What later stages had buffered is dropped.
+-- What it makes anew is dropped from the buffers (prepare_restart); vectors of chunks that do not change are kept.
 create function upload_pipeline.retry_job(p_job_id uuid, p_from_stage text default null, p_force boolean default false)
 returns table (job_id uuid, stage text, state upload_pipeline.job_state)
 language plpgsql

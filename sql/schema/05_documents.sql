@@ -21,8 +21,6 @@ security definer
 set search_path = ''
 as $$
 #variable_conflict use_column
-declare
-  v_document upload_pipeline.documents;
 begin
   insert into upload_pipeline.documents as d
     (document_id, user_id, filename, media_type, file_bytes, file_sha256, raw_key, metadata, created_at, updated_at)

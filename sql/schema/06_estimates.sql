@@ -207,8 +207,10 @@ begin
       left join upload_pipeline.stages n on n.pipeline = a.pipeline and n.position = f.position + 1
      cross join lateral (
        select case when a.pipeline = 'document' and a.stage = 'embedding' then (
-         select count(v.chunk_id)::double precision / nullif(count(*), 0) from upload_pipeline.document_chunk_buffer b
-           left join upload_pipeline.document_vector_buffer v on v.chunk_id = b.chunk_id
+         -- two counts and no join: vectors of more than one model may lie there, so at most all
+         select least(1, (select count(*) from upload_pipeline.document_vector_buffer v
+                           where v.document_id = a.document_id)::double precision / nullif(count(*), 0))
+           from upload_pipeline.document_chunk_buffer b
           where b.document_id = a.document_id) end as share) vectors
      cross join lateral (
        select sum(case when s.stage = a.stage then greatest(0, coalesce(m.seconds, s.share) - a.spent)

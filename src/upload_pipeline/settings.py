@@ -165,14 +165,18 @@ class Settings(BaseSettings):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        if self.chunk_overlap_chars * 2 > self.chunk_target_chars:
-            raise ValueError("chunk_overlap_chars must be at most half of chunk_target_chars")
-        if self.heartbeat_interval * 2 > self.lease_ttl:
-            raise ValueError("heartbeat_interval must be at most half of lease_ttl")
-        if self.poll_min > self.poll_max:
-            raise ValueError("poll_min must not exceed poll_max")
-        if self.shutdown_grace > self.shutdown_deadline:
-            raise ValueError("shutdown_grace must not exceed shutdown_deadline")
+        for smaller, larger, share in (
+            ("chunk_overlap_chars", "chunk_target_chars", 0.5),
+            ("heartbeat_interval", "lease_ttl", 0.5),
+            ("poll_min", "poll_max", 1.0),
+            ("shutdown_grace", "shutdown_deadline", 1.0),
+        ):
+            value, limit = getattr(self, smaller), getattr(self, larger)
+            if value > limit * share:
+                raise ValueError(
+                    f"{ENV_PREFIX}{smaller.upper()}={value:g} must be at most {'half of ' if share < 1 else ''}"
+                    f"{ENV_PREFIX}{larger.upper()}={limit:g}"
+                )
         secret = self.jwt_secret.get_secret_value()
         if secret and self.jwt_jwks_url:
             raise ValueError("jwt_secret and jwt_jwks_url exclude each other: an issuer signs in one way")

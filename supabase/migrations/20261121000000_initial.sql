@@ -1231,7 +1231,7 @@ $$;
 
 -- Starts an ended job again, at p_from_stage or where it stopped. Of `deadletter` and `cancelled`; of `done` only with
 -- a stage. With p_force also of a live job: the token is raised, so that a worker still busy with it is fenced off.
--- What later stages had buffered is dropped.
+-- What it makes anew is dropped from the buffers (prepare_restart); vectors of chunks that do not change are kept.
 create function upload_pipeline.retry_job(p_job_id uuid, p_from_stage text default null, p_force boolean default false)
 returns table (job_id uuid, stage text, state upload_pipeline.job_state)
 language plpgsql
@@ -1409,8 +1409,6 @@ security definer
 set search_path = ''
 as $$
 #variable_conflict use_column
-declare
-  v_document upload_pipeline.documents;
 begin
   insert into upload_pipeline.documents as d
     (document_id, user_id, filename, media_type, file_bytes, file_sha256, raw_key, metadata, created_at, updated_at)
@@ -2363,8 +2361,10 @@ begin
       left join upload_pipeline.stages n on n.pipeline = a.pipeline and n.position = f.position + 1
      cross join lateral (
        select case when a.pipeline = 'document' and a.stage = 'embedding' then (
-         select count(v.chunk_id)::double precision / nullif(count(*), 0) from upload_pipeline.document_chunk_buffer b
-           left join upload_pipeline.document_vector_buffer v on v.chunk_id = b.chunk_id
+         -- two counts and no join: vectors of more than one model may lie there, so at most all
+         select least(1, (select count(*) from upload_pipeline.document_vector_buffer v
+                           where v.document_id = a.document_id)::double precision / nullif(count(*), 0))
+           from upload_pipeline.document_chunk_buffer b
           where b.document_id = a.document_id) end as share) vectors
      cross join lateral (
        select sum(case when s.stage = a.stage then greatest(0, coalesce(m.seconds, s.share) - a.spent)

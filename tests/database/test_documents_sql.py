@@ -715,8 +715,8 @@ def test_every_verb_that_joins_the_buffers_leaves_the_planner_only_keys(admin: C
     rows = admin.execute(
         """
         select proname, proconfig from pg_catalog.pg_proc
-         where pronamespace = 'upload_pipeline'::regnamespace and prosrc ~ 'document_(chunk|vector)_buffer'
-           and prosrc ~ '(join|exists)'
+         where pronamespace = 'upload_pipeline'::regnamespace
+           and prosrc ~ '(join|exists [(]select from) upload_pipeline.document_(chunk|vector)_buffer'
         """
     ).fetchall()
     assert {row.proname for row in rows} >= {"pending_vectors", "buffer_vectors", "commit_embeddings"}

@@ -10,7 +10,7 @@ from uuid import UUID, uuid4
 
 import psycopg
 import pytest
-from conftest import Connection
+from sessions import Connection
 from verbs import EPOCH, add_document, advance, claim_one, enqueue, fail, set_clock, user_number, value
 
 USER = user_number(500)
