@@ -129,11 +129,15 @@ class Settings(BaseSettings):
     sse_retry: Seconds = Field(default=3.0, description="Seconds that a client waits before it comes back.")
 
     # limits of the HTTP service, shared by all its processes
-    limit_uploads_per_day: int = Field(default=30, ge=1, description="Uploads of one user in a day.")
-    limit_uploads_per_minute: int = Field(default=10, ge=1, description="Upload requests of one user in a minute.")
-    limit_status_reads_per_minute: int = Field(default=10, ge=1, description="Reads of one job's status in a minute.")
+    limit_uploads_per_day: int = Field(default=30, ge=1, le=1_000_000, description="Uploads of one user in a day.")
+    limit_uploads_per_minute: int = Field(
+        default=10, ge=1, le=1_000_000, description="Upload requests of one user in a minute."
+    )
+    limit_status_reads_per_minute: int = Field(
+        default=10, ge=1, le=1_000_000, description="Reads of one job's status in a minute."
+    )
     limit_requests_per_hour: int = Field(
-        default=1000, ge=1, description="Requests of one user to one route in an hour."
+        default=1000, ge=1, le=1_000_000, description="Requests of one user to one route in an hour."
     )
     limit_open_jobs: int = Field(default=500, ge=1, description="Jobs of one user that have not ended.")
 
