@@ -53,6 +53,8 @@ def create_app(settings: Settings, resources: Resources) -> FastAPI:
         title="Upload pipeline",
         summary="Files go in; searchable, per-user text comes out; nothing gets lost on the way.",
         version=upload_pipeline.__version__,
+        # A client made from the OpenAPI document calls its functions by these.
+        generate_unique_id_function=lambda route: route.name,
         middleware=[
             Middleware(RequestContext, metrics=metrics),
             Middleware(TrustedHosts, hosts=(*settings.api_trusted_hosts, settings.api_host)),
