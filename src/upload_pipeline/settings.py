@@ -117,6 +117,17 @@ class Settings(BaseSettings):
     jwt_audience: str = Field(default="authenticated", min_length=1, description="The `aud` of users' tokens.")
     jwt_leeway: float = Field(default=10.0, ge=0, le=30, description="Seconds that clocks may differ by.")
 
+    # URLs that the service signs
+    signing_secret: SecretStr = Field(
+        default=SecretStr(""),
+        description="What they are signed with, 32 bytes or more and the same for all processes of the service; empty: "
+        "a secret made once in `HOME`.",
+    )
+    upload_url_seconds: Seconds = Field(default=900.0, description="Seconds in which an upload URL can be used.")
+    upload_finish_seconds: Seconds = Field(
+        default=300.0, description="Seconds that an upload which began in time has to end."
+    )
+
     # how jobs are followed
     estimate_seconds: Seconds = Field(
         default=60.0, description="Seconds that a document is taken to need while there is no history to go by."
@@ -188,6 +199,9 @@ class Settings(BaseSettings):
             raise ValueError("jwt_secret must have 32 bytes or more (RFC 7518, section 3.2)")
         if (secret or self.jwt_jwks_url) and not self.jwt_issuer:
             raise ValueError("jwt_issuer must be set where jwt_secret or jwt_jwks_url is")
+        signing = self.signing_secret.get_secret_value()
+        if signing and len(signing.encode()) < 32:
+            raise ValueError("signing_secret must have 32 bytes or more (RFC 2104, section 3)")
         return self
 
     @property

@@ -19,6 +19,7 @@ from upload_pipeline.intake.accept import Intake
 from upload_pipeline.providers.embedding import Embedder, open_embedder
 from upload_pipeline.providers.local_parser import LocalParser
 from upload_pipeline.settings import Settings
+from upload_pipeline.storage.signed_urls import UrlSigner, open_signer
 from upload_pipeline.storage.store import ObjectStore, open_store
 
 _CLOSE_SECONDS = 2.0
@@ -36,6 +37,7 @@ class Resources:
         embedder: for queries.
         intake: takes files in.
         tokens: tells users by their tokens.
+        signer: signs URLs of objects, where the store does not.
         job_feed: tells what is new of jobs that somebody watches.
     """
 
@@ -46,6 +48,7 @@ class Resources:
     embedder: Embedder
     intake: Intake
     tokens: TokenVerifier
+    signer: UrlSigner
     job_feed: JobFeed
 
 
@@ -58,7 +61,7 @@ async def open_resources(settings: Settings, database_url: str) -> AsyncGenerato
         database_url: Postgres as role `upload_worker`.
 
     Raises:
-        PipelineError: the database, the store, a provider or the check of tokens cannot be opened.
+        PipelineError: the database, the store, a provider, the check of tokens or a secret cannot be opened.
     """
     async with AsyncExitStack() as stack:
         db = await open_pool(
@@ -71,6 +74,7 @@ async def open_resources(settings: Settings, database_url: str) -> AsyncGenerato
         parser = LocalParser(settings.parse_timeout, settings.parse_memory_bytes)
         stack.callback(parser.close)
         tokens = await stack.enter_async_context(open_token_verifier(settings))
+        signer = open_signer(settings)
         job_feed = await stack.enter_async_context(running_feed(db, interval=settings.sse_interval))
         yield Resources(
             settings=settings,
@@ -80,6 +84,7 @@ async def open_resources(settings: Settings, database_url: str) -> AsyncGenerato
             embedder=embedder,
             intake=Intake(db, store, parser.inspect, settings.max_file_bytes, settings.home / "scratch"),
             tokens=tokens,
+            signer=signer,
             job_feed=job_feed,
         )
 
