@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Protocol
 
-from upload_pipeline.storage.objects import ObjectInfo
+from upload_pipeline.storage.objects import ObjectInfo, SignedUrl
 
 
 class Backend(Protocol):
@@ -36,3 +36,11 @@ class Backend(Protocol):
 
     async def remove_unfinished(self, older_than: datetime) -> int:
         """Removes what writers that died left behind before that time; gives the number of files removed."""
+
+    async def sign_put(self, key: str, *, media_type: str, file_bytes: int, expires_in: timedelta) -> SignedUrl | None:
+        """A URL to store the object by one PUT, `None` where the place gives out none."""
+
+    async def sign_get(
+        self, key: str, *, filename: str, media_type: str | None, expires_in: timedelta
+    ) -> SignedUrl | None:
+        """A URL to fetch the object by one GET, `None` where the place gives out none."""

@@ -8,7 +8,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, S
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
-from datetime import datetime
+from datetime import datetime, timedelta
 from functools import partial
 from itertools import islice
 from typing import ParamSpec, TypeVar
@@ -17,7 +17,7 @@ from upload_pipeline.storage.descriptors import GuardedDescriptor
 from upload_pipeline.storage.failures import missing
 from upload_pipeline.storage.local_tree import UNFINISHED, LocalTree
 from upload_pipeline.storage.local_write import LocalWrite
-from upload_pipeline.storage.objects import ObjectInfo
+from upload_pipeline.storage.objects import ObjectInfo, SignedUrl
 
 THREADS = 8
 """Disk calls at once, in a pool apart from asyncio's own, which a busy parser or embedder may fill."""
@@ -95,6 +95,16 @@ class LocalBackend:
     async def remove_unfinished(self, older_than: datetime) -> int:
         """Unlinks unfinished files whose last write is older."""
         return await self._run(self._remove_unfinished, older_than)
+
+    async def sign_put(self, key: str, *, media_type: str, file_bytes: int, expires_in: timedelta) -> SignedUrl | None:
+        """None: nobody but this machine reaches the directory."""
+        return None
+
+    async def sign_get(
+        self, key: str, *, filename: str, media_type: str | None, expires_in: timedelta
+    ) -> SignedUrl | None:
+        """None: nobody but this machine reaches the directory."""
+        return None
 
     def _remove_unfinished(self, older_than: datetime) -> int:
         removed = 0

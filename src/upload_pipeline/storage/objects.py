@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from datetime import datetime
 
 
@@ -36,3 +37,16 @@ class StoredObject:
     size: int
     sha256: str
     head: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class SignedUrl:
+    """A URL that lets whoever holds it make one kind of request to the store, for a while.
+
+    Attributes:
+        url: where to; a secret, so it belongs in no log.
+        headers: what the request must send besides, by lower-case name.
+    """
+
+    url: str = field(repr=False)
+    headers: Mapping[str, str]

@@ -10,13 +10,14 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import datetime, timedelta
 
 import obstore
 from obstore.store import ObjectStore as Place
 
 from upload_pipeline.storage.failures import missing
-from upload_pipeline.storage.objects import ObjectInfo
+from upload_pipeline.storage.objects import ObjectInfo, SignedUrl
+from upload_pipeline.storage.presigned import Presigner
 
 PART_BYTES = 5 * 1024 * 1024
 """Size of a part of a multipart upload: the least that S3 takes, so the least memory."""
@@ -40,9 +41,15 @@ class _Aborted(Exception):  # noqa: N818 - it says that we stopped, not what wen
 
 @dataclass(frozen=True, slots=True)
 class ObstoreBackend:
-    """Objects in a store behind obstore; see `storage.backend.Backend` for the methods."""
+    """Objects in a store behind obstore; see `storage.backend.Backend` for the methods.
+
+    Attributes:
+        place: the store.
+        presigner: signs URLs for it; without one there are none.
+    """
 
     place: Place
+    presigner: Presigner | None = None
 
     async def write(self, key: str, blocks: AsyncIterator[bytes]) -> None:
         """Uploads in parts; a failing iterator, or a cancellation, aborts the upload."""
@@ -128,6 +135,20 @@ class ObstoreBackend:
     async def remove_unfinished(self, older_than: datetime) -> int:
         """Nothing of ours is left behind in such a store."""
         return 0
+
+    async def sign_put(self, key: str, *, media_type: str, file_bytes: int, expires_in: timedelta) -> SignedUrl | None:
+        """Binds type and length."""
+        if self.presigner is None:
+            return None
+        return await self.presigner.put(key, media_type=media_type, file_bytes=file_bytes, expires_in=expires_in)
+
+    async def sign_get(
+        self, key: str, *, filename: str, media_type: str | None, expires_in: timedelta
+    ) -> SignedUrl | None:
+        """Binds the name that the file is saved under."""
+        if self.presigner is None:
+            return None
+        return await self.presigner.get(key, filename=filename, media_type=media_type, expires_in=expires_in)
 
 
 async def _hand_over(

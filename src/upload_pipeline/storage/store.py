@@ -7,7 +7,7 @@ import os
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Iterable
 from contextlib import aclosing
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import datetime, timedelta
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
@@ -21,7 +21,7 @@ from upload_pipeline.storage.keys import incoming_key, validate_key
 from upload_pipeline.storage.local_backend import LocalBackend
 from upload_pipeline.storage.local_tree import FILE_MODE, LocalTree, make_root
 from upload_pipeline.storage.measured import BLOCK_BYTES, MeasuredStream
-from upload_pipeline.storage.objects import ObjectInfo, StoredObject
+from upload_pipeline.storage.objects import ObjectInfo, SignedUrl, StoredObject
 
 HEAD_BYTES = 65536
 """First bytes that a write gives back by default: enough to tell a file's type by its content."""
@@ -254,6 +254,44 @@ class ObjectStore:
             How many there were.
         """
         return await self._bounded(self.backend.remove_unfinished(older_than), "remove unfinished writes")
+
+    async def sign_put(self, key: str, *, media_type: str, file_bytes: int, expires_in: timedelta) -> SignedUrl | None:
+        """A URL by which somebody else stores the object with one PUT, and nothing else.
+
+        The store refuses a body of another length or type. It replaces what stands under the key, as often as it
+        is used, until it expires.
+
+        Args:
+            key: where to.
+            media_type: the `Content-Type` that the request must send.
+            file_bytes: the length that its body must have.
+            expires_in: from now; whole seconds, at most seven days. A PUT that began in time may end later.
+
+        Returns:
+            The URL and the headers to send, or `None` where the store cannot sign: then the service takes the
+            bytes itself.
+        """
+        validate_key(key)
+        signing = self.backend.sign_put(key, media_type=media_type, file_bytes=file_bytes, expires_in=expires_in)
+        return await self._bounded(signing, f"sign a URL for {key}", key)
+
+    async def sign_get(
+        self, key: str, *, filename: str, media_type: str | None = None, expires_in: timedelta
+    ) -> SignedUrl | None:
+        """A URL by which somebody else fetches the object; a browser saves it and never shows it in place.
+
+        Args:
+            key: of the object, which need not be there yet.
+            filename: what it is saved as; any characters.
+            media_type: the `Content-Type` of the answer; `None` leaves it to the store.
+            expires_in: from now; whole seconds, at most seven days.
+
+        Returns:
+            The URL, or `None` where the store cannot sign: then the service sends the bytes itself.
+        """
+        validate_key(key)
+        signing = self.backend.sign_get(key, filename=filename, media_type=media_type, expires_in=expires_in)
+        return await self._bounded(signing, f"sign a URL for {key}", key)
 
     async def check_writable(self) -> None:
         """Writes, reads back and deletes a small object.

@@ -1,0 +1,104 @@
+"""Presigned S3 URLs that bind what is sent: its type, its length, and how a browser shows what it gets.
+
+obstore signs the host and the expiry only, so whoever holds such a URL may put any number of bytes of any type.
+Here its URL is taken for what only obstore knows (address, region, access key, session token) and signed again
+with more in it. That needs the secret key, which obstore hands out for no credentials that it fetched itself.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Literal
+from urllib.parse import parse_qsl, quote, urlsplit, urlunsplit
+
+import obstore
+from obstore.store import S3Store
+
+from upload_pipeline.storage.disposition import attachment
+from upload_pipeline.storage.objects import SignedUrl
+
+_UNRESERVED = "-_.~"
+
+
+@dataclass(frozen=True, slots=True)
+class Presigner:
+    """Presigns requests for the objects of a place on S3.
+
+    Attributes:
+        place: the bucket, with its prefix.
+        access_key_id: the key that `secret_access_key` belongs to.
+        secret_access_key: signs; never part of a URL or a message.
+    """
+
+    place: S3Store
+    access_key_id: str
+    secret_access_key: str = field(repr=False)
+
+    async def put(self, key: str, *, media_type: str, file_bytes: int, expires_in: timedelta) -> SignedUrl | None:
+        """A PUT of just so many bytes of that type; `None` where obstore signs with other credentials."""
+        headers = {"content-type": media_type, "content-length": str(file_bytes)}
+        url = await self._sign("PUT", key, expires_in, headers=headers, query={})
+        return None if url is None else SignedUrl(url, headers)
+
+    async def get(self, key: str, *, filename: str, media_type: str | None, expires_in: timedelta) -> SignedUrl | None:
+        """A GET that a browser saves under the name; `None` where obstore signs with other credentials."""
+        query = {"response-content-disposition": attachment(filename)}
+        if media_type is not None:
+            query["response-content-type"] = media_type
+        url = await self._sign("GET", key, expires_in, headers={}, query=query)
+        return None if url is None else SignedUrl(url, {})
+
+    async def _sign(
+        self,
+        method: Literal["GET", "PUT"],
+        key: str,
+        expires_in: timedelta,
+        *,
+        headers: Mapping[str, str],
+        query: Mapping[str, str],
+    ) -> str | None:
+        url = await obstore.sign_async(self.place, method, key, expires_in)
+        parameters = dict(parse_qsl(urlsplit(url).query, keep_blank_values=True))
+        if parameters["X-Amz-Credential"].partition("/")[0] != self.access_key_id:
+            return None
+        return sign_again(url, method, self.secret_access_key, headers=headers, query=query)
+
+
+def sign_again(
+    url: str, method: str, secret_access_key: str, *, headers: Mapping[str, str], query: Mapping[str, str]
+) -> str:
+    """Signs a presigned URL anew, with more headers and query parameters bound (AWS Signature Version 4).
+
+    Args:
+        url: presigned by query parameters, for the host only.
+        method: of the request.
+        secret_access_key: of the key that the URL names.
+        headers: what the request must send, by lower-case name; single spaces only, none at the ends.
+        query: parameters to add.
+    """
+    parts = urlsplit(url)
+    bound = {"host": parts.netloc, **headers}
+    names = ";".join(sorted(bound))
+    parameters = dict(parse_qsl(parts.query, keep_blank_values=True)) | dict(query) | {"X-Amz-SignedHeaders": names}
+    del parameters["X-Amz-Signature"]
+    pairs = sorted((_escaped(name), _escaped(value)) for name, value in parameters.items())
+    canonical_query = "&".join(f"{name}={value}" for name, value in pairs)
+    canonical_headers = "".join(f"{name}:{bound[name]}\n" for name in sorted(bound))
+    request = "\n".join([method, parts.path, canonical_query, canonical_headers, names, "UNSIGNED-PAYLOAD"])
+    scope = parameters["X-Amz-Credential"].partition("/")[2]
+    to_sign = "\n".join(
+        ["AWS4-HMAC-SHA256", parameters["X-Amz-Date"], scope, hashlib.sha256(request.encode()).hexdigest()]
+    )
+    key = f"AWS4{secret_access_key}".encode()
+    for part in scope.split("/"):
+        key = hmac.digest(key, part.encode(), "sha256")
+    signature = hmac.digest(key, to_sign.encode(), "sha256").hex()
+    return urlunsplit(parts._replace(query=f"{canonical_query}&X-Amz-Signature={signature}"))
+
+
+def _escaped(text: str) -> str:
+    return quote(text, safe=_UNRESERVED)
