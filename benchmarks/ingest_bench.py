@@ -24,7 +24,8 @@ from upload_pipeline.database.embedded import ensure_embedded, stop_embedded
 from upload_pipeline.database.migrations import apply_migrations
 from upload_pipeline.database.pools import open_pool
 from upload_pipeline.errors import PipelineError
-from upload_pipeline.intake.accept import Intake, accept_path
+from upload_pipeline.intake.accept import accept_path
+from upload_pipeline.intake.staging import Intake
 from upload_pipeline.logs import configure_logs
 from upload_pipeline.media_types import HEAD_BYTES, detect_media_type
 from upload_pipeline.providers.embedding import open_embedder

@@ -204,6 +204,11 @@ def looks_like_html(text: str) -> bool:
     return _HTML_START.match(text, start.end() if start else 0) is not None
 
 
+def spoken_types(media_types: Iterable[str]) -> str:
+    """Names media types for a message, as in `PDF, DOCX`."""
+    return ", ".join(_spoken(media_type) for media_type in MEDIA_TYPES if media_type in set(media_types))
+
+
 def _extension(filename: str) -> str:
     name = re.split(r"[/\\]", filename)[-1]
     stem, dot, extension = name.rpartition(".")

@@ -11,7 +11,7 @@ from uuid import UUID, uuid4
 import pytest
 
 from upload_pipeline.database.pools import BoundedPool, open_pool
-from upload_pipeline.intake.accept import Intake
+from upload_pipeline.intake.staging import Intake
 from upload_pipeline.providers.local_parser import LocalParser
 from upload_pipeline.storage.store import ObjectStore, open_store
 

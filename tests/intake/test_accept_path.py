@@ -13,7 +13,8 @@ import pytest
 from sample_documents import make_document
 
 from upload_pipeline.errors import ErrorCode, PipelineError
-from upload_pipeline.intake.accept import Intake, accept_path
+from upload_pipeline.intake.accept import accept_path
+from upload_pipeline.intake.staging import Intake
 from upload_pipeline.storage.keys import raw_key
 
 CORPUS = Path(__file__).parents[2].parent / "shared" / "corpus"

@@ -21,7 +21,8 @@ import pytest
 from upload_pipeline.database import documents
 from upload_pipeline.database.deletion import delete_document
 from upload_pipeline.errors import ErrorCode, PipelineError
-from upload_pipeline.intake.accept import Intake, accept_file, accept_path
+from upload_pipeline.intake.accept import accept_file, accept_path
+from upload_pipeline.intake.staging import Intake
 from upload_pipeline.storage.document_objects import remove_document_objects
 from upload_pipeline.storage.keys import raw_key
 from upload_pipeline.storage.orphans import sweep
@@ -383,7 +384,8 @@ async def test_a_deletion_between_move_and_row_costs_the_new_document_nothing(in
 _KILLED = """
 import asyncio, os, pathlib, signal, sys, uuid
 from upload_pipeline.database.pools import open_pool
-from upload_pipeline.intake.accept import Intake, accept_file, accept_path
+from upload_pipeline.intake.accept import accept_file, accept_path
+from upload_pipeline.intake.staging import Intake
 from upload_pipeline.storage.store import open_store
 
 url, root, scratch, user, path, way, moment = sys.argv[1:]

@@ -17,7 +17,8 @@ import asyncpg
 from tests.sample_documents import make_document
 from upload_pipeline.database.connection import connection_options
 from upload_pipeline.database.pools import open_pool
-from upload_pipeline.intake.accept import Intake, accept_path
+from upload_pipeline.intake.accept import accept_path
+from upload_pipeline.intake.staging import Intake
 from upload_pipeline.providers.local_parser import LocalParser
 from upload_pipeline.settings import Settings, load_settings
 from upload_pipeline.storage.store import open_store

@@ -15,7 +15,7 @@ from upload_pipeline.api.job_feed import JobFeed, running_feed
 from upload_pipeline.api.tokens import TokenVerifier, open_token_verifier
 from upload_pipeline.database.connection import connection_options
 from upload_pipeline.database.pools import BoundedPool, open_pool
-from upload_pipeline.intake.accept import Intake
+from upload_pipeline.intake.staging import Intake
 from upload_pipeline.providers.embedding import Embedder, open_embedder
 from upload_pipeline.providers.local_parser import LocalParser
 from upload_pipeline.settings import Settings

@@ -1,0 +1,230 @@
+"""A file on its way in: measured, typed by its content, opened, and held where nothing names it yet.
+
+A stream goes to `incoming/…` at once, since it cannot be read twice. A file of this machine is measured and opened
+where it lies, and goes there only when nothing has spoken against it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+from uuid import UUID, uuid4
+
+import structlog
+
+from upload_pipeline import ids
+from upload_pipeline.database.queue import Executor
+from upload_pipeline.errors import ErrorCode, PipelineError
+from upload_pipeline.intake.arrival import Arrival
+from upload_pipeline.intake.local_file import changed, measure, read_blocks, too_large
+from upload_pipeline.media_types import HEAD_BYTES, detect_media_type, spoken_types
+from upload_pipeline.storage.keys import incoming_key, raw_key
+from upload_pipeline.storage.objects import StoredObject
+from upload_pipeline.storage.store import ObjectStore
+
+log = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Intake:
+    """What taking files in needs.
+
+    Attributes:
+        db: as role `upload_worker`.
+        store: where the bytes go.
+        inspect: opens a local file of a media type to see that it can be read; raises `PipelineError` (`ENCRYPTED`,
+            `CORRUPT_FILE`, …) where it cannot.
+        max_bytes: largest file that is taken where no `Terms` say otherwise.
+        scratch: directory for local copies; made where it is missing.
+        retry_seconds: how long a database that is away is waited for once the bytes are in place.
+    """
+
+    db: Executor
+    store: ObjectStore
+    inspect: Callable[[Path, str], Awaitable[None]]
+    max_bytes: int
+    scratch: Path
+    retry_seconds: float = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class Terms:
+    """What one kind of upload takes.
+
+    Attributes:
+        max_bytes: largest file, in bytes.
+        media_types: which types; None: every one that the pipeline knows.
+    """
+
+    max_bytes: int
+    media_types: frozenset[str] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class StagedFile:
+    """A file whose bytes are known and belong to no document yet.
+
+    Attributes:
+        arrival: what came with it.
+        media_type: by its content.
+        size: in bytes.
+        sha256: 64 lower-case hexadecimal digits.
+        incoming: key that the bytes have in the store before they have their own.
+        local: path of the same bytes; of a stream it exists once `open_staged` has returned.
+        streamed: whether the bytes came as a stream, and so are at `incoming` from the beginning.
+    """
+
+    arrival: Arrival
+    media_type: str
+    size: int
+    sha256: str
+    incoming: str
+    local: Path
+    streamed: bool
+
+    @property
+    def document_id(self) -> UUID:
+        """The id of the document that these bytes are, or will be."""
+        return ids.document_id(self.arrival.user_id, self.sha256)
+
+    @property
+    def raw_key(self) -> str:
+        """Where the document's bytes lie."""
+        return raw_key(self.arrival.user_id, self.document_id)
+
+
+@asynccontextmanager
+async def stage_stream(
+    intake: Intake, *, chunks: AsyncIterator[bytes], arrival: Arrival, terms: Terms
+) -> AsyncGenerator[StagedFile, None]:
+    """Stores a stream under `incoming/…` and measures it on the way; memory does not grow with it.
+
+    Left by an exception, the object is removed. Left otherwise it is the caller's: `place` it or `discard` it. The
+    local copy goes in either case.
+
+    Raises:
+        PipelineError: `FILE_TOO_LARGE`, `EMPTY_FILE`, `UNSUPPORTED_TYPE`, `TYPE_MISMATCH`, `ENCRYPTED`; and as the
+            store does. What `chunks` raises comes out unchanged.
+    """
+    incoming = incoming_key(uuid4())
+    async with removed_on_failure(intake.store, incoming):
+        stored = await store_chunks(intake, incoming, chunks, filename=arrival.filename, max_bytes=terms.max_bytes)
+        media_type = _typed(arrival.filename, stored.head, stored.size, terms)
+        with scratch_directory(intake) as directory:
+            yield StagedFile(arrival, media_type, stored.size, stored.sha256, incoming, directory / "file", True)
+
+
+@asynccontextmanager
+async def stage_path(intake: Intake, *, path: Path, arrival: Arrival, terms: Terms) -> AsyncGenerator[StagedFile, None]:
+    """Measures a file of this machine; otherwise as `stage_stream`. Nothing is stored before `open_staged`.
+
+    Raises:
+        PipelineError: `FILE_NOT_FOUND`, `FILE_UNREADABLE`, and as `stage_stream` does.
+    """
+    measured = await measure(path, max_bytes=terms.max_bytes)
+    media_type = _typed(arrival.filename, measured.head, measured.size, terms)
+    incoming = incoming_key(uuid4())
+    async with removed_on_failure(intake.store, incoming):
+        yield StagedFile(arrival, media_type, measured.size, measured.sha256, incoming, path, False)
+
+
+async def open_staged(intake: Intake, staged: StagedFile) -> None:
+    """Sees that the file can be opened. After it the bytes are both at `incoming` and at `local`.
+
+    Raises:
+        PipelineError: what `intake.inspect` raises; `FILE_CHANGED` where a local file was written to; and as the
+            store does.
+    """
+    if staged.streamed:
+        await intake.store.download(staged.incoming, staged.local)
+        await intake.inspect(staged.local, staged.media_type)
+    else:
+        await intake.inspect(staged.local, staged.media_type)
+        await store_local(intake, staged, staged.incoming)
+
+
+async def store_local(intake: Intake, staged: StagedFile, key: str) -> None:
+    """Stores the local copy under a key.
+
+    Raises:
+        PipelineError: `FILE_CHANGED` where it is no longer what was measured; and as the store does.
+    """
+    try:
+        stored = await store_chunks(
+            intake, key, read_blocks(staged.local), filename=staged.arrival.filename, max_bytes=staged.size
+        )
+    except PipelineError as error:
+        if error.code is ErrorCode.FILE_TOO_LARGE:  # it has grown
+            raise changed(staged.local) from error
+        raise
+    if stored.sha256 != staged.sha256:
+        raise changed(staged.local)
+
+
+async def store_chunks(
+    intake: Intake, key: str, chunks: AsyncIterator[bytes], *, filename: str, max_bytes: int
+) -> StoredObject:
+    """The way by which all bytes of an intake reach the store: whoever wants to see them on the way stands here.
+
+    Raises:
+        PipelineError: `FILE_TOO_LARGE` naming the file and the limit; and as the store does.
+    """
+    try:
+        return await intake.store.put_stream(key, chunks, max_bytes=max_bytes, head_bytes=HEAD_BYTES)
+    except PipelineError as error:
+        if error.code is ErrorCode.FILE_TOO_LARGE:
+            raise too_large(filename, max_bytes) from error
+        raise
+
+
+async def discard(intake: Intake, staged: StagedFile) -> None:
+    """Removes what was staged of a file that is not to be placed; safe to repeat."""
+    await intake.store.delete([staged.incoming])
+
+
+@asynccontextmanager
+async def removed_on_failure(store: ObjectStore, key: str) -> AsyncIterator[None]:
+    """Removes an object where what is done meanwhile fails or is cancelled."""
+    try:
+        yield
+    except BaseException:
+        await finish(_remove(store, key))
+        raise
+
+
+async def finish(cleanup: Coroutine[Any, Any, None]) -> None:
+    """Lets a clean-up end though the task that asked for it is cancelled once more."""
+    await asyncio.shield(asyncio.create_task(cleanup))
+
+
+async def _remove(store: ObjectStore, key: str) -> None:
+    try:
+        await store.delete([key])
+    except PipelineError as error:
+        log.warning("object_left_for_maintenance", key=key, error=str(error))
+
+
+def _typed(filename: str, head: bytes, size: int, terms: Terms) -> str:
+    media_type = detect_media_type(filename, head, size=size)
+    if terms.media_types is not None and media_type not in terms.media_types:
+        raise PipelineError(
+            ErrorCode.UNSUPPORTED_TYPE,
+            f"{filename!r} is {spoken_types({media_type})}, which is not taken here. "
+            f"Send {spoken_types(terms.media_types)}.",
+            {"filename": filename, "media_type": media_type, "taken": sorted(terms.media_types)},
+        )
+    return media_type
+
+
+@contextmanager
+def scratch_directory(intake: Intake) -> Iterator[Path]:
+    """A directory for local copies, removed when left."""
+    intake.scratch.mkdir(mode=0o700, parents=True, exist_ok=True)
+    # Maintenance clears what begins with job- once it is old: a killed process leaves its copy.
+    with TemporaryDirectory(dir=intake.scratch, prefix="job-intake-") as directory:
+        yield Path(directory)
