@@ -339,9 +339,7 @@ async def test_bytes_of_a_document_that_is_being_deleted_are_taken_once_it_is_go
     assert caught.value.code is ErrorCode.INVALID_STATE
     assert "being deleted" in caught.value.message
     assert "again" in caught.value.message
-    await remove_document_objects(
-        traces.store, user_id=deleted.user_id, document_id=deleted.document_id, raw_key=deleted.raw_key
-    )
+    await remove_document_objects(traces.store, document_id=deleted.document_id, raw_key=deleted.raw_key)
     assert await traces.keys() == set()
     await documents.finish_deletion(intake.db, first.document_id)
     again = await take(intake)
@@ -368,9 +366,7 @@ async def test_a_deletion_between_move_and_row_costs_the_new_document_nothing(in
         other = await take(intake)
 
         async def remove(deleted: documents.DeletedDocument) -> None:
-            await remove_document_objects(
-                traces.store, user_id=deleted.user_id, document_id=deleted.document_id, raw_key=deleted.raw_key
-            )
+            await remove_document_objects(traces.store, document_id=deleted.document_id, raw_key=deleted.raw_key)
 
         assert await delete_document(intake.db, other.document_id, remove)
 

@@ -73,9 +73,7 @@ async def test_two_users_follow_search_and_leave_nothing(
             for row in await admin.fetch("select document_id from upload_pipeline.documents"):
                 begun = await documents.begin_deletion(admin, row["document_id"])
                 assert begun is not None
-                await remove_document_objects(
-                    store, user_id=begun.user_id, document_id=begun.document_id, raw_key=begun.raw_key
-                )
+                await remove_document_objects(store, document_id=begun.document_id, raw_key=begun.raw_key)
                 assert await documents.finish_deletion(admin, row["document_id"])
             for client in clients.values():
                 assert (await client.get("/api/v2/jobs")).json()["items"] == []

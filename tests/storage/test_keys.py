@@ -108,3 +108,14 @@ def test_a_key_that_is_accepted_stays_below_any_root(key):
     if keys.is_valid_key(key):
         parts = key.split("/")
         assert all(part and not part.startswith(".") and part.isascii() for part in parts)
+
+
+def test_a_raw_key_names_whose_upload_its_document_is():
+    assert keys.uploader_of(keys.raw_key(USER, DOCUMENT)) == USER
+
+
+@pytest.mark.parametrize("key", ["", "raw/x", f"parsed/{USER}/{DOCUMENT}.md", f"incoming/{DOCUMENT}"])
+def test_another_key_names_nobody(key):
+    with pytest.raises(PipelineError) as caught:
+        keys.uploader_of(key)
+    assert caught.value.code is ErrorCode.INVALID_KEY

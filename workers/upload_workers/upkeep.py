@@ -96,9 +96,7 @@ async def maintain(db: Executor, store: ObjectStore, scratch: Path, *, orphan_gr
 
 async def _finish_deletions(db: Executor, store: ObjectStore, now: datetime) -> int:
     async def remove_objects(deleted: DeletedDocument) -> None:
-        await remove_document_objects(
-            store, user_id=deleted.user_id, document_id=deleted.document_id, raw_key=deleted.raw_key
-        )
+        await remove_document_objects(store, document_id=deleted.document_id, raw_key=deleted.raw_key)
 
     # A deletion that is under way elsewhere is not taken for one that was cut short.
     return await finish_deletions(db, before=now - timedelta(minutes=1), remove_objects=remove_objects)

@@ -82,9 +82,7 @@ async def _delete(settings: Settings, document_id: UUID) -> bool:
     store = open_store(settings.effective_storage_url)
 
     async def remove_objects(deleted: DeletedDocument) -> None:
-        await remove_document_objects(
-            store, user_id=deleted.user_id, document_id=deleted.document_id, raw_key=deleted.raw_key
-        )
+        await remove_document_objects(store, document_id=deleted.document_id, raw_key=deleted.raw_key)
 
     db = await open_pool(urls.worker, connection_options(settings, "upload-pipeline delete"), size=1)
     try:

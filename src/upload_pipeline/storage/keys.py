@@ -58,6 +58,26 @@ def markdown_key(user_id: UUID, document_id: UUID) -> str:
     return f"parsed/{user_id}/{document_id}.md"
 
 
+def uploader_of(raw: str) -> UUID:
+    """Whose upload a document's raw key names, and with it all keys of that document.
+
+    Not the row's `user_id`: a document that an anonymous session uploaded may have become a user's since, and its
+    objects stay where they are.
+
+    Raises:
+        PipelineError: `INVALID_KEY` where the key is none that `raw_key` makes.
+    """
+    parsed = parse_key(raw)
+    if parsed is None or parsed.kind is not ObjectKind.RAW:
+        raise PipelineError(
+            ErrorCode.INVALID_KEY,
+            f"The object key {_shown(raw)} is not the raw key of a document. Make keys with the functions of "
+            "storage.keys.",
+            {"key": _shown(raw)},
+        )
+    return parsed.user_id
+
+
 def incoming_key(upload_id: UUID) -> str:
     """Key under which an upload is streamed until its sha256, and so its document, is known."""
     return f"{INCOMING_PREFIX}/{upload_id}"

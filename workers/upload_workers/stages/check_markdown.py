@@ -8,7 +8,7 @@ from hashlib import sha256
 
 from upload_pipeline.database.documents import commit_markdown
 from upload_pipeline.database.queue import ClaimedJob
-from upload_pipeline.storage.keys import markdown_key, parser_output_key
+from upload_pipeline.storage.keys import markdown_key, parser_output_key, uploader_of
 from upload_pipeline.text.normalise import NormalisedMarkdown, check_text, normalise_markdown
 from upload_workers.stages.source import MARKDOWN_LIMIT, document_of
 from upload_workers.steps import Commit, Outcome, StepContext
@@ -17,7 +17,8 @@ from upload_workers.steps import Commit, Outcome, StepContext
 async def check_markdown(job: ClaimedJob, context: StepContext) -> Outcome:
     """Stores the text that chunks are cut from; refuses a text that is empty or garbage (`PARSE_EMPTY`)."""
     document = await document_of(job, context)
-    raw = await context.store.get_text(parser_output_key(document.user_id, document.document_id), MARKDOWN_LIMIT)
+    uploader = uploader_of(document.raw_key)
+    raw = await context.store.get_text(parser_output_key(uploader, document.document_id), MARKDOWN_LIMIT)
 
     def normalise() -> tuple[NormalisedMarkdown, bytes]:
         normalised = normalise_markdown(raw, paged=document.page_count is not None)
@@ -25,7 +26,7 @@ async def check_markdown(job: ClaimedJob, context: StepContext) -> Outcome:
         return normalised, normalised.text.encode()
 
     normalised, encoded = await asyncio.to_thread(normalise)
-    key = markdown_key(document.user_id, document.document_id)
+    key = markdown_key(uploader, document.document_id)
     await context.store.put_bytes(key, encoded)
     return Commit(
         partial(

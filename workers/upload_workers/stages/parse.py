@@ -6,7 +6,7 @@ from functools import partial
 
 from upload_pipeline.database.documents import commit_parse
 from upload_pipeline.database.queue import ClaimedJob
-from upload_pipeline.storage.keys import parser_output_key
+from upload_pipeline.storage.keys import parser_output_key, uploader_of
 from upload_workers.stages.source import document_of, local_copy
 from upload_workers.steps import Commit, Outcome, StepContext
 
@@ -16,7 +16,7 @@ async def parse(job: ClaimedJob, context: StepContext) -> Outcome:
     document = await document_of(job, context)
     async with local_copy(document, context) as path:
         parsed = await context.parser.parse(path, document.media_type)
-    key = parser_output_key(document.user_id, document.document_id)
+    key = parser_output_key(uploader_of(document.raw_key), document.document_id)
     await context.store.put_bytes(key, parsed.markdown.encode("utf-8", "replace"))
     return Commit(
         partial(
