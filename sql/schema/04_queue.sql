@@ -5,6 +5,7 @@
 --   claim_jobs       lanes, then jobs, both SKIP LOCKED           -
 --   renew_leases     jobs in id order                             that job is missing from the answer
 --   check_lease      one job                                      raises UP001: undoes the caller's transaction
+--   check_step       one job                                      raises UP001: undoes the caller's transaction
 --   advance_jobs     jobs in id order, then lanes in user order   that job is missing from the answer
 --   snooze_job       one job                                      raises UP001
 --   fail_job         one job                                      raises UP001
@@ -313,6 +314,29 @@ begin
 end
 $$;
 
+-- The fence of a verb that moves a job to p_to_stage. Asked again because the answer was lost on the way, the job stands
+-- there already, under this very token and perhaps with its lease handed on: then the row comes back as it is, the verb
+-- answers by it as it did before, and writes nothing.
+create function upload_pipeline.check_step(p_job_id uuid, p_token bigint, p_to_stage text)
+returns upload_pipeline.upload_jobs
+language plpgsql
+security definer
+set search_path = ''
+as $$
+declare
+  v_job upload_pipeline.upload_jobs;
+begin
+  select j.* into v_job from upload_pipeline.upload_jobs j
+   where j.job_id = p_job_id and j.lease_token = p_token
+     for no key update;
+  if v_job.stage = p_to_stage or v_job.lease_expires_at is not null then
+    return v_job;
+  end if;
+  raise exception 'the lease on job % with token % is lost', p_job_id, p_token
+    using errcode = 'UP001', hint = 'Another worker or an operator has the job. Stop, and write nothing.';
+end
+$$;
+
 -- Moves jobs one stage on. Arrays in parallel: a worker sends what its jobs ask for within a few milliseconds as one
 -- statement. A job at whose end p_keep asks for it, and whose next stage is served by the same pool, stays leased to
 -- its worker (`working`); else it is handed on to the next stage's pool (`queued`), or ended at the final stage
@@ -505,7 +529,9 @@ set search_path = ''
 as $$ select 3 $$;
 
 -- A step failed. `retryable` with back-off up to the third retry; `deadletter` at the failure after that, or at once
--- where the error says that a retry is no use. Returns the new state and, for a retry, when.
+-- where the error says that a retry is no use. Returns the new state and, for a retry, when. A lease fails once, so the
+-- same failure told again under its token, because the answer was lost on the way, is answered from the event of the
+-- first time and writes nothing.
 create function upload_pipeline.fail_job(
   p_job_id        uuid,
   p_token         bigint,
@@ -523,13 +549,38 @@ as $$
 #variable_conflict use_column
 declare
   v_now   timestamptz := upload_pipeline.now();
-  v_job   upload_pipeline.upload_jobs := upload_pipeline.check_lease(p_job_id, p_token);
+  v_job   upload_pipeline.upload_jobs;
   v_state upload_pipeline.job_state;
+  v_retry smallint;
+  v_at    timestamptz;
 begin
+  select j.* into v_job from upload_pipeline.upload_jobs j
+   where j.job_id = p_job_id and j.lease_token = p_token and j.lease_expires_at is not null
+     for no key update;
+  if not found then
+    return query
+      select (e.payload ->> 'state')::upload_pipeline.job_state, (e.payload ->> 'next_retry_count')::smallint,
+             (e.payload ->> 'run_at')::timestamptz
+        from upload_pipeline.events e
+       where e.job_id = p_job_id and e.lease_token = p_token
+         and e.code in ('job_failed', 'job_deadlettered', 'job_cancelled') and e.payload ->> 'error_code' = p_error_code
+         -- a failure that fail_job wrote, and not the end of a lease that ran out
+         and e.payload ? 'next_retry_count'
+       order by e.event_id desc limit 1;
+    if not found then
+      raise exception 'the lease on job % with token % is lost', p_job_id, p_token
+        using errcode = 'UP001', hint = 'Another worker or an operator has the job. Stop, and write nothing.';
+    end if;
+    return;
+  end if;
   v_state := case
     when v_job.cancel_requested then 'cancelled'
     when p_retryable and v_job.retry_count < upload_pipeline.max_retries() then 'retryable'
     else 'deadletter' end;
+  v_retry := v_job.retry_count + (v_state = 'retryable')::integer;
+  if v_state = 'retryable' then
+    v_at := v_now + upload_pipeline.retry_delay(v_job.retry_count, p_jitter);
+  end if;
   insert into upload_pipeline.job_outcomes as o (job_id, user_id, error_code, error_message, error_details, updated_at)
   values (p_job_id, v_job.user_id, p_error_code, left(p_error_message, 4000), p_error_details, v_now)
   on conflict (job_id) do update
@@ -541,16 +592,15 @@ begin
           case v_state when 'deadletter' then 'error' else 'warning' end::upload_pipeline.event_severity,
           v_job.user_id, v_job.document_id, v_job.job_id, v_job.worker_id, v_job.stage, p_token, v_job.correlation_id,
           jsonb_build_object('error_code', p_error_code, 'error_message', left(p_error_message, 4000),
-                             'retry_count', v_job.retry_count, 'retryable', p_retryable));
+                             'retry_count', v_job.retry_count, 'retryable', p_retryable,
+                             'state', v_state, 'next_retry_count', v_retry, 'run_at', v_at));
   return query
     update upload_pipeline.upload_jobs j
-       set state = v_state,
-           retry_count = case when v_state = 'retryable' then j.retry_count + 1 else j.retry_count end,
-           run_at = case when v_state = 'retryable' then v_now + upload_pipeline.retry_delay(j.retry_count, p_jitter) else j.run_at end,
+       set state = v_state, retry_count = v_retry, run_at = coalesce(v_at, j.run_at),
            worker_id = null, lease_expires_at = null, updated_at = v_now,
            finished_at = case when v_state <> 'retryable' then v_now end
      where j.job_id = p_job_id
-    returning j.state, j.retry_count, case when j.state = 'retryable' then j.run_at end;
+    returning j.state, j.retry_count, v_at;
 end
 $$;
 

@@ -1,5 +1,6 @@
 -- Documents: acceptance, the effects of each step, restart, deletion. A step's effect and the transition that says it
--- has happened are one call, so one transaction: each verb here checks the lease, writes, and advances the job.
+-- has happened are one call, so one transaction: each verb here checks the lease, writes, and advances the job. Asked
+-- the same again, each answers the same again (check_step).
 
 -- A file's bytes are in the store: makes document, job and event, or gives back the ones there are. `duplicate` says
 -- which. The document's id is computed by the caller from user and bytes, so doing this twice is doing it once.
@@ -88,8 +89,12 @@ security definer
 set search_path = ''
 as $$
 declare
-  v_job upload_pipeline.upload_jobs := upload_pipeline.check_lease(p_job_id, p_token);
+  v_job upload_pipeline.upload_jobs := upload_pipeline.check_step(p_job_id, p_token, 'parsed');
 begin
+  if v_job.stage = 'parsed' then
+    return query select v_job.job_id, v_job.stage, v_job.state, v_job.lease_expires_at;
+    return;
+  end if;
   update upload_pipeline.documents d
      set parser = p_parser, page_count = p_page_count, warnings = p_warnings, updated_at = upload_pipeline.now()
    where d.document_id = v_job.document_id;
@@ -114,8 +119,12 @@ security definer
 set search_path = ''
 as $$
 declare
-  v_job upload_pipeline.upload_jobs := upload_pipeline.check_lease(p_job_id, p_token);
+  v_job upload_pipeline.upload_jobs := upload_pipeline.check_step(p_job_id, p_token, 'parse_validated');
 begin
+  if v_job.stage = 'parse_validated' then
+    return query select v_job.job_id, v_job.stage, v_job.state, v_job.lease_expires_at;
+    return;
+  end if;
   update upload_pipeline.documents d
      set markdown_key = p_markdown_key, markdown_sha256 = p_markdown_sha256, markdown_chars = p_markdown_chars,
          page_starts = p_page_starts, updated_at = upload_pipeline.now()
@@ -142,8 +151,12 @@ security definer
 set search_path = ''
 as $$
 declare
-  v_job upload_pipeline.upload_jobs := upload_pipeline.check_lease(p_job_id, p_token);
+  v_job upload_pipeline.upload_jobs := upload_pipeline.check_step(p_job_id, p_token, 'chunks_buffered');
 begin
+  if v_job.stage = 'chunks_buffered' then
+    return query select v_job.job_id, v_job.stage, v_job.state, v_job.lease_expires_at;
+    return;
+  end if;
   if jsonb_array_length(p_chunks) = 0 then
     raise exception 'no chunks were handed in for document %', v_job.document_id using errcode = 'UP005';
   end if;
@@ -179,8 +192,12 @@ set enable_material = off
 set jit = off
 as $$
 declare
-  v_job upload_pipeline.upload_jobs := upload_pipeline.check_lease(p_job_id, p_token);
+  v_job upload_pipeline.upload_jobs := upload_pipeline.check_step(p_job_id, p_token, 'chunked');
 begin
+  if v_job.stage = 'chunked' then
+    return query select v_job.job_id, v_job.stage, v_job.state, v_job.lease_expires_at;
+    return;
+  end if;
   if not exists (select from upload_pipeline.document_chunk_buffer b where b.document_id = v_job.document_id) then
     raise exception 'the chunk buffer of document % is empty', v_job.document_id
       using errcode = 'UP005', hint = 'Retry the job from stage "chunking".';
@@ -292,22 +309,17 @@ set jit = off
 as $$
 declare
   v_now      timestamptz := upload_pipeline.now();
-  v_job      upload_pipeline.upload_jobs;
-  v_document uuid;
+  v_job      upload_pipeline.upload_jobs := upload_pipeline.check_step(p_job_id, p_token, 'embedded');
+  v_document uuid := v_job.document_id;
   v_chunks   integer;
   v_missing  integer;
   v_nodes    integer;
   v_edges    integer;
 begin
-  -- asked again because the answer was lost on the way: the job has ended, and under this very token
-  return query
-    select j.job_id, j.stage, j.state, j.lease_expires_at from upload_pipeline.upload_jobs j
-     where j.job_id = p_job_id and j.lease_token = p_token and j.stage = 'embedded' and j.state = 'done';
-  if found then
+  if v_job.stage = 'embedded' then
+    return query select v_job.job_id, v_job.stage, v_job.state, v_job.lease_expires_at;
     return;
   end if;
-  v_job := upload_pipeline.check_lease(p_job_id, p_token);
-  v_document := v_job.document_id;
   if v_job.stage <> 'embeddings_buffered' then
     raise exception 'job % is at stage "%", not "embeddings_buffered"', p_job_id, v_job.stage using errcode = 'UP004';
   end if;

@@ -342,6 +342,35 @@ def test_a_step_whose_answer_was_lost_answers_the_same_again(worker: Connection,
     assert everything(worker) == before
 
 
+HANDED_ON = {
+    "commit_parse": ("commit_parse(%s, %s, 'local@1', 3, '{}', false)", "parsed"),
+    "commit_markdown": ("commit_markdown(%s, %s, 'k', repeat('a', 64), 9, '{}', false)", "parse_validated"),
+    "buffer_chunks": ("buffer_chunks(%s, %s, %s::jsonb, false)", "chunks_buffered"),
+    "commit_chunks": ("commit_chunks(%s, %s, false)", "chunked"),
+}
+"""What hands the job on as it ends the step, and the stage that it goes to."""
+
+
+@pytest.mark.parametrize("verb", HANDED_ON)
+def test_a_step_that_hands_the_job_on_answers_the_same_again_until_another_has_it(
+    worker: Connection, lease: Any, verb: str
+) -> None:
+    lead(worker, lease, FOUR, until=VERBS[verb][0])
+    call, stage = HANDED_ON[verb]
+    given = [lease.job_id, lease.lease_token]
+    if verb == "buffer_chunks":
+        given.append(json.dumps(make_chunks(lease.document_id, FOUR), default=str))
+    first = worker.execute(f"select * from upload_pipeline.{call}", given).fetchone()
+    assert (first.stage, first.state, first.lease_expires_at) == (stage, "queued", None)
+    before = everything(worker)
+    assert worker.execute(f"select * from upload_pipeline.{call}", given).fetchone() == first
+    assert everything(worker) == before
+    claim_one(worker)
+    with pytest.raises(psycopg.Error) as error:
+        worker.execute(f"select * from upload_pipeline.{call}", given)
+    assert error.value.sqlstate == "UP001"
+
+
 @pytest.mark.parametrize("verb", [verb for verb in VERBS if verb != "buffer_vectors"])
 def test_a_step_at_another_stage_changes_nothing(worker: Connection, lease: Any, verb: str) -> None:
     lead(worker, lease, FOUR, until="chunked" if verb not in ("commit_chunks", "commit_embeddings") else "chunking")

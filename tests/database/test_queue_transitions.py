@@ -418,13 +418,56 @@ def test_an_error_that_no_retry_mends_ends_the_job_at_once(
     outcome = worker.execute("select * from upload_pipeline.job_outcomes").fetchone()
     assert (outcome.error_code, outcome.error_message) == ("PARSER_FAILED", "it broke")
     with pytest.raises(psycopg.Error) as error:
-        fail(worker, lease)
+        advance(worker, lease, "queued", "job_validated")
     assert sqlstate(error) == "UP001"
 
 
 def test_a_failure_with_a_wanted_cancel_ends_cancelled(worker: Connection, lease: Any) -> None:
     cancel(worker, lease.job_id)
     assert fail(worker, lease).state == "cancelled"
+
+
+@pytest.mark.parametrize("how", ["retryable", "deadletter", "cancelled"])
+def test_a_failure_told_again_is_answered_the_same_and_writes_nothing(worker: Connection, lease: Any, how: str) -> None:
+    if how == "cancelled":
+        cancel(worker, lease.job_id)
+    first = fail(worker, lease, retryable=how != "deadletter", jitter=None)
+    assert first.state == how
+    before = job_rows(worker), event_codes(worker, lease.job_id)
+    set_clock(worker, 2)
+    assert fail(worker, lease, retryable=how != "deadletter", jitter=None) == first
+    assert (job_rows(worker), event_codes(worker, lease.job_id)) == before
+
+
+def test_a_failure_told_again_is_answered_the_same_though_the_job_has_gone_on(worker: Connection, lease: Any) -> None:
+    first = fail(worker, lease)
+    set_clock(worker, 4)
+    promote(worker)
+    theirs = claim_one(worker)
+    before = job_rows(worker)
+    assert fail(worker, lease) == first
+    assert job_rows(worker) == before
+    assert fail(worker, theirs).retry_count == 2
+
+
+@pytest.mark.parametrize("end", ["reaped", "snoozed", "released", "restarted", "another failure"])
+def test_a_failure_of_a_lease_that_ended_otherwise_is_refused(worker: Connection, lease: Any, end: str) -> None:
+    if end == "reaped":
+        set_clock(worker, 61)
+        assert reap(worker) == 1
+    elif end == "snoozed":
+        snooze(worker, lease)
+    elif end == "released":
+        release(worker, [lease])
+    elif end == "restarted":
+        retry(worker, lease.job_id, force=True)
+    else:
+        fail(worker, lease, code="PARSE_FAILED")
+    before = job_rows(worker), event_codes(worker, lease.job_id)
+    with pytest.raises(psycopg.Error) as error:
+        fail(worker, lease, code="WORKER_LOST")
+    assert sqlstate(error) == "UP001"
+    assert (job_rows(worker), event_codes(worker, lease.job_id)) == before
 
 
 def test_a_code_that_is_no_code_is_refused_and_changes_nothing(worker: Connection, lease: Any) -> None:

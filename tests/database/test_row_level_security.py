@@ -51,7 +51,10 @@ SHARED = {"stages"}
 BACK_END = {"upload_worker", "service_role"}
 
 CALLERS = {
-    **{key: set[str]() for key in ("new_job_id", "wake_lanes", "prepare_restart", "drop_event_partitions")},
+    **{
+        key: set[str]()
+        for key in ("new_job_id", "wake_lanes", "check_step", "prepare_restart", "drop_event_partitions")
+    },
     **{key: {"authenticated", *BACK_END} for key in ("now", "search_chunks", "estimate_jobs")},
     **dict.fromkeys(
         (
