@@ -58,6 +58,23 @@ class Settings(BaseSettings):
         default=300.0, description="Seconds that a job may stay in one step before its lease is let go."
     )
 
+    # batches
+    max_batch_bytes: int = Field(
+        default=2_684_354_560, gt=0, description="Bytes of one batch, all its files together (2.5 GB)."
+    )
+    max_mapping_bytes: int = Field(
+        default=10 * 1024 * 1024, gt=0, le=100 * 1024 * 1024, description="Largest metadata mapping of a batch."
+    )
+    batch_required_fields: tuple[str, ...] = Field(
+        default=(), description='Metadata that each file of a batch must have, as `["department"]`.'
+    )
+    max_archive_entries: int = Field(
+        default=1000, ge=1, le=65_534, description="Entries of a batch's ZIP, folders and hidden files counted."
+    )
+    max_archive_ratio: float = Field(
+        default=200.0, ge=1, description="How many times as large as in the ZIP the files of a batch may become."
+    )
+
     # chunks
     chunk_target_chars: int = Field(default=2000, ge=100, description="Characters that a chunk aims at.")
     chunk_overlap_chars: int = Field(
