@@ -117,6 +117,12 @@ class Settings(BaseSettings):
     api_shutdown_grace: Seconds = Field(
         default=25.0, description="Seconds that open requests get to finish once the service is told to stop."
     )
+    api_body_timeout: float = Field(
+        default=30.0,
+        gt=0,
+        le=50,
+        description="Seconds without any byte of a request's body, after which it is refused.",
+    )
     cors_origins: tuple[str, ...] = Field(
         default=(), description='Web pages that may call the service: origins, as `["https://app.example.com"]`.'
     )

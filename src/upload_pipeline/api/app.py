@@ -16,6 +16,7 @@ from upload_pipeline.api.limits import within_limits
 from upload_pipeline.api.metrics import ServiceMetrics
 from upload_pipeline.api.openapi import install_openapi
 from upload_pipeline.api.request_context import CORRELATION_HEADER, Faults, RequestContext, TrustedHosts
+from upload_pipeline.api.unread_bodies import UnreadBodies
 
 if TYPE_CHECKING:
     from fastapi import APIRouter
@@ -56,6 +57,7 @@ def create_app(settings: Settings, resources: Resources) -> FastAPI:
         # A client made from the OpenAPI document calls its functions by these.
         generate_unique_id_function=lambda route: route.name,
         middleware=[
+            Middleware(UnreadBodies),
             Middleware(RequestContext, metrics=metrics),
             Middleware(TrustedHosts, hosts=(*settings.api_trusted_hosts, settings.api_host)),
             Middleware(
@@ -67,7 +69,7 @@ def create_app(settings: Settings, resources: Resources) -> FastAPI:
                 max_age=600,
             ),
             Middleware(Faults),
-            Middleware(BodyLimit, max_bytes=MAX_JSON_BYTES),
+            Middleware(BodyLimit, max_bytes=MAX_JSON_BYTES, seconds=settings.api_body_timeout),
         ],
     )
     app.state.resources = resources

@@ -1,10 +1,11 @@
-"""A bound on bodies that are read into memory.
+"""Bounds on bodies as they come: of those that are read into memory the size, of all of them the wait.
 
 FastAPI's own bound answers without the common error body and without the headers that every answer has.
 """
 
 from __future__ import annotations
 
+import asyncio
 from typing import TYPE_CHECKING
 
 from starlette.datastructures import Headers
@@ -17,12 +18,14 @@ if TYPE_CHECKING:
 class BodyLimit:
     """Refuses a body that is too large, by its announced length or as it comes, for routes whose body FastAPI reads.
 
-    A route without a body model reads its body itself, in a stream, and has a bound of its own.
+    A route without a body model reads its body itself, in a stream, and has a bound of its own. Any body of which
+    nothing comes for `seconds` is given up.
     """
 
-    def __init__(self, app: ASGIApp, max_bytes: int) -> None:
+    def __init__(self, app: ASGIApp, max_bytes: int, seconds: float) -> None:
         self._app = app
         self._max_bytes = max_bytes
+        self._seconds = seconds
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serves one connection."""
@@ -31,17 +34,24 @@ class BodyLimit:
             return
         announced = Headers(scope=scope).get("content-length", "")
         received = 0
+        ended = False
 
         async def bounded() -> Message:
-            nonlocal received
-            # Only now: the first thing that is read of a body is read when the route has been found.
-            if getattr(scope.get("route"), "body_field", None) is None:
+            nonlocal received, ended
+            if ended:  # what comes now is the client's leaving, and may be waited for
                 return await receive()
-            if announced.isdecimal() and int(announced) > self._max_bytes:
+            # Only now: the first thing that is read of a body is read when the route has been found.
+            held = getattr(scope.get("route"), "body_field", None) is not None
+            if held and announced.isdecimal() and int(announced) > self._max_bytes:
                 raise HTTPException(413)
-            message = await receive()
+            try:
+                async with asyncio.timeout(self._seconds):
+                    message = await receive()
+            except TimeoutError as error:
+                raise HTTPException(408) from error
+            ended = not message.get("more_body", False)
             received += len(message.get("body", b""))
-            if received > self._max_bytes:
+            if held and received > self._max_bytes:
                 raise HTTPException(413)
             return message
 

@@ -75,6 +75,7 @@ _DESCRIPTIONS = {
     403: "Known, but not allowed",
     404: "There is no such thing, or it is somebody else's",
     405: "Not a method of this path",
+    408: "The body did not come in time",
     409: "The present state does not allow this",
     410: "Its time is over",
     411: "The length of the body is missing",
@@ -150,6 +151,7 @@ _OF_STATUS = {
     403: (ErrorCode.FORBIDDEN, "This is not allowed to you."),
     404: (ErrorCode.NOT_FOUND, "There is nothing at this path. `/docs` lists what there is."),
     405: (ErrorCode.METHOD_NOT_ALLOWED, "This path does not have that method; the header Allow names its methods."),
+    408: (ErrorCode.REQUEST_TIMEOUT, "No more of the body came for too long. Send the request again."),
     413: (ErrorCode.FILE_TOO_LARGE, "The body is larger than this route takes."),
 }
 

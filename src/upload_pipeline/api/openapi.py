@@ -46,11 +46,13 @@ _EXAMPLES: dict[int, tuple[ErrorCode, str, dict[str, Any]]] = {
     401: (ErrorCode.UNAUTHENTICATED, "The token is not accepted: it has expired. Sign in again.", {}),
     403: (ErrorCode.FORBIDDEN, "This is not allowed to you.", {}),
     404: (ErrorCode.NOT_FOUND, "There is no such thing.", {}),
+    408: (ErrorCode.REQUEST_TIMEOUT, "No more of the body came for too long. Send the request again.", {}),
     409: (
         ErrorCode.INVALID_STATE,
         "Job 6f1d6a3e-3b1c-4a53-9f44-9d3d0a2c7a11 is working. Wait for it to end, or cancel it first.",
         {"job_id": "6f1d6a3e-3b1c-4a53-9f44-9d3d0a2c7a11", "state": "working", "stage": "parsing"},
     ),
+    411: (ErrorCode.LENGTH_REQUIRED, "The header Content-Length is missing.", {}),
     413: (ErrorCode.FILE_TOO_LARGE, "The body is larger than this route takes.", {}),
     415: (ErrorCode.UNSUPPORTED_TYPE, "This is not a type that is taken.", {}),
     429: (
@@ -101,7 +103,7 @@ def _completed(document: dict[str, Any]) -> dict[str, Any]:
 def _complete(operation: dict[str, Any]) -> None:
     responses = operation["responses"]
     responses.pop("422", None)
-    for status in _ALWAYS:
+    for status in (*_ALWAYS, 408) if "requestBody" in operation else _ALWAYS:
         described = documented_errors(status)[status]["description"]
         responses.setdefault(
             str(status), {"description": described, "content": {"application/json": {"schema": _ERROR_REF}}}

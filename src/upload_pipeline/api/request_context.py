@@ -13,6 +13,7 @@ from uuid import uuid4
 import structlog
 from fastapi import Depends, Request
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.requests import ClientDisconnect
 
 from upload_pipeline.api.error_bodies import error_response, fault_response
 from upload_pipeline.errors import ErrorCode, PipelineError
@@ -157,6 +158,8 @@ class Faults:
 
         try:
             await self._app(scope, receive, noting)
+        except ClientDisconnect:
+            return  # nobody is there to be answered, and it is no fault
         except Exception as error:
             log.exception("request_failed", route=route_of(scope))
             if begun:

@@ -69,7 +69,7 @@ async def accept_file(
     """
     arrival = check_arrival(filename, user_id, metadata, correlation_id, priority)
     async with stage_stream(intake, chunks=chunks, arrival=arrival, terms=terms or Terms(intake.max_bytes)) as staged:
-        return await _accept(intake, staged)
+        return await accept_staged(intake, staged)
 
 
 async def accept_path(
@@ -99,10 +99,14 @@ async def accept_path(
     """
     arrival = check_arrival(path.name, user_id, metadata, correlation_id, priority)
     async with stage_path(intake, path=path, arrival=arrival, terms=terms or Terms(intake.max_bytes)) as staged:
-        return await _accept(intake, staged)
+        return await accept_staged(intake, staged)
 
 
-async def _accept(intake: Intake, staged: StagedFile) -> AcceptedDocument:
+async def accept_staged(intake: Intake, staged: StagedFile) -> AcceptedDocument:
+    """Makes a document and its job of a staged file, or gives back the ones there are; otherwise as `accept_file`.
+
+    To be called while what staged it is entered: leaving that by this function's exception removes what was staged.
+    """
     first = await find_known(intake, staged)
     if first is not None:
         await bring_back(intake, staged)
