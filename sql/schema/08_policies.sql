@@ -16,14 +16,14 @@ begin
   foreach v_table in array array[
     'stages', 'embedding_models', 'documents', 'upload_jobs', 'job_outcomes', 'lanes', 'events', 'document_chunk_buffer',
     'document_vector_buffer', 'document_chunks', 'document_nodes', 'document_edges', 'workers',
-    'stage_durations']
+    'stage_durations', 'policies']
   loop
     execute format('create policy %I on upload_pipeline.%I for select to upload_worker using (true)', v_table || '_worker', v_table);
     execute format('grant select on upload_pipeline.%I to upload_worker, service_role', v_table);
   end loop;
 
   foreach v_table in array array[
-    'upload_jobs', 'job_outcomes', 'events', 'document_nodes', 'document_edges']
+    'upload_jobs', 'job_outcomes', 'events', 'document_nodes', 'document_edges', 'policies']
   loop
     execute format(
       'create policy %I on upload_pipeline.%I for select to authenticated using (user_id = (select auth.uid()))',

@@ -36,6 +36,7 @@ READERS = {
     "document_chunks": {"authenticated", "upload_worker", "service_role"},
     "document_nodes": {"authenticated", "upload_worker", "service_role"},
     "document_edges": {"authenticated", "upload_worker", "service_role"},
+    "policies": {"authenticated", "upload_worker", "service_role"},
     "workers": {"upload_worker", "service_role"},
     "stage_durations": {"upload_worker", "service_role"},
     "api_keys": set(),
@@ -59,6 +60,7 @@ CALLERS = {
     **dict.fromkeys(
         (
             "accept_document",
+            "accept_policy",
             "advance_job",
             "advance_jobs",
             "applied_migrations",
@@ -167,6 +169,9 @@ def filled(admin: Connection, worker: Connection) -> Connection:
                 """,
                 [uuid4(), document, user, ordinal, live],
             )
+        admin.execute(
+            "insert into upload_pipeline.policies values (%s, %s, 'insurer', 'product', '2026-01-31')", [document, user]
+        )
         chunk, node = uuid4(), uuid4()
         admin.execute(
             """
