@@ -42,6 +42,7 @@ EXPECTED: dict[str, tuple[set[int], set[int]]] = {
     "GET /api/v2/documents/{document_id}/chunks": ({200}, {404}),
     "GET /api/v2/documents/{document_id}/download": ({200, 409}, {404}),
     "DELETE /api/v2/documents/{document_id}": ({200, 202, 204}, {404, 204}),
+    "GET /api/v1/policies/{document_id}/graph": ({200}, {404}),
 }
 """Routes of users. What is somebody else's is like what is not there."""
 

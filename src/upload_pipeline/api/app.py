@@ -9,7 +9,7 @@ from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 
 import upload_pipeline
-from upload_pipeline.api import job_events, jobs, search, service_routes
+from upload_pipeline.api import job_events, jobs, policy_graph, search, service_routes
 from upload_pipeline.api.body_limit import BodyLimit
 from upload_pipeline.api.error_bodies import install_error_handlers
 from upload_pipeline.api.limits import within_limits
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from upload_pipeline.api.resources import Resources
     from upload_pipeline.settings import Settings
 
-ROUTERS: tuple[APIRouter, ...] = (jobs.router, job_events.router, search.router)
+ROUTERS: tuple[APIRouter, ...] = (jobs.router, job_events.router, search.router, policy_graph.router)
 """The routers whose every route has a caller (`CurrentPrincipal`); they are counted by `within_limits`."""
 
 OPEN_ROUTERS: tuple[APIRouter, ...] = (service_routes.router,)

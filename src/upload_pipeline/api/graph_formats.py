@@ -63,9 +63,7 @@ def _graphml_node(node: GraphNode) -> str:
 
 
 def _graphml_edge(edge: GraphEdge) -> str:
-    return (
-        f'<edge source="{edge.source_id}" target="{edge.target_id}"><data key="relation">{edge.kind}</data></edge>\n'
-    )
+    return f'<edge source="{edge.source_id}" target="{edge.target_id}"><data key="relation">{edge.kind}</data></edge>\n'
 
 
 def _xml_text(text: str) -> str:

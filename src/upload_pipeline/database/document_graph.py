@@ -2,8 +2,8 @@
 
 All run on a connection that `as_user` has made the user's, so row-level security decides what there is.
 
-The pages of one reading are statements of transactions of their own, so that no connection is held for as long as a slow
-client reads. `version` tells whether they belong together: it is the transaction that has written the graph, which
+The pages of one reading are statements of transactions of their own, so that no connection is held for as long as a
+slow client reads. `version` tells whether they belong together: it is the transaction that has written the graph, which
 `commit_embeddings` writes anew as a whole.
 """
 
