@@ -33,6 +33,7 @@ class ErrorCode(StrEnum):
     # the object store
     STORAGE_UNAVAILABLE = "STORAGE_UNAVAILABLE"
     STORAGE_DENIED = "STORAGE_DENIED"
+    INSUFFICIENT_STORAGE = "INSUFFICIENT_STORAGE"
     INVALID_KEY = "INVALID_KEY"
     OBJECT_MISSING = "OBJECT_MISSING"
     CHECKSUM_MISMATCH = "CHECKSUM_MISMATCH"
@@ -77,6 +78,7 @@ RETRYABLE: frozenset[ErrorCode] = frozenset(
     {
         ErrorCode.FILE_CHANGED,
         ErrorCode.STORAGE_UNAVAILABLE,
+        ErrorCode.INSUFFICIENT_STORAGE,
         ErrorCode.PARSE_TIMEOUT,
         ErrorCode.EMBED_FAILED,
         ErrorCode.STAGE_TIMEOUT,
@@ -104,6 +106,7 @@ HTTP_STATUS: dict[ErrorCode, int] = {
     ErrorCode.BATCH_TOO_LARGE: 400,
     ErrorCode.STORAGE_UNAVAILABLE: 503,
     ErrorCode.STORAGE_DENIED: 503,
+    ErrorCode.INSUFFICIENT_STORAGE: 507,
     ErrorCode.INVALID_KEY: 400,
     ErrorCode.OBJECT_MISSING: 409,
     ErrorCode.CHECKSUM_MISMATCH: 400,

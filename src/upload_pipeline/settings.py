@@ -50,6 +50,11 @@ class Settings(BaseSettings):
 
     # limits
     max_file_bytes: int = Field(default=25 * 1024 * 1024, gt=0, description="Largest file that intake takes.")
+    min_free_bytes: int = Field(
+        default=256 * 1024**2,
+        ge=0,
+        description="Bytes that must stay free where local objects and temporary files lie; uploads are refused below.",
+    )
     parse_timeout: Seconds = Field(default=120.0, description="Wall-clock seconds that one parse may take.")
     parse_memory_bytes: int = Field(
         default=1024**3, ge=128 * 1024**2, description="Memory that one parse may use, in bytes."

@@ -276,7 +276,7 @@ def test_a_full_disk_is_named_and_the_store_recovers(tmp_path):
         await store.put_bytes(KEY, b"old")
         with pytest.raises(PipelineError) as caught:
             await store.put_stream(KEY, blocks(16))
-        assert caught.value.code is ErrorCode.STORAGE_UNAVAILABLE
+        assert caught.value.code is ErrorCode.INSUFFICIENT_STORAGE
         assert caught.value.retryable
         assert "full" in caught.value.message
         assert "UPLOAD_PIPELINE_STORAGE_URL" in caught.value.message

@@ -57,7 +57,7 @@ async def running_worker(
         store: the object store; None opens the one of the settings.
 
     Raises:
-        PipelineError: the database, the store or a provider cannot be opened.
+        PipelineError: the database or a provider cannot be opened, or the store cannot be opened or written.
     """
     pools = tuple(pools or settings.worker_pools)
     concurrency = concurrency or settings.worker_concurrency
@@ -68,6 +68,7 @@ async def running_worker(
         db = await open_pool(worker_url, options, size=settings.pool_size)
         stack.push_async_callback(_close_pool, db)
         store = store or open_store(settings.effective_storage_url)
+        await store.check_writable()
         embedder = open_embedder(settings.embedder)
         stack.push_async_callback(embedder.close)
         parser = LocalParser(settings.parse_timeout, settings.parse_memory_bytes)

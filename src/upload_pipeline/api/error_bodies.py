@@ -44,6 +44,7 @@ _LIMIT_HEADERS = {
 _OWN_FAILURES = {
     500: "Something went wrong here. Try again; if it stays, name the correlation id to the operator of this service.",
     503: "The service cannot answer this at the moment. Try again in a few seconds.",
+    507: "There is no room for this at the moment, and nothing of it was kept. Try again later.",
 }
 
 
@@ -84,6 +85,7 @@ _DESCRIPTIONS = {
     429: "A limit is reached; `Retry-After` tells for how long",
     500: "A fault of ours",
     503: "Not available at the moment",
+    507: "No room to store it at the moment",
 }
 
 
@@ -93,7 +95,7 @@ def error_response(error: PipelineError, correlation_id: str) -> Response:
     sent: dict[str, str] = {}
     if status == 401:
         sent["WWW-Authenticate"] = "Bearer"
-    if status == 503:
+    if status in (503, 507):
         sent["Retry-After"] = str(RETRY_AFTER_SECONDS)
     sent |= {header: str(error.details[name]) for name, header in _LIMIT_HEADERS.items() if status == 429}
     return _response(

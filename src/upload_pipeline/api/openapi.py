@@ -111,7 +111,7 @@ def _complete(operation: dict[str, Any]) -> None:
     for status, response in responses.items():
         headers = response.setdefault("headers", {})
         headers["X-Correlation-ID"] = _CORRELATION
-        if status in ("429", "503"):
+        if status in ("429", "503", "507"):
             headers["Retry-After"] = _RETRY_AFTER
         if status == "429":
             headers.update(_LIMIT_HEADERS)

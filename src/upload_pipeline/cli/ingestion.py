@@ -176,7 +176,14 @@ async def ingest(settings: Settings, request: Request, display: Display) -> Inge
         worker = WorkerBeside(settings, urls.worker, store, db) if request.wait else None
         if worker is not None:
             opened.push_async_callback(worker.stop)
-        intake = Intake(db, store, parser.inspect, settings.max_file_bytes, settings.home / "scratch")
+        intake = Intake(
+            db,
+            store,
+            parser.inspect,
+            settings.max_file_bytes,
+            settings.home / "scratch",
+            min_free_bytes=settings.min_free_bytes,
+        )
         async with _intakes(intake, request, run) as taking:
             await _follow(db, run, taking, worker, display, stop)
         if stop.is_set() and worker is not None:

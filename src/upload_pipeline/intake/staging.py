@@ -23,6 +23,7 @@ from upload_pipeline.errors import ErrorCode, PipelineError
 from upload_pipeline.intake.arrival import Arrival
 from upload_pipeline.intake.local_file import changed, measure, read_blocks, too_large
 from upload_pipeline.media_types import HEAD_BYTES, detect_media_type, spoken_types
+from upload_pipeline.storage.free_space import require_free
 from upload_pipeline.storage.keys import incoming_key, raw_key
 from upload_pipeline.storage.objects import StoredObject
 from upload_pipeline.storage.store import ObjectStore
@@ -42,6 +43,7 @@ class Intake:
         max_bytes: largest file that is taken where no `Terms` say otherwise.
         scratch: directory for local copies; made where it is missing.
         retry_seconds: how long a database that is away is waited for once the bytes are in place.
+        min_free_bytes: bytes that must stay free on the disks of the store and of `scratch`.
     """
 
     db: Executor
@@ -50,6 +52,7 @@ class Intake:
     max_bytes: int
     scratch: Path
     retry_seconds: float = 5.0
+    min_free_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,10 +140,12 @@ async def open_staged(intake: Intake, staged: StagedFile) -> None:
     """Sees that the file can be opened. After it the bytes are both at `incoming` and at `local`.
 
     Raises:
-        PipelineError: what `intake.inspect` raises; `FILE_CHANGED` where a local file was written to; and as the
-            store does.
+        PipelineError: what `intake.inspect` raises; `INSUFFICIENT_STORAGE`; `FILE_CHANGED` where a local file was
+            written to; and as the store does.
     """
     if staged.streamed:
+        # The local copy is the second one of the same bytes, on what is often the same disk.
+        await asyncio.to_thread(require_free, staged.local.parent, floor=intake.min_free_bytes, expected=staged.size)
         await intake.store.download(staged.incoming, staged.local)
         await intake.inspect(staged.local, staged.media_type)
     else:
@@ -156,7 +161,12 @@ async def store_local(intake: Intake, staged: StagedFile, key: str) -> None:
     """
     try:
         stored = await store_chunks(
-            intake, key, read_blocks(staged.local), filename=staged.arrival.filename, max_bytes=staged.size
+            intake,
+            key,
+            read_blocks(staged.local),
+            filename=staged.arrival.filename,
+            max_bytes=staged.size,
+            expected=staged.size,
         )
     except PipelineError as error:
         if error.code is ErrorCode.FILE_TOO_LARGE:  # it has grown
@@ -167,13 +177,23 @@ async def store_local(intake: Intake, staged: StagedFile, key: str) -> None:
 
 
 async def store_chunks(
-    intake: Intake, key: str, chunks: AsyncIterator[bytes], *, filename: str, max_bytes: int
+    intake: Intake, key: str, chunks: AsyncIterator[bytes], *, filename: str, max_bytes: int, expected: int = 0
 ) -> StoredObject:
     """The way by which all bytes of an intake reach the store: whoever wants to see them on the way stands here.
 
+    Args:
+        intake: where to.
+        key: of the object.
+        chunks: the bytes; not asked for one where there is no room.
+        filename: for messages.
+        max_bytes: the limit.
+        expected: how many bytes are to come, as far as that is known.
+
     Raises:
-        PipelineError: `FILE_TOO_LARGE` naming the file and the limit; and as the store does.
+        PipelineError: `FILE_TOO_LARGE` naming the file and the limit; `INSUFFICIENT_STORAGE` where fewer bytes than
+            `intake.min_free_bytes` would stay free, or the disk fills on the way; and as the store does.
     """
+    await intake.store.require_room(floor=intake.min_free_bytes, expected=expected)
     try:
         return await intake.store.put_stream(key, chunks, max_bytes=max_bytes, head_bytes=HEAD_BYTES)
     except PipelineError as error:

@@ -34,6 +34,9 @@ class Backend(Protocol):
     def list(self, prefix: str) -> AsyncGenerator[ObjectInfo, None]:
         """The objects below a prefix (empty: all), in no order, without holding them all in memory."""
 
+    async def free_bytes(self) -> int | None:
+        """Bytes that can still be written, `None` where nobody can say."""
+
     async def remove_unfinished(self, older_than: datetime) -> int:
         """Removes what writers that died left behind before that time; gives the number of files removed."""
 

@@ -58,6 +58,22 @@ def unavailable(action: str, reason: str, remedy: str, key: str = "") -> Pipelin
     )
 
 
+def no_room(action: str, reason: str, place: str, key: str = "") -> PipelineError:
+    """The error of a disk that is full, or too full for what is to come.
+
+    Args:
+        action: what was tried, to complete "no room to ...".
+        reason: how it is known.
+        place: where space is to be made.
+        key: the object concerned, if one is.
+    """
+    return PipelineError(
+        ErrorCode.INSUFFICIENT_STORAGE,
+        f"There is no room to {action}: {reason}. Free space {place}, then try again; nothing of this was kept.",
+        {"key": key} if key else {},
+    )
+
+
 def stalled(action: str, seconds: float, key: str = "") -> PipelineError:
     """The error of a store that made no progress within its bound."""
     return unavailable(
@@ -84,12 +100,7 @@ def translate(error: Exception, action: str, key: str = "") -> PipelineError:
         if error.errno in _DENIED:
             return denied(action, error.strerror or _first_line(error), key)
         if error.errno in _FULL:
-            return unavailable(
-                action,
-                "the disk or quota is full",
-                f"Free space where {STORAGE_SETTING} points, then try again; nothing of this was kept.",
-                key,
-            )
+            return no_room(action, "the disk or quota is full", f"where {STORAGE_SETTING} points", key)
         reason = error.strerror or _first_line(error)
     else:
         reason = _first_line(error)

@@ -15,6 +15,7 @@ from typing import ParamSpec, TypeVar
 
 from upload_pipeline.storage.descriptors import GuardedDescriptor
 from upload_pipeline.storage.failures import missing
+from upload_pipeline.storage.free_space import free_bytes
 from upload_pipeline.storage.local_tree import UNFINISHED, LocalTree
 from upload_pipeline.storage.local_write import LocalWrite
 from upload_pipeline.storage.objects import ObjectInfo, SignedUrl
@@ -91,6 +92,10 @@ class LocalBackend:
         while batch := await self._run(_take, walk):
             for info in batch:
                 yield info
+
+    async def free_bytes(self) -> int | None:
+        """What the file system has left for this process."""
+        return await self._run(free_bytes, self.tree.root)
 
     async def remove_unfinished(self, older_than: datetime) -> int:
         """Unlinks unfinished files whose last write is older."""

@@ -132,6 +132,10 @@ class ObstoreBackend:
             for meta in batch:
                 yield ObjectInfo(meta["path"], meta["size"], meta["last_modified"])
 
+    async def free_bytes(self) -> int | None:
+        """None: such a store does not fill up."""
+        return None
+
     async def remove_unfinished(self, older_than: datetime) -> int:
         """Nothing of ours is left behind in such a store."""
         return 0

@@ -293,6 +293,24 @@ class ObjectStore:
         signing = self.backend.sign_get(key, filename=filename, media_type=media_type, expires_in=expires_in)
         return await self._bounded(signing, f"sign a URL for {key}", key)
 
+    async def require_room(self, *, floor: int, expected: int = 0) -> None:
+        """Sees that bytes may still be written.
+
+        Args:
+            floor: bytes that must stay free beside what is to come.
+            expected: bytes that are to come, as far as that is known.
+
+        Raises:
+            PipelineError: `INSUFFICIENT_STORAGE`, and as the class says.
+        """
+        free = await self._bounded(self.backend.free_bytes(), "look how much room there is")
+        if free is not None and free - expected < floor:
+            raise failures.no_room(
+                f"write {expected} bytes",
+                f"{free} bytes are free, and {floor} must stay so",
+                f"where {failures.STORAGE_SETTING} points",
+            )
+
     async def check_writable(self) -> None:
         """Writes, reads back and deletes a small object.
 
