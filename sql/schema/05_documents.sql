@@ -435,7 +435,8 @@ $$;
 -- Deletion in two steps, because objects are outside the transaction: begin_deletion hides the document, ends its jobs
 -- (a busy worker is fenced off) and names the owner's raw key; then the caller removes the objects; finish_deletion
 -- removes the rows. Both are safe to repeat; what a crash leaves between them maintenance finishes.
-create function upload_pipeline.begin_deletion(p_document_id uuid)
+-- `p_correlation_id` is that of the request; a job that is cancelled keeps the one it came by.
+create function upload_pipeline.begin_deletion(p_document_id uuid, p_correlation_id text default '')
 returns table (document_id uuid, user_id uuid, raw_key text)
 language plpgsql
 security definer
@@ -458,14 +459,15 @@ begin
   update upload_pipeline.documents d set deleted_at = v_now, updated_at = v_now
    where d.document_id = p_document_id and d.deleted_at is null;
   if found then
-    perform upload_pipeline.record_event('document_deletion_started', p_user_id => d.user_id, p_document_id => p_document_id)
+    perform upload_pipeline.record_event('document_deletion_started', p_user_id => d.user_id,
+      p_document_id => p_document_id, p_correlation_id => p_correlation_id)
        from upload_pipeline.documents d where d.document_id = p_document_id;
   end if;
   return query select d.document_id, d.user_id, d.raw_key from upload_pipeline.documents d where d.document_id = p_document_id;
 end
 $$;
 
-create function upload_pipeline.finish_deletion(p_document_id uuid)
+create function upload_pipeline.finish_deletion(p_document_id uuid, p_correlation_id text default '')
 returns boolean
 language plpgsql
 security definer
@@ -480,7 +482,8 @@ begin
   if not found then
     return false;
   end if;
-  perform upload_pipeline.record_event('document_deleted', p_user_id => v_user, p_document_id => p_document_id);
+  perform upload_pipeline.record_event('document_deleted', p_user_id => v_user, p_document_id => p_document_id,
+    p_correlation_id => p_correlation_id);
   return true;
 end
 $$;

@@ -52,6 +52,7 @@ class ErrorCode(StrEnum):
     DOCUMENT_NOT_FOUND = "DOCUMENT_NOT_FOUND"
     BATCH_NOT_FOUND = "BATCH_NOT_FOUND"
     CANCELLED = "CANCELLED"
+    DOCUMENT_NOT_READY = "DOCUMENT_NOT_READY"
     INVALID_STATE = "INVALID_STATE"
     INVALID_STAGE = "INVALID_STAGE"
     # who is calling, how, and how often
@@ -83,6 +84,7 @@ RETRYABLE: frozenset[ErrorCode] = frozenset(
         ErrorCode.EMBED_FAILED,
         ErrorCode.STAGE_TIMEOUT,
         ErrorCode.WORKER_LOST,
+        ErrorCode.DOCUMENT_NOT_READY,
         ErrorCode.DATABASE_UNAVAILABLE,
         ErrorCode.INTERNAL,
     }
@@ -123,6 +125,7 @@ HTTP_STATUS: dict[ErrorCode, int] = {
     ErrorCode.DOCUMENT_NOT_FOUND: 404,
     ErrorCode.BATCH_NOT_FOUND: 404,
     ErrorCode.CANCELLED: 409,
+    ErrorCode.DOCUMENT_NOT_READY: 409,
     ErrorCode.INVALID_STATE: 409,
     ErrorCode.INVALID_STAGE: 409,
     ErrorCode.UNAUTHENTICATED: 401,

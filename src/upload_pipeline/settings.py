@@ -155,6 +155,9 @@ class Settings(BaseSettings):
     upload_finish_seconds: Seconds = Field(
         default=300.0, description="Seconds that an upload which began in time has to end."
     )
+    download_url_seconds: float = Field(
+        default=300.0, ge=1, le=604800, description="Seconds in which a download URL can be used."
+    )
 
     # how jobs are followed
     estimate_seconds: Seconds = Field(

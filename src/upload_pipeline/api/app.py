@@ -9,7 +9,7 @@ from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 
 import upload_pipeline
-from upload_pipeline.api import job_events, jobs, policy_graph, search, service_routes
+from upload_pipeline.api import document_bytes, documents, job_events, jobs, policy_graph, search, service_routes
 from upload_pipeline.api.body_limit import BodyLimit
 from upload_pipeline.api.error_bodies import install_error_handlers
 from upload_pipeline.api.limits import within_limits
@@ -24,10 +24,16 @@ if TYPE_CHECKING:
     from upload_pipeline.api.resources import Resources
     from upload_pipeline.settings import Settings
 
-ROUTERS: tuple[APIRouter, ...] = (jobs.router, job_events.router, search.router, policy_graph.router)
+ROUTERS: tuple[APIRouter, ...] = (
+    documents.router,
+    jobs.router,
+    job_events.router,
+    search.router,
+    policy_graph.router,
+)
 """The routers whose every route has a caller (`CurrentPrincipal`); they are counted by `within_limits`."""
 
-OPEN_ROUTERS: tuple[APIRouter, ...] = (service_routes.router,)
+OPEN_ROUTERS: tuple[APIRouter, ...] = (document_bytes.router, service_routes.router)
 """The routers that nobody signs in for: probes, and URLs that carry their own permission."""
 
 MAX_JSON_BYTES = 1024 * 1024
@@ -35,6 +41,8 @@ MAX_JSON_BYTES = 1024 * 1024
 
 _EXPOSED_HEADERS = (
     CORRELATION_HEADER,
+    "Content-Disposition",
+    "ETag",
     "Retry-After",
     "X-RateLimit-Limit",
     "X-RateLimit-Remaining",
@@ -64,7 +72,14 @@ def create_app(settings: Settings, resources: Resources) -> FastAPI:
                 CORSMiddleware,
                 allow_origins=settings.cors_origins,
                 allow_methods=["GET", "POST", "PUT", "PATCH", "DELETE"],
-                allow_headers=["Authorization", "Content-Type", "X-API-Key", CORRELATION_HEADER, "Last-Event-ID"],
+                allow_headers=[
+                    "Authorization",
+                    "Content-Type",
+                    "X-API-Key",
+                    CORRELATION_HEADER,
+                    "Last-Event-ID",
+                    "If-None-Match",
+                ],
                 expose_headers=_EXPOSED_HEADERS,
                 max_age=600,
             ),

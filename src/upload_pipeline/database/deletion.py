@@ -20,8 +20,16 @@ RemoveObjects = Callable[[DeletedDocument], Awaitable[None]]
 """Removes every object of a document; missing ones are fine."""
 
 
-async def delete_document(db: Executor, document_id: UUID, remove_objects: RemoveObjects) -> bool:
+async def delete_document(
+    db: Executor, document_id: UUID, remove_objects: RemoveObjects, *, correlation_id: str = ""
+) -> bool:
     """Deletes a document with all that hangs on it; a running job is fenced off first. Safe to repeat.
+
+    Args:
+        db: as role `upload_worker`.
+        document_id: of the document.
+        remove_objects: removes what the store has of it.
+        correlation_id: of the request, for the events.
 
     Returns:
         False where there is no such document.
@@ -29,11 +37,11 @@ async def delete_document(db: Executor, document_id: UUID, remove_objects: Remov
     Raises:
         PipelineError: as `remove_objects` does; then the document is hidden, and maintenance goes on with it.
     """
-    deleted = await documents.begin_deletion(db, document_id)
+    deleted = await documents.begin_deletion(db, document_id, correlation_id=correlation_id)
     if deleted is None:
         return False
     await remove_objects(deleted)
-    await documents.finish_deletion(db, document_id)
+    await documents.finish_deletion(db, document_id, correlation_id=correlation_id)
     return True
 
 

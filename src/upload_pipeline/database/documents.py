@@ -253,15 +253,15 @@ async def commit_embeddings(db: Executor, lease: Lease, *, model: str, keep: boo
     return Transition(**row)
 
 
-async def begin_deletion(db: Executor, document_id: UUID) -> DeletedDocument | None:
+async def begin_deletion(db: Executor, document_id: UUID, *, correlation_id: str = "") -> DeletedDocument | None:
     """Hides a document and ends its jobs; None where there is no such document."""
-    row = await db.fetchrow("select * from upload_pipeline.begin_deletion($1)", document_id)
+    row = await db.fetchrow("select * from upload_pipeline.begin_deletion($1, $2)", document_id, correlation_id)
     return DeletedDocument(**row) if row else None
 
 
-async def finish_deletion(db: Executor, document_id: UUID) -> bool:
+async def finish_deletion(db: Executor, document_id: UUID, *, correlation_id: str = "") -> bool:
     """Removes the rows of a document whose deletion has begun; False where there is none."""
-    return bool(await db.fetchval("select upload_pipeline.finish_deletion($1)", document_id))
+    return bool(await db.fetchval("select upload_pipeline.finish_deletion($1, $2)", document_id, correlation_id))
 
 
 async def unfinished_deletions(db: Executor, *, before: datetime, limit: int = 100) -> list[DeletedDocument]:
