@@ -17,3 +17,27 @@ select j.pipeline, j.pool, j.stage, s.position, j.state, count(*) as jobs, min(j
   join upload_pipeline.stages s on s.pipeline = j.pipeline and s.stage = j.stage
  where j.state in ('queued', 'working', 'retryable')
  group by j.pipeline, j.pool, j.stage, s.position, j.state;
+
+-- A document as the one who uploaded it asks after it: one row each, with the latest job of its processing told in four
+-- words. `pending`: nobody has begun. `failed`: also where it was cancelled. The same mapping is
+-- `upload_pipeline.stages.shown_status`; a test holds the two together. The latest job is the one that has no later one:
+-- so a filter by status reads all of a user's jobs in one pass, and twenty rows of a page their own only.
+create view upload_pipeline.upload_history with (security_invoker = true) as
+select d.document_id, d.user_id, d.filename, d.file_bytes, d.media_type, d.created_at as uploaded_at,
+       case when j.job_id is null then case when d.searchable_at is null then 'failed' else 'completed' end
+            when j.state = 'done' then 'completed'
+            when j.state in ('deadletter', 'cancelled') then 'failed'
+            when j.stage = 'queued' and j.state <> 'working' then 'pending'
+            else 'processing' end as status,
+       case when j.job_id is null then d.searchable_at else j.finished_at end as completed_at,
+       case when j.state in ('deadletter', 'cancelled')
+            then coalesce(o.error_code, case j.state when 'cancelled' then 'CANCELLED' else 'INTERNAL' end) end as error_code,
+       case when j.state in ('deadletter', 'cancelled')
+            then coalesce(o.error_message, case j.state when 'cancelled' then 'The job was cancelled. Retry it to go on.'
+                                                        else 'The job failed.' end) end as error_message
+  from upload_pipeline.documents d
+  left join upload_pipeline.upload_jobs j
+    on j.document_id = d.document_id and j.pipeline = 'document'
+   and not exists (select from upload_pipeline.upload_jobs n
+                    where n.document_id = j.document_id and n.pipeline = 'document' and n.seq > j.seq)
+  left join upload_pipeline.job_outcomes o on o.job_id = j.job_id;

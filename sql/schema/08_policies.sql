@@ -40,7 +40,7 @@ create policy document_chunks_owner on upload_pipeline.document_chunks for selec
   using (user_id = (select auth.uid()) and live);
 create policy stages_reader on upload_pipeline.stages for select to authenticated using (true);
 grant select on upload_pipeline.documents, upload_pipeline.document_chunks, upload_pipeline.stages to authenticated;
-grant select on upload_pipeline.job_overview, upload_pipeline.queue_depth to authenticated, upload_worker, service_role;
+grant select on upload_pipeline.job_overview, upload_pipeline.queue_depth, upload_pipeline.upload_history to authenticated, upload_worker, service_role;
 
 -- Functions are executable by everybody unless that is taken back.
 revoke execute on all functions in schema upload_pipeline from public;

@@ -39,6 +39,33 @@ class JobState(StrEnum):
     CANCELLED = "cancelled"
 
 
+class ShownStatus(StrEnum):
+    """What those who only want to know whether their file is through are told of a document."""
+
+    PENDING = "pending"
+    PROCESSING = "processing"
+    COMPLETED = "completed"
+    FAILED = "failed"
+
+
+def shown_status(state: str, stage: str) -> ShownStatus:
+    """Where a job of documents stands, in four words; as the view `upload_pipeline.upload_history` says it.
+
+    `pending`: nobody has begun. `failed`: in the dead letters, or cancelled.
+
+    Args:
+        state: one of `JobState`.
+        stage: one of `Stage`.
+    """
+    if state == JobState.DONE:
+        return ShownStatus.COMPLETED
+    if state in (JobState.DEADLETTER, JobState.CANCELLED):
+        return ShownStatus.FAILED
+    if stage == Stage.QUEUED and state != JobState.WORKING:
+        return ShownStatus.PENDING
+    return ShownStatus.PROCESSING
+
+
 @dataclass(frozen=True, slots=True)
 class StageRow:
     """One row of `upload_pipeline.stages`: position from 0, progress in percent."""

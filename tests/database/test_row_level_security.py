@@ -43,6 +43,7 @@ READERS = {
     "rate_limits": set(),
     "job_overview": {"authenticated", "upload_worker", "service_role"},
     "queue_depth": {"authenticated", "upload_worker", "service_role"},
+    "upload_history": {"authenticated", "upload_worker", "service_role"},
 }
 """Who may read each table and view; the partitions of `events` that a month has made are nobody's."""
 

@@ -9,7 +9,16 @@ from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 
 import upload_pipeline
-from upload_pipeline.api import document_bytes, documents, job_events, jobs, policy_graph, search, service_routes
+from upload_pipeline.api import (
+    document_bytes,
+    documents,
+    history,
+    job_events,
+    jobs,
+    policy_graph,
+    search,
+    service_routes,
+)
 from upload_pipeline.api.body_limit import BodyLimit
 from upload_pipeline.api.error_bodies import install_error_handlers
 from upload_pipeline.api.limits import within_limits
@@ -30,6 +39,7 @@ ROUTERS: tuple[APIRouter, ...] = (
     job_events.router,
     search.router,
     policy_graph.router,
+    history.router,
 )
 """The routers whose every route has a caller (`CurrentPrincipal`); they are counted by `within_limits`."""
 
