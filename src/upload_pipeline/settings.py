@@ -91,6 +91,11 @@ class Settings(BaseSettings):
     # workers
     worker_pools: tuple[str, ...] = Field(default=("default",), description="Pools that a worker serves.")
     worker_concurrency: int = Field(default=4, ge=1, le=1000, description="Jobs that a worker leads at once.")
+    worker_memory_bytes: int = Field(
+        default=0,
+        ge=0,
+        description="Resident bytes of a worker and its parsers above which it claims nothing more; 0: no limit.",
+    )
     lease_ttl: Seconds = Field(default=60.0, description="Seconds that a lease lasts unless renewed.")
     heartbeat_interval: Seconds = Field(default=20.0, description="Seconds between two renewals.")
     poll_min: Seconds = Field(default=0.25, description="Shortest wait before an idle worker looks again.")

@@ -24,6 +24,7 @@ from upload_pipeline.storage.store import ObjectStore, open_store
 from upload_workers.bounded import bounded
 from upload_workers.health import health_endpoint
 from upload_workers.leases import LeaseKeeper, heartbeat_connection
+from upload_workers.memory import MemoryWatch
 from upload_workers.pipelines import STEPS
 from upload_workers.runner import Runner
 from upload_workers.shutdown import on_signals
@@ -97,6 +98,8 @@ async def running_worker(
             group_window=settings.group_window,
             poll=AdaptivePoll(settings.poll_min, settings.poll_max),
         )
+        memory = MemoryWatch(settings.worker_memory_bytes, freed=runner.wake.set)
+        runner.has_room = lambda: not memory.over
         await queue.register_worker(
             db,
             worker_id=worker_id,
@@ -117,6 +120,9 @@ async def running_worker(
             wake=runner.wake.set,
         )
         beside = [asyncio.create_task(upkeep.run(), name="upkeep")]
+        if settings.worker_memory_bytes:
+            await memory.look()
+            beside.append(asyncio.create_task(memory.run(), name="memory"))
         if not settings.transaction_pooler:
             listener = WakeListener(partial(connect, worker_url, options), pools, runner.wake)
             beside.append(asyncio.create_task(listener.run(), name="listener"))

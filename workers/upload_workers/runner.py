@@ -25,7 +25,7 @@ from upload_workers.lead import JobLeader
 from upload_workers.wake import AdaptivePoll
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
     from uuid import UUID
 
     from upload_pipeline.database.queue import ClaimedJob, Executor
@@ -52,7 +52,11 @@ class _Claim:
 
 @dataclass
 class Runner:
-    """One worker: serves `pools` with at most `concurrency` jobs at once."""
+    """One worker: serves `pools` with at most `concurrency` jobs at once.
+
+    Attributes:
+        has_room: whether jobs may be claimed now; what is at work goes on in any case.
+    """
 
     worker_id: UUID
     db: Executor
@@ -65,6 +69,7 @@ class Runner:
     lease_ttl: float
     group_window: float
     poll: AdaptivePoll
+    has_room: Callable[[], bool] = lambda: True
     wake: asyncio.Event = field(default_factory=asyncio.Event)
     claimed: int = 0
     ended: int = 0
@@ -172,7 +177,7 @@ class Runner:
 
     def _ask(self, pool: str, free: int, ttl: timedelta) -> _Claim | None:
         """Sends a claim for up to `free` jobs; None where there is nothing to ask for."""
-        if free <= 0 or self.stopping:
+        if free <= 0 or self.stopping or not self.has_room():
             return None
         limit = min(free, CLAIM_LIMIT)
         answer = queue.claim_jobs(
