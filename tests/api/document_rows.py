@@ -16,7 +16,10 @@ from tests.api.job_rows import add_job
 from upload_pipeline.storage.keys import markdown_key, raw_key
 from upload_pipeline.storage.store import ObjectStore
 
-MODEL = "three numbers"
+MODEL = "wordllama-256"
+"""The service's own embedder's, so that it can search; the vectors are all one."""
+
+DIMENSIONS = 256
 
 
 @dataclass(frozen=True)
@@ -76,7 +79,7 @@ async def add_text(
         len(markdown),
     )
     if chunks:
-        await admin.execute("select upload_pipeline.register_model($1, 'test', 3)", MODEL)
+        await admin.execute("select upload_pipeline.register_model($1, 'local', $2)", MODEL, DIMENSIONS)
         length = len(markdown) // chunks
         spans = [(i * length, len(markdown) if i == chunks - 1 else (i + 1) * length) for i in range(chunks)]
         await admin.executemany(
@@ -85,7 +88,7 @@ async def add_text(
               (chunk_id, document_id, user_id, ordinal, text, chunk_sha256, chunker, start_offset, end_offset,
                page_from, page_to, heading_path, section_ids, embed_model, embedding, live)
             values ($1, $2, $3, $4, $5, repeat('a', 64), 'c', $6, $7, 1, 2, array['One'], array[$8::uuid], $9,
-                    '[1,0,0]', true)
+                    array_fill(1, array[256])::extensions.vector, true)
             """,
             [
                 (
