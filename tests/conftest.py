@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
+from uuid import uuid4
 
 import asyncpg
 import psycopg
@@ -12,6 +13,7 @@ import pytest
 from hypothesis import settings
 from postgres_servers import FAST, Database, remove_servers_of_dead_runs, temporary_home
 from psycopg import sql
+from s3_servers import S3Server, running_s3_server
 
 from upload_pipeline.database.connection import connect
 from upload_pipeline.database.embedded import EmbeddedDatabase, ensure_embedded
@@ -118,3 +120,20 @@ def _temporary_database(
     )
     yield Database(name=name, admin_url=server.url("postgres", name), worker_url=server.url("upload_worker", name))
     server_admin.execute(sql.SQL("drop database {} with (force)").format(sql.Identifier(name)))
+
+
+@pytest.fixture(scope="session")
+def s3_server() -> Iterator[S3Server]:
+    """A server that speaks S3, for this run of the tests."""
+    with running_s3_server() as server:
+        yield server
+
+
+@pytest.fixture
+def s3_bucket(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The name of an empty bucket of the test's own, which this process has the keys to."""
+    for name, value in s3_server.environment().items():
+        monkeypatch.setenv(name, value)
+    name = f"test-{uuid4()}"
+    s3_server.make_bucket(name)
+    return name

@@ -14,6 +14,8 @@ from pydantic import Field, SecretStr, ValidationError, field_validator, model_v
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from upload_pipeline.errors import ErrorCode, PipelineError
+from upload_pipeline.storage_address import parse_storage_url
+from upload_pipeline.url_secrets import without_password
 
 ENV_PREFIX = "UPLOAD_PIPELINE_"
 
@@ -41,7 +43,8 @@ class Settings(BaseSettings):
         description="Postgres as the role that owns the schema, for `migrate`; empty means `DATABASE_URL`.",
     )
     storage_url: str = Field(
-        default="", description="Object store; empty means `file://<home>/storage`. Schemes: `file`."
+        default="",
+        description="Object store: `file:///<path>` or `s3://<bucket>[/<prefix>]`; empty means `file://<home>/storage`.",
     )
 
     # what does the work
@@ -214,6 +217,13 @@ class Settings(BaseSettings):
     def _absolute_home(cls, value: Path) -> Path:
         return value.expanduser().absolute()
 
+    @field_validator("storage_url")
+    @classmethod
+    def _known_store(cls, value: str) -> str:
+        if value:
+            parse_storage_url(value)
+        return value
+
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         for smaller, larger, share in (
@@ -278,6 +288,7 @@ def _explain(item: dict[str, object]) -> str:
         return f"Settings do not fit together: {str(item['msg']).removeprefix('Value error, ')}."
     field = str(location[0])
     hidden = isinstance(Settings.model_fields[field].default, SecretStr)
-    shown = "(hidden)" if hidden else repr(item["input"])
+    value = item["input"]
+    shown = "(hidden)" if hidden else repr(without_password(value) if isinstance(value, str) else value)
     meaning = Settings.model_fields[field].description
     return f"{ENV_PREFIX}{field.upper()}={shown} is not allowed: {item['msg']}. It means: {meaning}"

@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from upload_pipeline.cli.shown_settings import effective_settings, without_password
+from upload_pipeline.cli.shown_settings import effective_settings
 from upload_pipeline.settings import Settings
+from upload_pipeline.url_secrets import without_password
 
 
 @pytest.mark.parametrize(

@@ -19,16 +19,18 @@ def local(root: Path) -> ObjectStore:
     return open_store(f"file://{root}")
 
 
-@pytest.fixture(params=["local", "obstore-memory", "obstore-directory"])
+@pytest.fixture(params=["local", "s3", "obstore-memory", "obstore-directory"])
 def store(request: pytest.FixtureRequest, root: Path) -> ObjectStore:
     """Every way to keep objects.
 
-    obstore's own stores stand for those behind a network: its memory one, like S3, does not mind deleting what is
-    missing; its directory one, like GCS and Azure, calls that an error.
+    obstore's own stores stand for those that differ from S3: its directory one, like GCS and Azure, calls deleting
+    what is missing an error.
     """
     match request.param:
         case "local":
             return open_store(f"file://{root}")
+        case "s3":
+            return open_store(f"s3://{request.getfixturevalue('s3_bucket')}/some/prefix")
         case "obstore-memory":
             return ObjectStore(ObstoreBackend(MemoryStore()))
         case _:

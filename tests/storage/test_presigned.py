@@ -7,7 +7,7 @@ from urllib.parse import parse_qs, urlsplit
 
 import obstore
 import pytest
-from obstore.store import S3Store
+from obstore.store import MemoryStore, S3Store
 
 from upload_pipeline.errors import ErrorCode, PipelineError
 from upload_pipeline.storage.disposition import attachment
@@ -17,7 +17,7 @@ from upload_pipeline.storage.store import ObjectStore
 
 KEY = "raw/user/document"
 MINUTE = timedelta(minutes=1)
-SECRET = "not a secret"
+SECRET = "not/a+secret"
 
 
 def bucket(**more: str) -> S3Store:
@@ -84,7 +84,9 @@ async def test_nothing_is_signed_with_a_secret_that_is_not_the_one_of_the_store(
     assert await store.sign_get(KEY, filename="a", expires_in=MINUTE) is None
 
 
-async def test_a_store_that_cannot_sign_gives_none(store):
+@pytest.mark.parametrize("backend", ["local", "memory"])
+async def test_a_store_that_cannot_sign_gives_none(local, backend):
+    store = local if backend == "local" else ObjectStore(ObstoreBackend(MemoryStore()))
     assert await store.sign_put(KEY, media_type="a/b", file_bytes=1, expires_in=MINUTE) is None
     assert await store.sign_get(KEY, filename="a", expires_in=MINUTE) is None
 

@@ -185,9 +185,9 @@ def _check_rights(connection: Connection[Any]) -> Finding:
 
 
 async def _check_storage(settings: Settings) -> str:
-    from upload_pipeline.cli.shown_settings import without_password
     from upload_pipeline.storage.keys import incoming_key
     from upload_pipeline.storage.store import open_store
+    from upload_pipeline.url_secrets import without_password
 
     store = open_store(settings.effective_storage_url)
     key = incoming_key(uuid4())

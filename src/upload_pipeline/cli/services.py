@@ -177,6 +177,6 @@ def _work(settings: Settings, url: str, *, pools: list[str] | None, concurrency:
 
 
 def _without_secrets(settings: Settings) -> str:
-    from upload_pipeline.cli.shown_settings import without_password
+    from upload_pipeline.url_secrets import without_password
 
     return without_password(settings.effective_storage_url)

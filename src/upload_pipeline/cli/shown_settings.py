@@ -2,26 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
 from pydantic import SecretStr
 
 from upload_pipeline.settings import ENV_PREFIX, Settings
-
-_AUTHORITY = re.compile(r"(?<=://)([^/?#]*)@")
-_SECRET_WORDS = re.compile(r"(?i)([?&](?:password|sslpassword|[a-z_]*(?:secret|token|key)[a-z_]*)=)[^&#]*")
-HIDDEN = "***"
-
-
-def without_password(url: str) -> str:
-    """A URL with what may be secret in it replaced: the password before `@`, and such parameters as `password=`."""
-
-    def hide(match: re.Match[str]) -> str:
-        user, colon, _ = match[1].partition(":")
-        return f"{user}{colon}{HIDDEN if colon else ''}@"
-
-    return _SECRET_WORDS.sub(rf"\g<1>{HIDDEN}", _AUTHORITY.sub(hide, url))
+from upload_pipeline.url_secrets import HIDDEN, without_password
 
 
 def effective_settings(settings: Settings) -> list[tuple[str, Any, bool]]:

@@ -8,6 +8,7 @@ from obstore.exceptions import BaseError, PermissionDeniedError, Unauthenticated
 
 from upload_pipeline.errors import ErrorCode, PipelineError
 from upload_pipeline.settings import ENV_PREFIX
+from upload_pipeline.storage.s3_failures import s3_refusal
 
 STORAGE_SETTING = f"{ENV_PREFIX}STORAGE_URL"
 """The setting that a storage error sends its reader to."""
@@ -94,6 +95,11 @@ def translate(error: Exception, action: str, key: str = "") -> PipelineError:
     """
     if isinstance(error, PipelineError):
         return error
+    refusal = s3_refusal(error, STORAGE_SETTING)
+    if refusal is not None:
+        code = ErrorCode.STORAGE_DENIED if refusal.denied else ErrorCode.STORAGE_UNAVAILABLE
+        message = f"The store did not {action}: {refusal.reason}. {refusal.remedy}"
+        return PipelineError(code, message, {"key": key} if key else {})
     if isinstance(error, (PermissionDeniedError, UnauthenticatedError)):
         return denied(action, _first_line(error), key)
     if isinstance(error, OSError):

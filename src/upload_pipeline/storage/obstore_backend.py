@@ -1,4 +1,4 @@
-"""Any store that obstore opens (S3, GCS, Azure, memory) as a place for objects.
+"""Any store that obstore opens (S3, its own for directories and memory) as a place for objects.
 
 Such a store acknowledges a write only when it is durable and makes it visible in one step, so nothing is
 added here. Parts of an upload whose process died are invisible and are the bucket's to expire (a lifecycle
@@ -18,9 +18,13 @@ from obstore.store import ObjectStore as Place
 from upload_pipeline.storage.failures import missing
 from upload_pipeline.storage.objects import ObjectInfo, SignedUrl
 from upload_pipeline.storage.presigned import Presigner
+from upload_pipeline.storage.s3_failures import MISSING_BUCKET, s3_code
 
 PART_BYTES = 5 * 1024 * 1024
 """Size of a part of a multipart upload: the least that S3 takes, so the least memory."""
+
+SINGLE_PUT_BYTES = 8 * 1024 * 1024
+"""Up to this size an object is one PUT, above it an upload in parts, which takes three requests at least."""
 
 PARTS_IN_FLIGHT = 2
 """Parts on the wire at once; with the one being filled, what an upload holds in memory."""
@@ -52,15 +56,28 @@ class ObstoreBackend:
     presigner: Presigner | None = None
 
     async def write(self, key: str, blocks: AsyncIterator[bytes]) -> None:
+        """Sends a small object by one PUT, a larger one in parts."""
+        first: list[bytes] = []
+        size = 0
+        async for block in blocks:
+            first.append(block)
+            size += len(block)
+            if size > SINGLE_PUT_BYTES:
+                await self._write_parts(key, first, blocks)
+                return
+        await obstore.put_async(self.place, key, first, use_multipart=False)
+
+    async def _write_parts(self, key: str, first: list[bytes], rest: AsyncIterator[bytes]) -> None:
         """Uploads in parts; a failing iterator, or a cancellation, aborts the upload."""
-        # obstore drives its iterator from a task of its own, which cancelling us would leave in the midst of
-        # it. So
+        # obstore drives its iterator from a task of its own, which cancelling us would leave in the midst of it. So
         # the blocks are read here, handed over one at a time, and an ending of ours is told to that task as
         # an error.
         handed: asyncio.Queue[bytes | _Aborted | None] = asyncio.Queue(maxsize=1)
         upload = asyncio.create_task(self._upload(key, handed))
         try:
-            async for block in blocks:
+            while first:
+                await _hand_over(handed, first.pop(0), upload)
+            async for block in rest:
                 await _hand_over(handed, block, upload)
             await _hand_over(handed, None, upload)
             await asyncio.shield(upload)
@@ -90,7 +107,7 @@ class ObstoreBackend:
         try:
             response = await obstore.get_async(self.place, key)
         except FileNotFoundError as error:
-            raise missing(key) from error
+            raise _absent(error, key) from error
         async for piece in response.stream(min_chunk_size=block_bytes):
             for start in range(0, len(piece), block_bytes):
                 yield piece[start : start + block_bytes]
@@ -100,7 +117,13 @@ class ObstoreBackend:
         try:
             meta = await obstore.head_async(self.place, key)
         except FileNotFoundError:
-            return None
+            # An answer to HEAD has no body to tell a missing object from a missing bucket; one to GET has.
+            try:
+                meta = (await obstore.get_async(self.place, key)).meta
+            except FileNotFoundError as error:
+                if s3_code(error) == MISSING_BUCKET:
+                    raise
+                return None
         return ObjectInfo(key, meta["size"], meta["last_modified"])
 
     async def move(self, source: str, target: str) -> None:
@@ -108,7 +131,7 @@ class ObstoreBackend:
         try:
             await obstore.rename_async(self.place, source, target)
         except FileNotFoundError as error:
-            raise missing(source) from error
+            raise _absent(error, source) from error
 
     async def delete(self, keys: Sequence[str]) -> None:
         """Deletes in batches; some stores call a missing key an error, and then each key is tried alone."""
@@ -116,7 +139,9 @@ class ObstoreBackend:
             batch = list(keys[start : start + DELETE_BATCH])
             try:
                 await obstore.delete_async(self.place, batch)
-            except FileNotFoundError:
+            except FileNotFoundError as error:
+                if s3_code(error) == MISSING_BUCKET:
+                    raise
                 for key in batch:
                     await self._delete_one(key)
 
@@ -153,6 +178,11 @@ class ObstoreBackend:
         if self.presigner is None:
             return None
         return await self.presigner.get(key, filename=filename, media_type=media_type, expires_in=expires_in)
+
+
+def _absent(error: FileNotFoundError, key: str) -> Exception:
+    """The error of a missing object; that of a missing bucket stays what it is."""
+    return error if s3_code(error) == MISSING_BUCKET else missing(key)
 
 
 async def _hand_over(

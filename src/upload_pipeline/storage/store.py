@@ -22,6 +22,9 @@ from upload_pipeline.storage.local_backend import LocalBackend
 from upload_pipeline.storage.local_tree import FILE_MODE, LocalTree, make_root
 from upload_pipeline.storage.measured import BLOCK_BYTES, MeasuredStream
 from upload_pipeline.storage.objects import ObjectInfo, SignedUrl, StoredObject
+from upload_pipeline.storage.s3 import open_bucket
+from upload_pipeline.storage_address import ALLOWED, Bucket, parse_storage_url
+from upload_pipeline.url_secrets import without_password
 
 HEAD_BYTES = 65536
 """First bytes that a write gives back by default: enough to tell a file's type by its content."""
@@ -343,26 +346,28 @@ class ObjectStore:
 
 
 def open_store(url: str, *, progress_seconds: float = PROGRESS_SECONDS) -> ObjectStore:
-    """Opens the store that a URL names. The only place that knows schemes.
+    """Opens the store that a URL names.
 
     Args:
-        url: `file://` and an absolute path, taken as it stands (no percent-encoding). The directory is made,
-            with permissions for the owner only, where it is missing.
+        url: as `storage_address.parse_storage_url` takes it. A directory is made, with permissions for the owner
+            only, where it is missing; a bucket is not, and is not asked for anything yet.
         progress_seconds: see `ObjectStore`.
 
     Raises:
         PipelineError: `SETTING_INVALID` naming the setting, the value and what is allowed; `STORAGE_DENIED`
             or `STORAGE_UNAVAILABLE` where the directory cannot be made.
     """
-    scheme, separator, rest = url.partition("://")
-    if not separator or scheme != "file" or not rest.startswith("/") or "\0" in rest or rest.strip("/") == "":
+    try:
+        address = parse_storage_url(url)
+    except ValueError as error:
         raise PipelineError(
             ErrorCode.SETTING_INVALID,
-            f"{failures.STORAGE_SETTING}={url!r} is not allowed: it must be file:// and the absolute path "
-            "of a directory, as in file:///var/lib/upload-pipeline/storage.",
-            {"setting": failures.STORAGE_SETTING, "value": url, "allowed": ["file:///<absolute path>"]},
-        )
-    root = Path(rest)
+            f"{failures.STORAGE_SETTING}={without_password(url)!r} is not allowed: {error}.",
+            {"setting": failures.STORAGE_SETTING, "value": without_password(url), "allowed": list(ALLOWED)},
+        ) from error
+    if isinstance(address, Bucket):
+        return ObjectStore(open_bucket(address), progress_seconds)
+    root = address.path
     try:
         make_root(root)
     except OSError as error:

@@ -1,0 +1,96 @@
+"""What servers that speak S3 say when they refuse, found in the text of obstore's errors.
+
+obstore keeps the status, not the code that S3 puts into the body; but only the code tells a missing bucket from
+a missing object, and a wrong key from a missing permission.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+MISSING_BUCKET = "NoSuchBucket"
+
+_BAD_CREDENTIALS = frozenset(
+    {
+        "ExpiredToken",
+        "ExpiredTokenException",
+        "InvalidAccessKeyId",
+        "InvalidClientTokenId",
+        "InvalidIdentityToken",
+        "InvalidSecurity",
+        "InvalidToken",
+        "NotSignedUp",
+        "RequestTimeTooSkewed",
+        "SignatureDoesNotMatch",
+        "TokenRefreshRequired",
+    }
+)
+_NO_PERMISSION = frozenset({"AccessDenied", "AccountProblem", "AllAccessDisabled", "InvalidObjectState"})
+_WRONG_REGION = frozenset({"AuthorizationHeaderMalformed", "IllegalLocationConstraintException", "PermanentRedirect"})
+
+_CODE = re.compile(r"<Code>(\w+)</Code>")
+_MESSAGE = re.compile(r"<Message>([^<]+)</Message>")
+
+# Where obstore asks for a role when the environment has no key.
+_METADATA = ("/latest/api/token", "/latest/meta-data/", "169.254.170.2")
+
+_KEYS = (
+    "Check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and, with temporary keys, AWS_SESSION_TOKEN in this process's "
+    "environment, and the clock of this machine."
+)
+_RIGHTS = (
+    "Grant these credentials s3:ListBucket on the bucket, and s3:GetObject, s3:PutObject, s3:DeleteObject and "
+    "s3:AbortMultipartUpload on what is in it."
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """Why a server refused.
+
+    Attributes:
+        denied: whether permission or credentials are the cause.
+        reason: in a few words.
+        remedy: what to do, in a sentence.
+    """
+
+    denied: bool
+    reason: str
+    remedy: str
+
+
+def s3_code(error: Exception) -> str | None:
+    """The code in S3's answer that made the error; `None` where there is none."""
+    match = _CODE.search(str(error))
+    return match[1] if match else None
+
+
+def s3_refusal(error: Exception, setting: str) -> Refusal | None:
+    """What is known of an error that came from S3.
+
+    Args:
+        error: obstore's.
+        setting: the name of the setting that names the store.
+    """
+    text = str(error)
+    code = s3_code(error)
+    if code is None:
+        if any(part in text for part in _METADATA):
+            return Refusal(
+                True,
+                "there are no credentials, neither in the environment nor of a role",
+                "Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or give this machine a role.",
+            )
+        return None
+    message = _MESSAGE.search(text)
+    reason = f"{code}: {message[1].strip().rstrip('.')}" if message else code
+    if code == MISSING_BUCKET:
+        return Refusal(False, "the bucket does not exist", f"Create it, or correct {setting}.")
+    if code in _BAD_CREDENTIALS:
+        return Refusal(True, reason, _KEYS)
+    if code in _NO_PERMISSION:
+        return Refusal(True, reason, _RIGHTS)
+    if code in _WRONG_REGION:
+        return Refusal(False, reason, f"Set AWS_REGION to the region of the bucket that {setting} names.")
+    return Refusal(False, reason, f"Check the bucket that {setting} names, then try again.")

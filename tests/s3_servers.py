@@ -1,0 +1,154 @@
+"""A server that speaks S3, in a process of its own: moto, behind a check of every request's signature.
+
+moto keeps objects as S3 does but believes every signature. The check here is botocore's: it signs what has arrived
+once more and compares. So a request with another length or type than its URL was signed for is refused, as S3
+refuses it.
+"""
+
+from __future__ import annotations
+
+import http.client
+import subprocess
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from typing import Any
+from urllib.parse import parse_qsl
+
+ACCESS_KEY_ID = "AKIATEST"
+SECRET_ACCESS_KEY = "correct horse battery staple"
+POWERLESS_KEY_ID = "AKIAPOWERLESS"
+"""A key with the same secret that may do nothing."""
+
+REGION = "eu-central-1"
+START_SECONDS = 60
+
+
+@dataclass(frozen=True, slots=True)
+class S3Server:
+    """A running server: its address, and how tests look behind its back (requests without a signature)."""
+
+    endpoint: str
+
+    def environment(self) -> dict[str, str]:
+        """What a process needs to use it."""
+        return {
+            "AWS_ENDPOINT_URL": self.endpoint,
+            "AWS_ACCESS_KEY_ID": ACCESS_KEY_ID,
+            "AWS_SECRET_ACCESS_KEY": SECRET_ACCESS_KEY,
+            "AWS_REGION": REGION,
+        }
+
+    def make_bucket(self, name: str) -> None:
+        place = (
+            f"<CreateBucketConfiguration><LocationConstraint>{REGION}</LocationConstraint></CreateBucketConfiguration>"
+        )
+        self._request("PUT", name, place.encode())
+
+    def listing(self, bucket: str, query: str = "") -> str:
+        """The XML of the bucket's listing; with `uploads` of the uploads in parts that have not ended."""
+        return self._request("GET", f"{bucket}?{query}").decode()
+
+    def _request(self, method: str, path: str, body: bytes | None = None) -> bytes:
+        connection = http.client.HTTPConnection(self.endpoint.removeprefix("http://"), timeout=30)
+        try:
+            connection.request(method, f"/{path}", body, {"X-Behind-The-Back": "yes"})
+            answer = connection.getresponse()
+            data = answer.read()
+        finally:
+            connection.close()
+        assert answer.status == 200, data
+        return data
+
+
+@contextmanager
+def running_s3_server() -> Iterator[S3Server]:
+    """A server as long as the context lasts."""
+    process = subprocess.Popen(
+        [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    )
+    try:
+        assert process.stdout is not None
+        port = process.stdout.readline().strip()
+        assert port.isdigit(), "the S3 server did not start"
+        yield S3Server(f"http://127.0.0.1:{port}")
+    finally:
+        process.terminate()
+        process.communicate(timeout=START_SECONDS)
+
+
+def fault(environ: dict[str, Any]) -> str | None:
+    """The S3 code of what is wrong with a request's signature; None where it is good."""
+    from botocore.auth import S3SigV4Auth, S3SigV4QueryAuth
+    from botocore.awsrequest import AWSRequest
+    from botocore.credentials import Credentials
+
+    headers = {name[5:].replace("_", "-").lower(): value for name, value in environ.items() if name.startswith("HTTP_")}
+    for name in ("CONTENT_TYPE", "CONTENT_LENGTH"):
+        if environ.get(name):
+            headers[name.replace("_", "-").lower()] = environ[name]
+    if "x-behind-the-back" in headers:
+        return None
+    query = dict(parse_qsl(environ["QUERY_STRING"], keep_blank_values=True))
+    presigned = "X-Amz-Signature" in query
+    if presigned:
+        given, names, stamp = query["X-Amz-Signature"], query["X-Amz-SignedHeaders"], query["X-Amz-Date"]
+        credential = query["X-Amz-Credential"]
+    elif "authorization" in headers:
+        fields = dict(part.strip().split("=", 1) for part in headers["authorization"].partition(" ")[2].split(","))
+        given, names, credential = fields["Signature"], fields["SignedHeaders"], fields["Credential"]
+        stamp = headers["x-amz-date"]
+    else:
+        return "AccessDenied"
+    key_id, _, region, _, _ = credential.split("/")
+    if key_id not in {ACCESS_KEY_ID, POWERLESS_KEY_ID}:
+        return "InvalidAccessKeyId"
+    begin = datetime.strptime(stamp, "%Y%m%dT%H%M%SZ").replace(tzinfo=UTC)
+    if presigned and datetime.now(UTC) > begin + timedelta(seconds=int(query["X-Amz-Expires"])):
+        return "AccessDenied"
+    credentials = Credentials(key_id, SECRET_ACCESS_KEY)
+    auth = S3SigV4QueryAuth(credentials, "s3", region) if presigned else S3SigV4Auth(credentials, "s3", region)
+    signed = {name: headers[name] for name in names.split(";") if name in headers}
+    raw = "&".join(part for part in environ["QUERY_STRING"].split("&") if not part.startswith("X-Amz-Signature="))
+    url = f"http://{headers['host']}{environ['REQUEST_URI'].partition('?')[0]}?{raw}"
+    request = AWSRequest(environ["REQUEST_METHOD"], url, headers=signed)
+    request.context["timestamp"] = stamp
+    expected = auth.signature(auth.string_to_sign(request, auth.canonical_request(request)), request)
+    if given != expected:
+        return "SignatureDoesNotMatch"
+    return "AccessDenied" if key_id == POWERLESS_KEY_ID else None
+
+
+def main() -> None:
+    """Serves until the other end of its input is gone."""
+    import threading
+
+    from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_backend_app
+    from werkzeug.serving import WSGIRequestHandler, make_server
+
+    moto = DomainDispatcherApplication(create_backend_app)
+
+    def checked(environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
+        code = fault(environ)
+        if code is None:
+            return moto(environ, start_response)
+        # Read what was sent, lest the connection break before the answer is seen.
+        environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
+        start_response("403 Forbidden", [("Content-Type", "application/xml")])
+        return [f"<Error><Code>{code}</Code><Message>refused by the check</Message></Error>".encode()]
+
+    class Handler(WSGIRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def log(self, *_: Any) -> None: ...
+
+    server = make_server("127.0.0.1", 0, checked, threaded=True, request_handler=Handler)
+    print(server.server_port, flush=True)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    sys.stdin.read()
+
+
+if __name__ == "__main__":
+    main()
