@@ -59,7 +59,8 @@ begin
     select p.oid::regprocedure from pg_catalog.pg_proc p
      where p.pronamespace = 'upload_pipeline'::regnamespace
        -- inner parts of the verbs, and what only the schema's owner may do
-       and p.proname not in ('new_job_id', 'wake_lanes', 'check_step', 'prepare_restart', 'drop_event_partitions')
+       and p.proname not in ('new_job_id', 'wake_lanes', 'check_step', 'prepare_restart', 'drop_event_partitions',
+                             'notify_watchers')
   loop
     execute format('grant execute on function %s to upload_worker, service_role', v_function);
   end loop;

@@ -171,7 +171,12 @@ class Settings(BaseSettings):
     estimate_seconds: Seconds = Field(
         default=60.0, description="Seconds that a document is taken to need while there is no history to go by."
     )
-    sse_interval: Seconds = Field(default=0.25, description="Seconds between two looks for events to stream.")
+    sse_interval: Seconds = Field(
+        default=0.25, description="Seconds between two looks for events to stream while no notification tells of them."
+    )
+    sse_listening_interval: Seconds = Field(
+        default=5.0, le=15.0, description="Seconds between two such looks while notifications arrive."
+    )
     sse_heartbeat: Seconds = Field(default=15.0, description="Seconds of silence before a stream says it is alive.")
     sse_seconds: Seconds = Field(
         default=3600.0, description="Seconds after which a stream ends; its client comes back and misses nothing."

@@ -41,6 +41,7 @@ READERS = {
     "stage_durations": {"upload_worker", "service_role"},
     "api_keys": set(),
     "rate_limits": set(),
+    "job_watches": set(),
     "job_overview": {"authenticated", "upload_worker", "service_role"},
     "queue_depth": {"authenticated", "upload_worker", "service_role"},
     "upload_history": {"authenticated", "upload_worker", "service_role"},
@@ -55,7 +56,14 @@ BACK_END = {"upload_worker", "service_role"}
 CALLERS = {
     **{
         key: set[str]()
-        for key in ("new_job_id", "wake_lanes", "check_step", "prepare_restart", "drop_event_partitions")
+        for key in (
+            "new_job_id",
+            "wake_lanes",
+            "check_step",
+            "prepare_restart",
+            "drop_event_partitions",
+            "notify_watchers",
+        )
     },
     **{key: {"authenticated", *BACK_END} for key in ("now", "search_chunks", "estimate_jobs")},
     **dict.fromkeys(
@@ -86,6 +94,7 @@ CALLERS = {
             "find_duplicate",
             "finish_deletion",
             "forget_full_buckets",
+            "forget_lost_watches",
             "forget_lost_workers",
             "list_api_keys",
             "max_retries",
@@ -108,6 +117,8 @@ CALLERS = {
             "take_tokens",
             "unfinished_deletions",
             "unregister_worker",
+            "unwatch_jobs",
+            "watch_jobs",
         ),
         BACK_END,
     ),

@@ -12,9 +12,10 @@ import pytest
 from probe_world import ProbeWorld, advance, steps_of, until_true
 from silent_proxy import SilentProxy
 
+from upload_pipeline.database import listening as listening_module
 from upload_pipeline.database.connection import ConnectionOptions, connect
-from upload_workers import wake
-from upload_workers.wake import AdaptivePoll, WakeListener
+from upload_pipeline.database.listening import Listener
+from upload_workers.wake import AdaptivePoll, wake_listener
 
 
 @pytest.mark.parametrize(("jitter", "factor"), [(0.0, 0.8), (0.5, 1.0), (1.0, 1.2)])
@@ -38,7 +39,7 @@ def test_equal_bounds_give_equal_waits() -> None:
 
 
 @asynccontextmanager
-async def listening(listener: WakeListener) -> AsyncIterator[None]:
+async def listening(listener: Listener) -> AsyncIterator[None]:
     task = asyncio.create_task(listener.run())
     try:
         yield
@@ -48,74 +49,77 @@ async def listening(listener: WakeListener) -> AsyncIterator[None]:
             await task
 
 
-def listener_on(url: str, *, pools: tuple[str, ...] = ("default",), probe_interval: float = 30.0) -> WakeListener:
+def listener_on(
+    url: str, *, pools: tuple[str, ...] = ("default",), probe_interval: float = 30.0
+) -> tuple[Listener, asyncio.Event]:
     options = ConnectionOptions(connect_timeout=1.0, statement_timeout=1.0)
-    return WakeListener(
-        lambda: connect(url, options), pools, asyncio.Event(), probe_interval=probe_interval, probe_timeout=0.5
-    )
+    wake = asyncio.Event()
+    listener = wake_listener(lambda: connect(url, options), pools, wake)
+    listener.probe_interval, listener.probe_timeout = probe_interval, 0.5
+    return listener, wake
 
 
 async def test_listener_proves_itself_and_has_the_worker_look_once(world: ProbeWorld) -> None:
-    listener = listener_on(world.worker_url)
+    listener, wake = listener_on(world.worker_url)
     async with listening(listener):
-        await asyncio.wait_for(listener.wake.wait(), 10)
+        await asyncio.wait_for(wake.wait(), 10)
         await until_true(lambda: listener.healthy, "the proof")
     assert listener.healthy
 
 
 async def test_notification_for_a_served_pool_wakes_and_any_other_does_not(world: ProbeWorld) -> None:
-    listener = listener_on(world.worker_url, pools=("a", "b"))
+    listener, wake = listener_on(world.worker_url, pools=("a", "b"))
     async with listening(listener):
         await until_true(lambda: listener.healthy, "the proof")
-        listener.wake.clear()
+        wake.clear()
         await world.admin.execute("select pg_notify('upload_pipeline_jobs', 'c')")
         await world.admin.execute("select pg_notify('upload_pipeline_jobs', 'probe:somebody else')")
         await asyncio.sleep(0.1)
-        assert not listener.wake.is_set()
+        assert not wake.is_set()
         await world.admin.execute("select pg_notify('upload_pipeline_jobs', 'b')")
-        await asyncio.wait_for(listener.wake.wait(), 10)
+        await asyncio.wait_for(wake.wait(), 10)
 
 
 async def test_deaf_listener_is_found_out_and_rebuilt(
     world: ProbeWorld, proxy: SilentProxy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(wake, "REBUILD_DELAYS", (0.05, 0.2))
-    listener = listener_on(proxy.url, probe_interval=0.1)
+    monkeypatch.setattr(listening_module, "REBUILD_DELAYS", (0.05, 0.2))
+    listener, wake = listener_on(proxy.url, probe_interval=0.1)
     async with listening(listener):
         await until_true(lambda: listener.healthy, "the proof")
         before = proxy.accepted
         proxy.silence()
         await until_true(lambda: not listener.healthy, "the listener to be found out")
         proxy.heal()
-        listener.wake.clear()
+        wake.clear()
         await until_true(lambda: listener.healthy, "a new proof")
         # what was notified in between is found by looking once
-        assert listener.wake.is_set()
+        assert wake.is_set()
         assert proxy.accepted > before
-        listener.wake.clear()
+        wake.clear()
         await world.admin.execute("select pg_notify('upload_pipeline_jobs', 'default')")
-        await asyncio.wait_for(listener.wake.wait(), 10)
+        await asyncio.wait_for(wake.wait(), 10)
 
 
 async def test_listener_whose_backend_ends_is_rebuilt_at_once_and_not_at_its_next_proof(
     world: ProbeWorld, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(wake, "REBUILD_DELAYS", (0.05, 0.2))
-    listener = listener_on(world.worker_url, probe_interval=3600.0)
+    monkeypatch.setattr(listening_module, "REBUILD_DELAYS", (0.05, 0.2))
+    listener, wake = listener_on(world.worker_url, probe_interval=3600.0)
     async with listening(listener):
         await until_true(lambda: listener.healthy, "the proof")
-        listener.wake.clear()
+        wake.clear()
         await world.admin.execute(
             "select pg_terminate_backend(pid) from pg_catalog.pg_stat_activity where usename = 'upload_worker'"
             " and datname = current_database()"
         )
-        await asyncio.wait_for(listener.wake.wait(), 10)
+        await asyncio.wait_for(wake.wait(), 10)
 
 
 async def test_rebuilding_starts_from_the_shortest_wait_after_each_time_of_health(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(wake, "REBUILD_DELAYS", (1.0, 4.0))
+    monkeypatch.setattr(listening_module, "REBUILD_DELAYS", (1.0, 4.0))
     waits: list[float] = []
     real_sleep = asyncio.sleep
 
@@ -130,8 +134,8 @@ async def test_rebuilding_starts_from_the_shortest_wait_after_each_time_of_healt
     async def refuse() -> asyncpg.Connection:
         raise ConnectionRefusedError("no database")
 
-    monkeypatch.setattr(wake.asyncio, "sleep", sleep)
-    listener = WakeListener(refuse, ("default",), asyncio.Event())
+    monkeypatch.setattr(listening_module.asyncio, "sleep", sleep)
+    listener = wake_listener(refuse, ("default",), asyncio.Event())
     with pytest.raises(asyncio.CancelledError):
         await listener.run()
     assert waits == [1.0, 2.0, 4.0, 4.0, 1.0, 2.0]

@@ -30,7 +30,7 @@ from upload_workers.runner import Runner
 from upload_workers.shutdown import on_signals
 from upload_workers.steps import Step, StepContext
 from upload_workers.upkeep import Upkeep
-from upload_workers.wake import AdaptivePoll, WakeListener
+from upload_workers.wake import AdaptivePoll, wake_listener
 
 log = structlog.get_logger(__name__)
 
@@ -124,7 +124,7 @@ async def running_worker(
             await memory.look()
             beside.append(asyncio.create_task(memory.run(), name="memory"))
         if not settings.transaction_pooler:
-            listener = WakeListener(partial(connect, worker_url, options), pools, runner.wake)
+            listener = wake_listener(partial(connect, worker_url, options), pools, runner.wake)
             beside.append(asyncio.create_task(listener.run(), name="listener"))
         stack.push_async_callback(_end, beside)
         keeper.start(asyncio.get_running_loop())

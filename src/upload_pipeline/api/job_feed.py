@@ -1,10 +1,10 @@
 """What is new of the jobs that somebody watches: one look for the whole process, however many clients there are.
 
-The feed asks the database some times a second for the events of all watched jobs at once, and asks nothing while nobody
-watches. It does not LISTEN, and that is measured: with sixteen writers a NOTIFY for each statement that writes events
-leaves less than half of the commits (NOTIFY serialises them), and still less than they were where it is sent only while
-somebody listens and never by two at once. A look costs the writers nothing, passes any pooler, and needs no second
-way for the case that a notification is lost.
+One task asks the database for the events of watched jobs, of all that are due at once, and asks nothing while nobody
+watches. What is due: a job that a notification names; a job for which notifications cannot be relied on yet, at short
+intervals (`WatchedJobs`); and now and then all of them. A notification only says when to look, so one that is lost
+costs time and nothing else. There is one LISTEN connection for the process; behind a transaction pooler there is none,
+and looking at short intervals is enough.
 
 Of each watched job the feed keeps the last events, ready to be sent, once for all that watch it. A client that is slow
 is a number: the id of the last event it was sent. One that falls behind what is kept reads the database.
@@ -24,10 +24,17 @@ from uuid import UUID
 import structlog
 from fastapi.encoders import jsonable_encoder
 
+from upload_pipeline.api.watched_jobs import WatchedJobs
 from upload_pipeline.database.failures import DATABASE_FAILURES
+from upload_pipeline.database.job_watches import EVENT_CHANNEL, job_ids_of
+from upload_pipeline.database.listening import Listener
 from upload_pipeline.database.user_jobs import JobEvent, JobNews, job_news
 
 if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
+    import asyncpg
+
     from upload_pipeline.database.queue import Executor
 
 log = structlog.get_logger(__name__)
@@ -38,7 +45,14 @@ KEPT_EVENTS = 256
 EVENTS_OF_A_LOOK = 200
 """Events that one look takes of one job; the next look takes the next ones."""
 
-_LONGEST_WAIT = 5.0
+LONGEST_TOLD_INTERVAL = 15.0
+"""Most seconds between two looks at all jobs; each renews the watches where that is due."""
+
+_GAP = 0.02
+"""Seconds between the beginnings of two looks: what is due within them is asked for at once."""
+
+_LONGEST_OUTAGE_WAIT = 5.0
+_FORGET_SECONDS = 1.0
 
 
 @dataclass
@@ -122,20 +136,30 @@ class JobFeed:
 
     Args:
         db: of role `upload_worker`.
-        interval: seconds between two looks.
+        interval: seconds between two looks at a job for which notifications cannot be relied on.
+        told_interval: seconds between two looks at all jobs.
     """
 
-    def __init__(self, db: Executor, *, interval: float) -> None:
+    def __init__(self, db: Executor, *, interval: float, told_interval: float) -> None:
         self._db = db
         self._interval = interval
+        self._told_interval = min(told_interval, LONGEST_TOLD_INTERVAL)
         self._tails: dict[UUID, _Tail] = {}
-        self._watched = asyncio.Event()
+        self._watches = WatchedJobs(db)
+        self._due: set[UUID] = set()
+        self._wake = asyncio.Event()
+        self._looked = self._polled = self._looked_at_all = float("-inf")
         self.closed = False
 
     @property
     def watchers(self) -> int:
         """How many clients watch."""
         return sum(tail.watchers for tail in self._tails.values())
+
+    @property
+    def listening(self) -> bool:
+        """Whether notifications arrive."""
+        return self._watches.listening
 
     @contextmanager
     def watch(self, job_id: UUID, *, after: int) -> Iterator[Watch]:
@@ -149,7 +173,7 @@ class JobFeed:
         tail.watchers += 1
         tail.joined += 1
         tail.finished = False
-        self._watched.set()
+        self._look_soon({job_id})
         try:
             yield Watch(self, tail)
         finally:
@@ -159,19 +183,30 @@ class JobFeed:
 
     async def run(self) -> None:
         """Looks until cancelled. Where the database does not answer it is asked again, less and less often."""
-        wait = self._interval
+        outage = 0.0
         while True:
-            await self._watched.wait()
-            await asyncio.sleep(wait)
-            if not self._tails:
-                self._watched.clear()
-                continue
+            await asyncio.sleep(outage)
+            await self._until_due()
             try:
-                await self._look()
-                wait = self._interval
+                await self._round()
+                outage = 0.0
             except DATABASE_FAILURES as error:
-                wait = min(wait * 2, max(_LONGEST_WAIT, self._interval))
-                log.warning("job_feed_failed", error=str(error) or type(error).__name__, retry_in=wait)
+                outage = min(max(outage * 2, self._interval), max(_LONGEST_OUTAGE_WAIT, self._interval))
+                log.warning("job_feed_failed", error=str(error) or type(error).__name__, retry_in=outage)
+
+    def heard(self, payload: str) -> None:
+        """A notification has come."""
+        self._look_soon(job_ids_of(payload) & self._tails.keys())
+
+    def proved(self) -> None:
+        """From now on notifications arrive."""
+        self._watches.proved()
+        self._wake.set()
+
+    def lost(self) -> None:
+        """They do not any more."""
+        self._watches.lost()
+        self._wake.set()
 
     def close(self) -> None:
         """Ends every watch: clients come back elsewhere, with the id of the last event they had."""
@@ -179,26 +214,93 @@ class JobFeed:
         for tail in self._tails.values():
             tail.tell()
 
-    async def _look(self) -> None:
-        asked = {job_id: (tail, tail.joined) for job_id, tail in self._tails.items()}
+    async def forget(self) -> None:
+        """Tells the database that nobody watches here any more; where it does not hear that, the watches run out."""
+        with suppress(*DATABASE_FAILURES):
+            async with asyncio.timeout(_FORGET_SECONDS):
+                await self._watches.end()
+
+    def _look_soon(self, job_ids: set[UUID]) -> None:
+        if job_ids:
+            self._due |= job_ids
+            self._wake.set()
+
+    async def _until_due(self) -> None:
+        now = asyncio.get_running_loop().time
+        while (wait := self._next_round() - now()) > 0:
+            self._wake.clear()
+            with suppress(TimeoutError):
+                async with asyncio.timeout(None if wait == float("inf") else wait):
+                    await self._wake.wait()
+
+    def _next_round(self) -> float:
+        if not self._tails:
+            return self._looked if len(self._watches) else float("inf")
+        if self._due:
+            return self._looked + _GAP
+        if all(self._watches.told(job_id) for job_id in self._tails):
+            return self._looked_at_all + self._told_interval
+        return self._polled + self._interval
+
+    async def _round(self) -> None:
+        self._looked = asyncio.get_running_loop().time()
+        due, self._due = self._due, set()
+        try:
+            await self._watches.keep(set(self._tails))
+            chosen = due & self._tails.keys()
+            if self._looked >= self._polled + self._interval:
+                chosen |= {job_id for job_id in self._tails if not self._watches.told(job_id)}
+                self._polled = self._looked
+            if self._looked >= self._looked_at_all + self._told_interval:
+                chosen |= self._tails.keys()
+                self._looked_at_all = self._looked
+            if chosen:
+                await self._look(chosen)
+        except BaseException:
+            self._due |= due
+            raise
+
+    async def _look(self, job_ids: set[UUID]) -> None:
+        asked = {job_id: (tail, tail.joined) for job_id in job_ids if (tail := self._tails.get(job_id))}
         known = {job_id: tail.last for job_id, (tail, _) in asked.items()}
-        for news in await job_news(self._db, known, limit=EVENTS_OF_A_LOOK):
+        found = await job_news(self._db, known, limit=EVENTS_OF_A_LOOK)
+        for news in found.jobs:
             tail, joined = asked[news.job_id]
             tail.take(news, joined)
+            if len(news.events) == EVENTS_OF_A_LOOK:
+                self._due.add(news.job_id)
+        self._watches.looked(asked, found.oldest_running)
 
 
 @asynccontextmanager
-async def running_feed(db: Executor, *, interval: float) -> AsyncGenerator[JobFeed]:
-    """A feed with its task, for as long as the context is open."""
-    feed = JobFeed(db, interval=interval)
-    task = asyncio.create_task(feed.run(), name="job feed")
+async def running_feed(
+    db: Executor,
+    *,
+    connect: Callable[[], Awaitable[asyncpg.Connection]] | None,
+    interval: float,
+    told_interval: float,
+) -> AsyncGenerator[JobFeed]:
+    """A feed with its tasks, for as long as the context is open.
+
+    Args:
+        db: of role `upload_worker`.
+        connect: opens a session connection to listen on; None where there can be none.
+        interval: as for `JobFeed`.
+        told_interval: as for `JobFeed`.
+    """
+    feed = JobFeed(db, interval=interval, told_interval=told_interval)
+    tasks = [asyncio.create_task(feed.run(), name="job feed")]
+    if connect is not None:
+        listener = Listener(connect, EVENT_CHANNEL, feed.heard, proved=feed.proved, lost=feed.lost)
+        tasks.append(asyncio.create_task(listener.run(), name="job feed listener"))
     try:
         yield feed
     finally:
         feed.close()
-        task.cancel()
-        with suppress(asyncio.CancelledError):
-            await task
+        for task in tasks:
+            task.cancel()
+        await asyncio.wait(tasks)
+        await feed.forget()
 
 
 def event_object(event: JobEvent) -> dict[str, object]:

@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import AsyncGenerator
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Annotated
 
 import asyncpg
@@ -13,7 +14,7 @@ from fastapi import Depends, Request
 
 from upload_pipeline.api.job_feed import JobFeed, running_feed
 from upload_pipeline.api.tokens import TokenVerifier, open_token_verifier
-from upload_pipeline.database.connection import connection_options
+from upload_pipeline.database.connection import connect, connection_options
 from upload_pipeline.database.pools import BoundedPool, open_pool
 from upload_pipeline.intake.staging import Intake
 from upload_pipeline.providers.embedding import Embedder, open_embedder
@@ -21,6 +22,9 @@ from upload_pipeline.providers.local_parser import LocalParser
 from upload_pipeline.settings import Settings
 from upload_pipeline.storage.signed_urls import UrlSigner, open_signer
 from upload_pipeline.storage.store import ObjectStore, open_store
+
+LISTENER_NAME = "upload-pipeline listen"
+"""What `pg_stat_activity` calls the one connection of a process that listens."""
 
 _CLOSE_SECONDS = 2.0
 
@@ -75,7 +79,17 @@ async def open_resources(settings: Settings, database_url: str) -> AsyncGenerato
         stack.callback(parser.close)
         tokens = await stack.enter_async_context(open_token_verifier(settings))
         signer = open_signer(settings)
-        job_feed = await stack.enter_async_context(running_feed(db, interval=settings.sse_interval))
+        listening = None
+        if not settings.transaction_pooler:
+            listening = partial(connect, database_url, connection_options(settings, LISTENER_NAME))
+        job_feed = await stack.enter_async_context(
+            running_feed(
+                db,
+                connect=listening,
+                interval=settings.sse_interval,
+                told_interval=settings.sse_listening_interval,
+            )
+        )
         yield Resources(
             settings=settings,
             database_url=database_url,

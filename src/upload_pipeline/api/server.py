@@ -14,6 +14,7 @@ import uvicorn
 
 from upload_pipeline.api.app import create_app
 from upload_pipeline.api.resources import Resources, open_resources
+from upload_pipeline.database.job_watches import forget_lost_watches
 from upload_pipeline.database.migration_state import require_migrations
 from upload_pipeline.database.queue import Executor
 from upload_pipeline.database.rate_limits import forget_full_buckets
@@ -23,7 +24,7 @@ from upload_pipeline.settings import Settings
 log = structlog.get_logger(__name__)
 
 HOUSEKEEPING_SECONDS = 300.0
-"""Between two removals of buckets that are full again."""
+"""Between two removals of buckets that are full again, and of what processes that were killed watched."""
 
 _BACKLOG = 2048
 _KEEP_ALIVE_SECONDS = 65  # longer than the 60 s of usual load balancers, so that they and not we close idle connections
@@ -142,5 +143,6 @@ async def _keep_house(db: Executor) -> None:
         await asyncio.sleep(HOUSEKEEPING_SECONDS)
         try:
             await forget_full_buckets(db)
+            await forget_lost_watches(db)
         except Exception as error:  # noqa: BLE001 - it is tried again, and nothing waits for it
             log.warning("housekeeping_failed", error=str(error) or type(error).__name__)

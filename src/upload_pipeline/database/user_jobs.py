@@ -97,6 +97,19 @@ class JobNews:
     events: tuple[JobEvent, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class News:
+    """What one look found.
+
+    Attributes:
+        jobs: those that have ended or have news.
+        oldest_running: every transaction with a smaller id had ended, and the look has seen what it wrote.
+    """
+
+    jobs: list[JobNews]
+    oldest_running: int
+
+
 # One call estimates for the whole page. Whether a document is being deleted is for its policy to say.
 _STATUS = """
 with page as materialized ({page})
@@ -153,17 +166,21 @@ select {_EVENT_COLUMNS}
 """  # noqa: S608 - the columns are a constant
 
 _NEWS = f"""
-select w.job_id as watched, j.state::text as state, j.job_id is null or j.finished_at is not null as finished, n.*
-  from unnest($1::uuid[], $2::bigint[]) w (job_id, after)
-  left join lateral (select u.job_id, u.state, u.finished_at from upload_pipeline.upload_jobs u
-                      where u.job_id = w.job_id) j on true
-  left join lateral (
-    select {_EVENT_COLUMNS}
-      from upload_pipeline.events e
-     where e.job_id = w.job_id and e.event_id > w.after
-     order by e.event_id limit $3) n on true
- where n.event_id is not null or j.job_id is null or j.finished_at is not null
- order by w.job_id, n.event_id
+select pg_snapshot_xmin(pg_current_snapshot())::text::bigint as oldest_running, f.*
+  from (select) s
+  left join (
+    select w.job_id as watched, j.state::text as job_state,
+           j.job_id is null or j.finished_at is not null as finished, n.*
+      from unnest($1::uuid[], $2::bigint[]) w (job_id, after)
+      left join lateral (select u.job_id, u.state, u.finished_at from upload_pipeline.upload_jobs u
+                          where u.job_id = w.job_id) j on true
+      left join lateral (
+        select {_EVENT_COLUMNS}
+          from upload_pipeline.events e
+         where e.job_id = w.job_id and e.event_id > w.after
+         order by e.event_id limit $3) n on true
+     where n.event_id is not null or j.job_id is null or j.finished_at is not null) f on true
+ order by f.watched, f.event_id
 """  # noqa: S608 - the columns are a constant
 
 
@@ -229,7 +246,7 @@ async def list_events(connection: Executor, job_id: UUID, *, after: int, limit: 
     return [_event(row) for row in await connection.fetch(_EVENTS, job_id, after, limit)]
 
 
-async def job_news(db: Executor, watched: Mapping[UUID, int], *, limit: int) -> list[JobNews]:
+async def job_news(db: Executor, watched: Mapping[UUID, int], *, limit: int) -> News:
     """Those of some jobs that have ended or have events behind a given id; one statement, so one moment.
 
     The one query here that runs as `upload_worker`: who may watch a job is asked when the watching begins.
@@ -242,17 +259,20 @@ async def job_news(db: Executor, watched: Mapping[UUID, int], *, limit: int) -> 
         watched: for each job the id of the last event that is known.
         limit: most events of one job.
     """
-    if not watched:
-        return []
     found: dict[UUID, tuple[bool, str | None, list[JobEvent]]] = {}
+    oldest_running = 0
     for row in await db.fetch(_NEWS, list(watched), list(watched.values()), limit):
-        _, _, events = found.setdefault(row["watched"], (row["finished"], row["state"], []))
+        oldest_running = row["oldest_running"]
+        if row["watched"] is None:
+            continue
+        _, _, events = found.setdefault(row["watched"], (row["finished"], row["job_state"], []))
         if row["event_id"] is not None:
             events.append(_event(row))
-    return [
+    jobs = [
         JobNews(job_id, finished and len(events) < limit, state, tuple(events))
         for job_id, (finished, state, events) in found.items()
     ]
+    return News(jobs, oldest_running)
 
 
 def _status(row: Any) -> JobStatus:
