@@ -67,6 +67,7 @@ create type upload_pipeline.event_code as enum (
   'job_restarted',
   'job_done',
   'orphan_removed',
+  'capacity_warning',
   'worker_started',
   'worker_stopped'
 );

@@ -31,6 +31,7 @@ class EventCode(StrEnum):
     JOB_RESTARTED = "job_restarted"
     JOB_DONE = "job_done"
     ORPHAN_REMOVED = "orphan_removed"
+    CAPACITY_WARNING = "capacity_warning"
     WORKER_STARTED = "worker_started"
     WORKER_STOPPED = "worker_stopped"
 

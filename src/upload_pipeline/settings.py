@@ -53,6 +53,11 @@ class Settings(BaseSettings):
 
     # limits
     max_file_bytes: int = Field(default=25 * 1024 * 1024, gt=0, description="Largest file that intake takes.")
+    max_concurrent_batch_bytes: int = Field(
+        default=5 * 1024**3,
+        gt=0,
+        description="Bytes that batch requests may be sending, with those of the jobs at work, over all processes.",
+    )
     min_free_bytes: int = Field(
         default=256 * 1024**2,
         ge=0,
