@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any
-from urllib.parse import parse_qsl
+from urllib.parse import parse_qsl, quote, urlencode
 
 ACCESS_KEY_ID = "AKIATEST"
 SECRET_ACCESS_KEY = "correct horse battery staple"
@@ -111,8 +111,9 @@ def fault(environ: dict[str, Any]) -> str | None:
     credentials = Credentials(key_id, SECRET_ACCESS_KEY)
     auth = S3SigV4QueryAuth(credentials, "s3", region) if presigned else S3SigV4Auth(credentials, "s3", region)
     signed = {name: headers[name] for name in names.split(";") if name in headers}
-    raw = "&".join(part for part in environ["QUERY_STRING"].split("&") if not part.startswith("X-Amz-Signature="))
-    url = f"http://{headers['host']}{environ['REQUEST_URI'].partition('?')[0]}?{raw}"
+    # S3 signs what a query means: clients on the way may have escaped it in another way.
+    query.pop("X-Amz-Signature", None)
+    url = f"http://{headers['host']}{environ['REQUEST_URI'].partition('?')[0]}?{urlencode(query, quote_via=quote)}"
     request = AWSRequest(environ["REQUEST_METHOD"], url, headers=signed)
     request.context["timestamp"] = stamp
     expected = auth.signature(auth.string_to_sign(request, auth.canonical_request(request)), request)

@@ -1,0 +1,65 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from upload_pipeline.errors import ErrorCode, PipelineError
+from upload_pipeline.settings import load_settings
+from upload_pipeline.storage_address import Bucket, Directory, parse_storage_url
+
+
+@pytest.mark.parametrize(
+    ("url", "address"),
+    [
+        ("file:///var/lib/x", Directory(Path("/var/lib/x"))),
+        ("file:///with space%20", Directory(Path("/with space%20"))),
+        ("s3://bucket", Bucket("bucket", "")),
+        ("s3://bucket/", Bucket("bucket", "")),
+        ("s3://my.buck-et/a/b", Bucket("my.buck-et", "a/b")),
+        ("s3://bucket/a/b//", Bucket("bucket", "a/b")),
+    ],
+)
+def test_a_url_names_a_directory_or_a_bucket(url, address):
+    assert parse_storage_url(url) == address
+
+
+BAD = [
+    "bucket",
+    "gs://bucket",
+    "S3://bucket",
+    "s3:bucket",
+    "s3://",
+    "s3:///prefix",
+    "s3://ab",
+    "s3://Bucket",
+    "s3://bucket?region=x",
+    "s3://bucket:9000",
+    "s3://key:hunter2@bucket",
+    "s3://bucket//a",
+    "s3://bucket/a//b",
+    "s3://bucket/../b",
+    "s3://bucket/.hidden",
+    "s3://bucket/a b",
+    "s3://bucket/é",
+    "s3://bucket/" + "a" * 513,
+    "s3://bucket/a\0",
+    "file://relative",
+    "file:///",
+]
+
+
+@pytest.mark.parametrize("url", BAD)
+def test_a_url_that_names_nothing_is_refused_with_what_is_allowed(url):
+    with pytest.raises(ValueError, match=r"file:///|s3://|512"):
+        parse_storage_url(url)
+
+
+@pytest.mark.parametrize("url", ["gs://bucket", "s3://key:hunter2@bucket"])
+def test_settings_refuse_it_at_the_start_and_show_no_password(url, tmp_path):
+    with pytest.raises(PipelineError) as caught:
+        load_settings(home=tmp_path, storage_url=url)
+    assert caught.value.code is ErrorCode.SETTING_INVALID
+    assert "UPLOAD_PIPELINE_STORAGE_URL=" in caught.value.message
+    assert "s3://<bucket>[/<prefix>]" in caught.value.message
+    assert "hunter2" not in caught.value.message
