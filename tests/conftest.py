@@ -10,6 +10,7 @@ from uuid import uuid4
 import asyncpg
 import psycopg
 import pytest
+from clamd_server import running_clamd
 from hypothesis import settings
 from postgres_servers import FAST, Database, remove_servers_of_dead_runs, temporary_home
 from psycopg import sql
@@ -99,6 +100,13 @@ async def worker(database: Database) -> AsyncIterator[asyncpg.Connection]:
     connection = await connect(database.worker_url)
     yield connection
     await connection.close()
+
+
+@pytest.fixture(scope="session")
+def clamd_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A real virus scanner that knows one harmless signature of ours; without one here, the test is left out."""
+    with running_clamd(tmp_path_factory.mktemp("clamd")) as url:
+        yield url
 
 
 @pytest.fixture(scope="session")

@@ -24,6 +24,7 @@ class ErrorCode(StrEnum):
     TYPE_MISMATCH = "TYPE_MISMATCH"
     ENCRYPTED = "ENCRYPTED"
     CORRUPT_FILE = "CORRUPT_FILE"
+    MALWARE_FOUND = "MALWARE_FOUND"
     # what came with it
     INVALID_METADATA = "INVALID_METADATA"
     INVALID_ARGUMENT = "INVALID_ARGUMENT"
@@ -37,6 +38,8 @@ class ErrorCode(StrEnum):
     INVALID_KEY = "INVALID_KEY"
     OBJECT_MISSING = "OBJECT_MISSING"
     CHECKSUM_MISMATCH = "CHECKSUM_MISMATCH"
+    # the virus scanner
+    SCANNER_UNAVAILABLE = "SCANNER_UNAVAILABLE"
     # parsing, chunking, embedding
     PARSE_FAILED = "PARSE_FAILED"
     PARSE_EMPTY = "PARSE_EMPTY"
@@ -81,6 +84,7 @@ RETRYABLE: frozenset[ErrorCode] = frozenset(
         ErrorCode.FILE_CHANGED,
         ErrorCode.STORAGE_UNAVAILABLE,
         ErrorCode.INSUFFICIENT_STORAGE,
+        ErrorCode.SCANNER_UNAVAILABLE,
         ErrorCode.PARSE_TIMEOUT,
         ErrorCode.EMBED_FAILED,
         ErrorCode.STAGE_TIMEOUT,
@@ -102,6 +106,7 @@ HTTP_STATUS: dict[ErrorCode, int] = {
     ErrorCode.TYPE_MISMATCH: 415,
     ErrorCode.ENCRYPTED: 400,
     ErrorCode.CORRUPT_FILE: 400,
+    ErrorCode.MALWARE_FOUND: 400,
     ErrorCode.INVALID_METADATA: 400,
     ErrorCode.INVALID_ARGUMENT: 400,
     ErrorCode.INVALID_MAPPING: 400,
@@ -113,6 +118,7 @@ HTTP_STATUS: dict[ErrorCode, int] = {
     ErrorCode.INVALID_KEY: 400,
     ErrorCode.OBJECT_MISSING: 409,
     ErrorCode.CHECKSUM_MISMATCH: 400,
+    ErrorCode.SCANNER_UNAVAILABLE: 503,
     ErrorCode.PARSE_FAILED: 400,
     ErrorCode.PARSE_EMPTY: 400,
     ErrorCode.PARSE_TIMEOUT: 503,

@@ -63,6 +63,14 @@ class Settings(BaseSettings):
         ge=0,
         description="Bytes that must stay free where local objects and temporary files lie; uploads are refused below.",
     )
+    max_policy_bytes: int = Field(
+        default=100 * 1024 * 1024, gt=0, description="Largest insurance policy that is taken, in bytes."
+    )
+    clamd_url: str = Field(
+        default="",
+        description="Virus scanner that sees every file: clamd at `tcp://host:port` or `unix:///path`; empty: none.",
+    )
+    clamd_timeout: Seconds = Field(default=120.0, description="Seconds that each wait for the virus scanner may take.")
     parse_timeout: Seconds = Field(default=120.0, description="Wall-clock seconds that one parse may take.")
     parse_memory_bytes: int = Field(
         default=1024**3, ge=128 * 1024**2, description="Memory that one parse may use, in bytes."
