@@ -58,3 +58,19 @@ def test_a_database_without_the_schema_says_migrate(terminal: Terminal, empty_da
     ill = {check["check"]: check["message"] for check in report.object()["checks"] if not check["ok"]}
     assert "upload-pipeline migrate" in ill["migrations"]
     assert "upload-pipeline migrate" in ill["extension"]
+
+
+def test_a_virus_scanner_is_tried_with_the_largest_file(terminal: Terminal, clamd_url: str) -> None:
+    def scanner(**settings: str) -> dict[str, object]:
+        report = terminal("doctor", "--json", **settings)
+        found: dict[str, object] = next(check for check in report.object()["checks"] if check["check"] == "scanner")
+        assert report.status == (0 if found["ok"] else 1)
+        return found
+
+    sizes = {"max_file_bytes": "1000000", "max_policy_bytes": "3000000"}
+    sound = scanner(clamd_url=clamd_url, **sizes)
+    assert sound["ok"]
+    assert "3000000 bytes" in str(sound["message"])
+    small = scanner(clamd_url=clamd_url, **(sizes | {"max_policy_bytes": "5000000"}))
+    assert not small["ok"]
+    assert "StreamMaxLength" in str(small["message"])

@@ -22,6 +22,7 @@ from upload_pipeline.providers.local_parser import LocalParser
 from upload_pipeline.settings import Settings
 from upload_pipeline.storage.signed_urls import UrlSigner, open_signer
 from upload_pipeline.storage.store import ObjectStore, open_store
+from upload_pipeline.storage.virus_scan import open_scanner
 
 LISTENER_NAME = "upload-pipeline listen"
 """What `pg_stat_activity` calls the one connection of a process that listens."""
@@ -103,6 +104,7 @@ async def open_resources(settings: Settings, database_url: str) -> AsyncGenerato
                 settings.max_file_bytes,
                 settings.home / "scratch",
                 min_free_bytes=settings.min_free_bytes,
+                scanner=open_scanner(settings.clamd_url, seconds=settings.clamd_timeout),
             ),
             tokens=tokens,
             signer=signer,

@@ -60,6 +60,8 @@ async def check_all(settings: Settings) -> list[Finding]:
     findings = [Finding("settings", True, f"every setting is allowed; local state in {settings.home}")]
     findings += await asyncio.to_thread(_check_database, settings)
     findings.append(await _guarded("storage", _check_storage, settings))
+    if settings.clamd_url:
+        findings.append(await _guarded("scanner", _check_scanner, settings))
     findings.append(await _guarded("parser", _check_parser, settings))
     findings.append(await _guarded("embedder", _check_embedder, settings))
     findings.append(await _guarded("api", _check_api, settings))
@@ -194,6 +196,18 @@ async def _check_storage(settings: Settings) -> str:
     await store.put_bytes(key, b"doctor")
     await store.delete([key])
     return f"{without_password(settings.effective_storage_url)} can be written"
+
+
+async def _check_scanner(settings: Settings) -> str:
+    from upload_pipeline.storage.virus_scan import open_scanner
+
+    scanner = open_scanner(settings.clamd_url, seconds=settings.clamd_timeout)
+    if scanner is None:
+        raise RuntimeError("there is no scanner to check")
+    version = await scanner.version()
+    largest = max(settings.max_file_bytes, settings.max_policy_bytes)
+    await scanner.check(largest)
+    return f"{version} takes files of up to {largest} bytes"
 
 
 async def _check_parser(settings: Settings) -> str:

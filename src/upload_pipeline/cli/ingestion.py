@@ -32,6 +32,7 @@ from upload_pipeline.intake.accept import accept_path
 from upload_pipeline.intake.staging import Intake
 from upload_pipeline.providers.local_parser import LocalParser
 from upload_pipeline.storage.store import open_store
+from upload_pipeline.storage.virus_scan import open_scanner
 
 if TYPE_CHECKING:
     from upload_pipeline.database.queue import Executor
@@ -183,6 +184,7 @@ async def ingest(settings: Settings, request: Request, display: Display) -> Inge
             settings.max_file_bytes,
             settings.home / "scratch",
             min_free_bytes=settings.min_free_bytes,
+            scanner=open_scanner(settings.clamd_url, seconds=settings.clamd_timeout),
         )
         async with _intakes(intake, request, run) as taking:
             await _follow(db, run, taking, worker, display, stop)

@@ -27,6 +27,7 @@ from upload_pipeline.storage.free_space import require_free
 from upload_pipeline.storage.keys import incoming_key, raw_key
 from upload_pipeline.storage.objects import StoredObject
 from upload_pipeline.storage.store import ObjectStore
+from upload_pipeline.storage.virus_scan import VirusScanner
 
 log = structlog.get_logger(__name__)
 
@@ -44,6 +45,7 @@ class Intake:
         scratch: directory for local copies; made where it is missing.
         retry_seconds: how long a database that is away is waited for once the bytes are in place.
         min_free_bytes: bytes that must stay free on the disks of the store and of `scratch`.
+        scanner: sees all bytes on their way; None where there is none.
     """
 
     db: Executor
@@ -53,6 +55,7 @@ class Intake:
     scratch: Path
     retry_seconds: float = 5.0
     min_free_bytes: int = 0
+    scanner: VirusScanner | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,8 +114,8 @@ async def stage_stream(
     local copy goes in either case.
 
     Raises:
-        PipelineError: `FILE_TOO_LARGE`, `EMPTY_FILE`, `UNSUPPORTED_TYPE`, `TYPE_MISMATCH`, `ENCRYPTED`; and as the
-            store does. What `chunks` raises comes out unchanged.
+        PipelineError: `EMPTY_FILE`, `UNSUPPORTED_TYPE`, `TYPE_MISMATCH`, `ENCRYPTED`; and as `store_chunks` does.
+            What `chunks` raises comes out unchanged.
     """
     incoming = incoming_key(uuid4())
     async with removed_on_failure(intake.store, incoming):
@@ -191,14 +194,24 @@ async def store_chunks(
 
     Raises:
         PipelineError: `FILE_TOO_LARGE` naming the file and the limit; `INSUFFICIENT_STORAGE` where fewer bytes than
-            `intake.min_free_bytes` would stay free, or the disk fills on the way; and as the store does.
+            `intake.min_free_bytes` would stay free, or the disk fills on the way; `MALWARE_FOUND` and
+            `SCANNER_UNAVAILABLE`, when the object is there and the caller's to remove; and as the store does.
     """
     await intake.store.require_room(floor=intake.min_free_bytes, expected=expected)
     try:
-        return await intake.store.put_stream(key, chunks, max_bytes=max_bytes, head_bytes=HEAD_BYTES)
+        if intake.scanner is None:
+            return await intake.store.put_stream(key, chunks, max_bytes=max_bytes, head_bytes=HEAD_BYTES)
+        async with intake.scanner.scan(filename) as scan:
+            passing = scan.passing(chunks)
+            stored = await intake.store.put_stream(key, passing, max_bytes=max_bytes, head_bytes=HEAD_BYTES)
+            # Not within the writing, which has a bound of its own between two blocks: a verdict may take longer.
+            await scan.verdict()
+            return stored
     except PipelineError as error:
         if error.code is ErrorCode.FILE_TOO_LARGE:
             raise too_large(filename, max_bytes) from error
+        if error.code is ErrorCode.MALWARE_FOUND:
+            log.warning("malware_found", filename=filename, signature=error.details["signature"])
         raise
 
 
