@@ -18,6 +18,7 @@ from upload_pipeline.api import (
     policy_graph,
     search,
     service_routes,
+    uploads,
 )
 from upload_pipeline.api.body_limit import BodyLimit
 from upload_pipeline.api.error_bodies import install_error_handlers
@@ -40,6 +41,7 @@ ROUTERS: tuple[APIRouter, ...] = (
     search.router,
     policy_graph.router,
     history.router,
+    uploads.router,
 )
 """The routers whose every route has a caller (`CurrentPrincipal`); they are counted by `within_limits`."""
 

@@ -89,6 +89,21 @@ _DESCRIPTIONS = {
 }
 
 
+def invalid_field(field: str, problem: str, code: ErrorCode = ErrorCode.INVALID_ARGUMENT) -> PipelineError:
+    """The error for a part of a request that does not validate, as FastAPI's own validation has it.
+
+    Args:
+        field: the part, as the caller named it.
+        problem: what is wrong with it, without a full stop.
+        code: where there is a more exact one.
+    """
+    return PipelineError(
+        code,
+        f"The request does not validate: {field}: {problem}.",
+        {"fields": [{"field": field, "problem": problem}]},
+    )
+
+
 def error_response(error: PipelineError, correlation_id: str) -> Response:
     """The answer for an error; its message and details only where the cause is not ours (a status below 500)."""
     status = HTTP_STATUS[error.code]

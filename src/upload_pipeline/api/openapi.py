@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from fastapi.openapi.utils import get_openapi
 
 from upload_pipeline.api.error_bodies import ErrorBody, documented_errors
+from upload_pipeline.api.upload_bodies import UploadForm, UploadRequest
 from upload_pipeline.errors import HTTP_STATUS, ErrorCode
 
 if TYPE_CHECKING:
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
 _METHODS = frozenset({"get", "put", "post", "delete", "patch"})
 _ERROR_REF = {"$ref": "#/components/schemas/ErrorBody"}
 _UNUSED_SCHEMAS = ("HTTPValidationError", "ValidationError")
+_STREAMED_BODIES = (UploadRequest, UploadForm)
+"""Bodies that routes read themselves and refer to by name: FastAPI does not know them."""
 _ALWAYS = (400, 413, 500, 503)
 """What any route can answer: to a body or a Host that is none, to a body that is too large, and faults of ours."""
 
@@ -89,10 +92,11 @@ def _completed(document: dict[str, Any]) -> dict[str, Any]:
     schemas = document.setdefault("components", {}).setdefault("schemas", {})
     for unused in _UNUSED_SCHEMAS:
         schemas.pop(unused, None)
-    body = ErrorBody.model_json_schema(ref_template="#/components/schemas/{model}")
-    for name, schema in body.pop("$defs").items():
-        schemas.setdefault(name, schema)
-    schemas.setdefault("ErrorBody", body)
+    for model in (ErrorBody, *_STREAMED_BODIES):
+        made = model.model_json_schema(ref_template="#/components/schemas/{model}")
+        for name, schema in made.pop("$defs", {}).items():
+            schemas.setdefault(name, schema)
+        schemas.setdefault(model.__name__, made)
     for path in document["paths"].values():
         for method, operation in path.items():
             if method in _METHODS:

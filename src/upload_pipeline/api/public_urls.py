@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from uuid import UUID
+
 from fastapi import Request
 
 from upload_pipeline.settings import Settings
@@ -16,3 +18,8 @@ def public_url(request: Request, settings: Settings, path: str) -> str:
         path: begins with a slash, escaped, with its query.
     """
     return (settings.api_public_url or str(request.base_url)).rstrip("/") + path
+
+
+def status_url(request: Request, settings: Settings, job_id: UUID | None) -> str | None:
+    """Where a job tells how far it is; None where there is no job."""
+    return None if job_id is None else public_url(request, settings, f"/api/v2/jobs/{job_id}")
