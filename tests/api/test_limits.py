@@ -2,13 +2,13 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import AsyncIterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from uuid import UUID, uuid4
 
 import asyncpg
 import pytest
-from fastapi import Depends
 from hypothesis import given
 from hypothesis import strategies as st
 from in_process import open_api, token
@@ -16,9 +16,9 @@ from issuer import USER
 from job_rows import add_job
 from postgres_servers import Database
 
-from upload_pipeline.api.limits import within_limits
 from upload_pipeline.database.pools import open_pool
 from upload_pipeline.database.rate_limits import Bucket, BucketState, count_open_jobs, forget_full_buckets, take_tokens
+from upload_pipeline.settings import load_settings
 
 OTHER = UUID("22222222-2222-4222-8222-222222222222")
 START = datetime(2030, 1, 1, tzinfo=UTC)
@@ -172,33 +172,55 @@ async def test_the_status_of_one_job_is_read_ten_times_a_minute(
 
 
 async def test_uploads_are_counted_by_the_minute_by_the_day_and_by_the_jobs_that_are_open(
-    database: Database, tmp_path: Path, admin: asyncpg.Connection
+    database: Database, tmp_path: Path
 ) -> None:
     async def uploads(count: int, **limits: int) -> list[int]:
         async with open_api(database, tmp_path, **limits) as api:
-            # whatever the route makes of a request that says nothing: it is counted first
-            api.app.add_api_route("/api/v2/upload", nothing, methods=["POST"], dependencies=[Depends(within_limits)])
-            user = uuid4()
-            headers = {"Authorization": f"Bearer {token(user)}"}
-            for _ in range(limits.get("limit_open_jobs", 0)):
-                await add_job(admin, user)
-            answers = [await api.client.post("/api/v2/upload", headers=headers) for _ in range(count)]
+            headers = {"Authorization": f"Bearer {token(uuid4())}"}
+            answers = [
+                await api.client.post(
+                    "/api/v2/upload", headers=headers, files={"file": ("note.txt", f"Words of file {number}.".encode())}
+                )
+                for number in range(count)
+            ]
+        expected = "TOO_MANY_OPEN_JOBS" if "limit_open_jobs" in limits else "RATE_LIMITED"
         for answer in answers:
             if answer.status_code == 429:
-                assert answer.json()["error"]["code"] in ("RATE_LIMITED", "TOO_MANY_OPEN_JOBS")
+                assert answer.json()["error"]["code"] == expected
+                assert answer.headers["X-RateLimit-Limit"] == str(next(iter(limits.values())))
                 assert int(answer.headers["Retry-After"]) >= 1
                 assert answer.headers["X-RateLimit-Remaining"] == "0"
                 assert int(answer.headers["X-RateLimit-Reset"]) > time.time()
-        return [answer.status_code == 429 for answer in answers].count(True)
+        return [answer.status_code for answer in answers]
 
-    assert await uploads(5, limit_uploads_per_minute=3) == 2
-    assert await uploads(5, limit_uploads_per_day=4) == 1
-    assert await uploads(2, limit_open_jobs=2) == 2
-    assert await uploads(5) == 0
+    assert await uploads(5, limit_uploads_per_minute=3) == [202, 202, 202, 429, 429]
+    assert await uploads(5, limit_uploads_per_day=4) == [202, 202, 202, 202, 429]
+    assert await uploads(3, limit_open_jobs=2) == [202, 202, 429]
+    assert await uploads(5) == [202] * 5
 
 
-async def nothing() -> None:
-    """Takes an upload of nothing."""
+async def test_an_upload_that_is_refused_counts_and_one_beyond_the_limit_is_not_read(
+    database: Database, tmp_path: Path
+) -> None:
+    async with open_api(database, tmp_path, limit_uploads_per_minute=2) as api:
+        headers = {"Authorization": f"Bearer {token()}"}
+        answers = [await api.client.post("/api/v2/upload", headers=headers, content=b"none") for _ in range(3)]
+        assert [answer.status_code for answer in answers] == [415, 415, 429]
+
+        async def never() -> AsyncIterator[bytes]:
+            raise AssertionError("the body was read")
+            yield b""
+
+        headers["Content-Type"] = "multipart/form-data; boundary=b"
+        headers["Content-Length"] = "10000"
+        refused = await api.client.post("/api/v2/upload", headers=headers, content=never())
+        assert refused.status_code == 429
+
+
+def test_by_default_thirty_files_a_day_come_in_and_ten_a_minute() -> None:
+    settings = load_settings()
+    limits = settings.limit_uploads_per_day, settings.limit_uploads_per_minute, settings.limit_open_jobs
+    assert limits == (30, 10, 500)
 
 
 async def test_counting_costs_the_same_however_many_buckets_and_jobs_there_are(admin: asyncpg.Connection) -> None:
