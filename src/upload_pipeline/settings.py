@@ -194,6 +194,12 @@ class Settings(BaseSettings):
     sse_seconds: Seconds = Field(
         default=3600.0, description="Seconds after which a stream ends; its client comes back and misses nothing."
     )
+    sse_streams_per_user: int = Field(
+        default=1000, ge=1, description="Streams of events of one user that one process has open at once."
+    )
+    sse_streams: int = Field(
+        default=4000, ge=1, description="Streams of events of all users that one process has open at once."
+    )
     sse_retry: Seconds = Field(default=3.0, description="Seconds that a client waits before it comes back.")
 
     # limits of the HTTP service, shared by all its processes

@@ -2013,13 +2013,13 @@ $$;
 
 -- The key of a prefix, where it may be used now. Whoever asks compares the hash, in constant time.
 create function upload_pipeline.find_api_key(p_prefix text)
-returns table (key_id uuid, key_sha256 text, user_id uuid, roles text[], stale boolean)
+returns table (key_id uuid, key_sha256 text, user_id uuid, roles text[], expires_at timestamptz, stale boolean)
 language sql
 stable
 security definer
 set search_path = ''
 as $$
-  select k.key_id, k.key_sha256, k.user_id, k.roles,
+  select k.key_id, k.key_sha256, k.user_id, k.roles, k.expires_at,
          k.last_used_at is null or k.last_used_at < upload_pipeline.now() - interval '1 minute'
     from upload_pipeline.api_keys k
    where k.prefix = p_prefix and k.revoked_at is null

@@ -17,7 +17,8 @@ async def test_a_token_of_a_home_is_good_there_and_nowhere_else(tmp_path: Path) 
     settings = load_settings(home=tmp_path / "one")
     token = development_token(settings, USER, roles=["ADMIN"])
     async with open_token_verifier(settings) as verifier:
-        assert await verifier.verify(token) == (USER, frozenset({"ADMIN"}))
+        known = await verifier.verify(token)
+        assert (known.user_id, known.roles) == (USER, frozenset({"ADMIN"}))
         with pytest.raises(PipelineError):
             await verifier.verify(signed(claims()))
     async with open_token_verifier(load_settings(home=tmp_path / "two")) as verifier:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -15,6 +17,7 @@ import pytest
 from tests.api.job_rows import add_job, advance, claim, event_ids
 from tests.api.live_service import LiveService, follow, frames, new_user, running_service, service_settings, token
 from upload_pipeline.api import job_feed
+from upload_pipeline.api.api_keys import make_key
 from upload_pipeline.database import queue
 
 
@@ -194,11 +197,14 @@ async def test_streams_survive_the_loss_of_all_database_connections(
 async def test_closing_the_feed_ends_open_streams(service: LiveService, admin: asyncpg.Connection) -> None:
     user = new_user()
     job = await add_job(admin, user)
-    following = asyncio.create_task(follow(service.client(user), job))
-    await asyncio.sleep(0.2)
-    service.resources.job_feed.close()
-    told = await asyncio.wait_for(following, 10)
-    assert told[-1].event is None
+    headers = {"Accept": "text/event-stream"}
+    async with service.client(user).stream("GET", f"/api/v2/jobs/{job}/events", headers=headers) as response:
+        told = frames(response)
+        while (await anext(told)).data is None:
+            pass
+        service.resources.job_feed.close()
+        async with asyncio.timeout(10):
+            assert [frame async for frame in told if frame.event] == []
 
 
 async def test_a_stream_ends_in_time_and_its_client_resumes(
@@ -213,6 +219,81 @@ async def test_a_stream_ends_in_time_and_its_client_resumes(
         await advance(admin, await claim(admin, job), "embedded")
         second = await follow(service.client(user), job, first[-1].id)
     assert [frame.id for frame in (*first, *second[:-1])] == await event_ids(admin, job)
+
+
+@pytest.mark.parametrize("credentials", ["token", "api key"])
+async def test_a_stream_does_not_outlive_its_credentials(
+    service: LiveService, admin: asyncpg.Connection, credentials: str
+) -> None:
+    user = new_user()
+    job = await add_job(admin, user)
+    if credentials == "token":
+        headers = {"Authorization": f"Bearer {token(user, exp=int(time.time()) + 2)}"}
+        ends = int(time.time()) + 2.0
+    else:
+        key = make_key()
+        ends = time.time() + 1
+        await admin.execute(
+            "select upload_pipeline.create_api_key($1, $2, $3, 'test', '{}', $4)",
+            key.prefix,
+            key.key_sha256,
+            user,
+            datetime.fromtimestamp(ends, UTC),
+        )
+        headers = {"X-API-Key": key.key}
+    client = service.client(**headers)
+    told = await asyncio.wait_for(follow(client, job), 10)
+    assert [frame.data["code"] for frame in told] == ["job_enqueued"]
+    assert -1 < time.time() - ends < 3
+    # the one who comes back has to show others, and misses nothing
+    if credentials == "api key":
+        assert (await client.get(f"/api/v2/jobs/{job}/events")).status_code == 401
+    await queue.cancel_job(admin, job)
+    assert (await follow(service.client(user), job, told[-1].id))[-1].data == {"state": "cancelled"}
+
+
+@pytest.mark.parametrize("limit", ["sse_streams_per_user", "sse_streams"])
+async def test_streams_beyond_the_cap_are_refused_until_one_ends(
+    database: Any, admin: asyncpg.Connection, tmp_path: Path, limit: str
+) -> None:
+    one, other = new_user(), new_user()
+    jobs = {user: await add_job(admin, user) for user in (one, other)}
+    last = one if limit == "sse_streams_per_user" else other
+    async with running_service(service_settings(database.worker_url, tmp_path, **{limit: 2})) as service:
+        streams = service.resources.streams
+        following = [asyncio.create_task(follow(service.client(one), jobs[one])) for _ in range(2)]
+        async with asyncio.timeout(10):
+            while len(streams) < 2:
+                await asyncio.sleep(0.01)
+        client = service.client(last)
+        refused = await client.get(f"/api/v2/jobs/{jobs[last]}/events", headers={"Accept": "text/event-stream"})
+        assert refused.status_code == 429
+        assert refused.json()["error"]["code"] == "TOO_MANY_STREAMS"
+        assert (refused.headers["X-RateLimit-Limit"], refused.headers["X-RateLimit-Remaining"]) == ("2", "0")
+        assert int(refused.headers["Retry-After"]) > 0
+        assert int(refused.headers["X-RateLimit-Reset"]) > time.time()
+        # the history as JSON is no stream; nor does a stream of no job keep a place
+        assert (await client.get(f"/api/v2/jobs/{jobs[last]}/events")).status_code == 200
+        if limit == "sse_streams_per_user":
+            missing = await service.client(other).get(
+                f"/api/v2/jobs/{jobs[one]}/events", headers={"Accept": "text/event-stream"}
+            )
+            assert missing.status_code == 404
+        following[0].cancel()
+        async with asyncio.timeout(10):
+            while len(streams) > 1:
+                await asyncio.sleep(0.01)
+        following.append(asyncio.create_task(follow(client, jobs[last])))
+        async with asyncio.timeout(10):
+            while len(streams) < 2:
+                await asyncio.sleep(0.01)
+        for job in jobs.values():
+            await queue.cancel_job(admin, job)
+        for task in following[1:]:
+            assert (await asyncio.wait_for(task, 10))[-1].data == {"state": "cancelled"}
+        async with asyncio.timeout(10):
+            while len(streams):
+                await asyncio.sleep(0.01)
 
 
 async def test_a_client_that_leaves_is_forgotten(service: LiveService, admin: asyncpg.Connection) -> None:

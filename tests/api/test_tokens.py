@@ -23,7 +23,7 @@ from issuer import (
     signed,
 )
 
-from upload_pipeline.api.tokens import TokenVerifier, open_token_verifier
+from upload_pipeline.api.tokens import KnownUser, TokenVerifier, open_token_verifier
 from upload_pipeline.errors import ErrorCode, PipelineError
 from upload_pipeline.settings import load_settings
 
@@ -54,18 +54,17 @@ async def refusal(verifier: TokenVerifier, token: str) -> PipelineError:
 
 
 async def test_a_good_token_names_the_user_and_the_roles_that_only_the_issuer_writes(verifier: TokenVerifier) -> None:
-    assert await verifier.verify(signed(claims())) == (USER, frozenset({"ADMIN"}))
-    assert await verifier.verify(signed(claims(), rsa_key(), algorithm="RS256", kid="rsa")) == (
-        USER,
-        frozenset({"ADMIN"}),
-    )
+    good = claims()
+    known = KnownUser(USER, frozenset({"ADMIN"}), good["exp"])
+    assert await verifier.verify(signed(good)) == known
+    assert await verifier.verify(signed(good, rsa_key(), algorithm="RS256", kid="rsa")) == known
 
 
 @pytest.mark.parametrize(
     "metadata", [None, [], "ADMIN", {"roles": None}, {"roles": "ADMIN"}, {"roles": {"ADMIN": 1}}, {"roles": [1, None]}]
 )
 async def test_app_metadata_of_another_form_gives_no_roles(verifier: TokenVerifier, metadata: object) -> None:
-    assert await verifier.verify(signed(claims(app_metadata=metadata))) == (USER, frozenset())
+    assert (await verifier.verify(signed(claims(app_metadata=metadata)))).roles == frozenset()
 
 
 @pytest.mark.parametrize("attack", ATTACKS)
@@ -85,7 +84,7 @@ async def test_a_shared_secret_counts_where_it_is_configured_and_public_keys_the
     by_secret: TokenVerifier,
 ) -> None:
     good = jwt.encode(claims(), SECRET, algorithm="HS256")
-    assert (await by_secret.verify(good))[0] == USER
+    assert (await by_secret.verify(good)).user_id == USER
     for token in (
         signed(claims()),
         signed(claims(), rsa_key(), algorithm="RS256", kid="rsa"),
@@ -112,7 +111,7 @@ async def test_a_symmetric_or_short_key_in_the_published_list_counts_for_nothing
         "text",  # type: ignore[list-item]
         jwk(ec_key(), "good"),
     ]
-    assert (await verifier.verify(signed(claims(), kid="good")))[0] == USER
+    assert (await verifier.verify(signed(claims(), kid="good"))).user_id == USER
     with pytest.warns(jwt.warnings.InsecureKeyLengthWarning):
         short = signed(claims(), rsa_key(1024), algorithm="RS256", kid="short")
     for token in (

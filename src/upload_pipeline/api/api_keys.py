@@ -12,8 +12,8 @@ import re
 import secrets
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
-from uuid import UUID
 
+from upload_pipeline.api.tokens import KnownUser
 from upload_pipeline.database import api_keys
 
 if TYPE_CHECKING:
@@ -44,8 +44,8 @@ def make_key() -> NewKey:
     return NewKey(key, prefix, _sha256(key))
 
 
-async def find_user(db: Executor, key: str) -> tuple[UUID, frozenset[str]] | None:
-    """The user and the roles of a key; None where it is no key that may be used now.
+async def find_user(db: Executor, key: str) -> KnownUser | None:
+    """The user and the roles of a key, and its end; None where it is no key that may be used now.
 
     Args:
         db: as role `upload_worker`.
@@ -61,7 +61,8 @@ async def find_user(db: Executor, key: str) -> tuple[UUID, frozenset[str]] | Non
         return None
     if found.stale:
         await api_keys.note_api_key_use(db, found.key_id)
-    return found.user_id, frozenset(found.roles)
+    ends = None if found.expires_at is None else found.expires_at.timestamp()
+    return KnownUser(found.user_id, frozenset(found.roles), ends)
 
 
 def _sha256(key: str) -> str:

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from collections.abc import AsyncGenerator
+from contextlib import ExitStack
 from typing import Annotated, Any
 from uuid import UUID
 
 from fastapi import APIRouter, Header, Query, Request
 from starlette.responses import Response, StreamingResponse
+from starlette.types import Receive, Scope, Send
 
 from upload_pipeline.api.error_bodies import documented_errors
 from upload_pipeline.api.job_bodies import EVENT_EXAMPLE, Event, EventPage
 from upload_pipeline.api.job_feed import Watch, event_frame
 from upload_pipeline.api.jobs import JobId, no_such_job
-from upload_pipeline.api.principals import CurrentPrincipal
+from upload_pipeline.api.principals import CurrentPrincipal, Principal
 from upload_pipeline.api.resources import AppResources, Resources
 from upload_pipeline.database.as_user import as_user
 from upload_pipeline.database.user_jobs import last_event_id, list_events
@@ -75,7 +78,7 @@ async def read_events(
 ) -> Response:
     """Oldest first. A client that comes back with `Last-Event-ID` misses nothing and gets nothing twice."""
     if EVENT_STREAM in request.headers.get("Accept", ""):
-        return await _stream(resources, principal.user_id, job_id, int(last_event_id_header or 0))
+        return await _stream(resources, principal, job_id, int(last_event_id_header or 0))
     async with as_user(resources.db, principal.user_id) as connection:
         if await last_event_id(connection, job_id) is None:
             raise no_such_job(job_id)
@@ -85,22 +88,45 @@ async def read_events(
     return Response(page.model_dump_json(), media_type="application/json")
 
 
-async def _stream(resources: Resources, user_id: UUID, job_id: UUID, after: int) -> Response:
-    async with as_user(resources.db, user_id) as connection:
-        newest = await last_event_id(connection, job_id)
-    if newest is None:
-        raise no_such_job(job_id)
-    # An id that the job has not reached would hide what is to come.
-    frames = _frames(resources, user_id, job_id, min(after, newest))
-    return StreamingResponse(frames, media_type=EVENT_STREAM, headers=_STREAM_HEADERS)
+class _EventStream(StreamingResponse):
+    """A stream that holds a place among the open ones until it has ended, however that comes about."""
+
+    def __init__(self, frames: AsyncGenerator[bytes], place: ExitStack) -> None:
+        super().__init__(frames, media_type=EVENT_STREAM, headers=_STREAM_HEADERS)
+        self._place = place
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        with self._place:
+            await super().__call__(scope, receive, send)
 
 
-async def _frames(resources: Resources, user_id: UUID, job_id: UUID, after: int) -> AsyncGenerator[bytes]:
+async def _stream(resources: Resources, principal: Principal, job_id: UUID, after: int) -> Response:
+    with ExitStack() as stack:
+        stack.enter_context(resources.streams.opened(principal.user_id))
+        async with as_user(resources.db, principal.user_id) as connection:
+            newest = await last_event_id(connection, job_id)
+        if newest is None:
+            raise no_such_job(job_id)
+        # An id that the job has not reached would hide what is to come.
+        frames = _frames(resources, principal.user_id, job_id, min(after, newest), _seconds(resources, principal))
+        return _EventStream(frames, stack.pop_all())
+
+
+def _seconds(resources: Resources, principal: Principal) -> float:
+    """How long a stream may last: what it shows is for whom the credentials name, as long as they are good."""
+    longest = resources.settings.sse_seconds
+    return longest if principal.expires_at is None else min(longest, principal.expires_at - time.time())
+
+
+async def _frames(
+    resources: Resources, user_id: UUID, job_id: UUID, after: int, seconds: float
+) -> AsyncGenerator[bytes]:
     settings = resources.settings
-    deadline = asyncio.get_running_loop().time() + settings.sse_seconds
+    now = asyncio.get_running_loop().time
+    deadline = now() + seconds
     with resources.job_feed.watch(job_id, after=after) as watch:
         yield f"retry: {round(settings.sse_retry * 1000)}\n\n".encode()
-        while not watch.closed and asyncio.get_running_loop().time() < deadline:
+        while not watch.closed and now() < deadline:
             frames = watch.frames_after(after)
             if frames is None:
                 frames = await _older_frames(resources, user_id, job_id, after)
@@ -116,7 +142,7 @@ async def _frames(resources: Resources, user_id: UUID, job_id: UUID, after: int)
             if watch.finished:
                 yield _end_frame(watch)
                 return
-            if not await watch.wait(settings.sse_heartbeat):
+            if not await watch.wait(min(settings.sse_heartbeat, deadline - now())) and now() < deadline:
                 yield b": heart-beat\n\n"
 
 

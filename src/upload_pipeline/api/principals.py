@@ -23,11 +23,13 @@ class Principal:
         user_id: whose rows it may see.
         roles: of the application, as `ADMIN`; never the database's.
         kind: how it was found.
+        expires_at: seconds since 1970 after which its credentials are good no more; None where they stay good.
     """
 
     user_id: UUID
     roles: frozenset[str]
     kind: Literal["jwt", "api_key"]
+    expires_at: float | None = None
 
 
 _bearer = HTTPBearer(auto_error=False, bearerFormat="JWT", description="A user's access token.")
@@ -42,7 +44,8 @@ async def _current_principal(
 ) -> Principal:
     # The first credentials that are there decide: a bad token beside a good key is no mistake to overlook.
     if bearer is not None:
-        principal = Principal(*await resources.tokens.verify(bearer.credentials), "jwt")
+        known = await resources.tokens.verify(bearer.credentials)
+        principal = Principal(known.user_id, known.roles, "jwt", known.expires_at)
     elif api_key is not None:
         found = await find_user(resources.db, api_key)
         if found is None:
@@ -50,7 +53,7 @@ async def _current_principal(
                 ErrorCode.UNAUTHENTICATED,
                 "The API key is not accepted: it is unknown, revoked or has expired. Ask the operator for a new one.",
             )
-        principal = Principal(*found, "api_key")
+        principal = Principal(found.user_id, found.roles, "api_key", found.expires_at)
     else:
         raise PipelineError(
             ErrorCode.UNAUTHENTICATED,

@@ -13,6 +13,7 @@ import asyncpg
 from fastapi import Depends, Request
 
 from upload_pipeline.api.job_feed import JobFeed, running_feed
+from upload_pipeline.api.open_streams import OpenStreams
 from upload_pipeline.api.tokens import TokenVerifier, open_token_verifier
 from upload_pipeline.database.connection import connect, connection_options
 from upload_pipeline.database.pools import BoundedPool, open_pool
@@ -44,6 +45,7 @@ class Resources:
         tokens: tells users by their tokens.
         signer: signs URLs of objects, where the store does not.
         job_feed: tells what is new of jobs that somebody watches.
+        streams: counts the open streams of events.
     """
 
     settings: Settings
@@ -55,6 +57,7 @@ class Resources:
     tokens: TokenVerifier
     signer: UrlSigner
     job_feed: JobFeed
+    streams: OpenStreams
 
 
 @asynccontextmanager
@@ -109,6 +112,7 @@ async def open_resources(settings: Settings, database_url: str) -> AsyncGenerato
             tokens=tokens,
             signer=signer,
             job_feed=job_feed,
+            streams=OpenStreams(of_a_user=settings.sse_streams_per_user, in_all=settings.sse_streams),
         )
 
 

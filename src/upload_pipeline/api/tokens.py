@@ -34,6 +34,20 @@ FindKey = Callable[[str | None], Awaitable[PyJWK | None]]
 
 
 @dataclass(frozen=True, slots=True)
+class KnownUser:
+    """Whom credentials name.
+
+    Attributes:
+        roles: of the application.
+        expires_at: seconds since 1970 after which the credentials are good no more; None where they stay good.
+    """
+
+    user_id: UUID
+    roles: frozenset[str]
+    expires_at: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class TokenVerifier:
     """Tells users by their tokens.
 
@@ -49,8 +63,8 @@ class TokenVerifier:
     audience: str
     leeway: float
 
-    async def verify(self, token: str) -> tuple[UUID, frozenset[str]]:
-        """The user and the application roles of a token.
+    async def verify(self, token: str) -> KnownUser:
+        """The user and the application roles of a token, and its end.
 
         Roles are those in `app_metadata.roles`, which only the issuer writes.
 
@@ -89,7 +103,7 @@ class TokenVerifier:
             raise _refused("its `sub` is no UUID") from error
         if not user_id.int:
             raise _refused("its `sub` is nobody")
-        return user_id, _roles(claims)
+        return KnownUser(user_id, _roles(claims), float(claims["exp"]))
 
 
 _REASONS: dict[type[BaseException], str] = {

@@ -30,6 +30,7 @@ class StoredKey:
 
     Attributes:
         key_sha256: of the whole key, 64 lower-case hexadecimal digits.
+        expires_at: None where it never does.
         stale: whether its last use was noted more than a minute ago.
     """
 
@@ -37,6 +38,7 @@ class StoredKey:
     key_sha256: str
     user_id: UUID
     roles: tuple[str, ...]
+    expires_at: datetime | None
     stale: bool
 
 
@@ -60,7 +62,7 @@ async def find_api_key(db: Executor, prefix: str) -> StoredKey | None:
     row = await db.fetchrow("select * from upload_pipeline.find_api_key($1)", prefix)
     if row is None:
         return None
-    return StoredKey(row["key_id"], row["key_sha256"], row["user_id"], tuple(row["roles"]), row["stale"])
+    return StoredKey(**{**dict(row), "roles": tuple(row["roles"])})
 
 
 async def note_api_key_use(db: Executor, key_id: UUID) -> None:
