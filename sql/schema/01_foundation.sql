@@ -66,6 +66,8 @@ create type upload_pipeline.event_code as enum (
   'job_cancelled',
   'job_restarted',
   'job_done',
+  'batch_accepted',
+  'batch_completed',
   'orphan_removed',
   'capacity_warning',
   'worker_started',

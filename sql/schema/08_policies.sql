@@ -16,14 +16,14 @@ begin
   foreach v_table in array array[
     'stages', 'embedding_models', 'documents', 'upload_jobs', 'job_outcomes', 'lanes', 'events', 'document_chunk_buffer',
     'document_vector_buffer', 'document_chunks', 'document_nodes', 'document_edges', 'workers',
-    'stage_durations', 'policies']
+    'stage_durations', 'policies', 'batches', 'batch_members']
   loop
     execute format('create policy %I on upload_pipeline.%I for select to upload_worker using (true)', v_table || '_worker', v_table);
     execute format('grant select on upload_pipeline.%I to upload_worker, service_role', v_table);
   end loop;
 
   foreach v_table in array array[
-    'upload_jobs', 'job_outcomes', 'events', 'document_nodes', 'document_edges', 'policies']
+    'upload_jobs', 'job_outcomes', 'events', 'document_nodes', 'document_edges', 'policies', 'batches', 'batch_members']
   loop
     execute format(
       'create policy %I on upload_pipeline.%I for select to authenticated using (user_id = (select auth.uid()))',
@@ -40,7 +40,8 @@ create policy document_chunks_owner on upload_pipeline.document_chunks for selec
   using (user_id = (select auth.uid()) and live);
 create policy stages_reader on upload_pipeline.stages for select to authenticated using (true);
 grant select on upload_pipeline.documents, upload_pipeline.document_chunks, upload_pipeline.stages to authenticated;
-grant select on upload_pipeline.job_overview, upload_pipeline.queue_depth, upload_pipeline.upload_history to authenticated, upload_worker, service_role;
+grant select on upload_pipeline.job_overview, upload_pipeline.queue_depth, upload_pipeline.upload_history,
+  upload_pipeline.batch_overview, upload_pipeline.batch_member_overview to authenticated, upload_worker, service_role;
 
 -- Functions are executable by everybody unless that is taken back.
 revoke execute on all functions in schema upload_pipeline from public;
@@ -60,7 +61,7 @@ begin
      where p.pronamespace = 'upload_pipeline'::regnamespace
        -- inner parts of the verbs, and what only the schema's owner may do
        and p.proname not in ('new_job_id', 'wake_lanes', 'check_step', 'prepare_restart', 'drop_event_partitions',
-                             'notify_watchers')
+                             'notify_watchers', 'settle_batch_members')
   loop
     execute format('grant execute on function %s to upload_worker, service_role', v_function);
   end loop;

@@ -30,6 +30,8 @@ class EventCode(StrEnum):
     JOB_CANCELLED = "job_cancelled"
     JOB_RESTARTED = "job_restarted"
     JOB_DONE = "job_done"
+    BATCH_ACCEPTED = "batch_accepted"
+    BATCH_COMPLETED = "batch_completed"
     ORPHAN_REMOVED = "orphan_removed"
     CAPACITY_WARNING = "capacity_warning"
     WORKER_STARTED = "worker_started"

@@ -43,6 +43,10 @@ READERS = {
     "api_keys": set(),
     "rate_limits": set(),
     "job_watches": set(),
+    "batches": {"authenticated", "upload_worker", "service_role"},
+    "batch_members": {"authenticated", "upload_worker", "service_role"},
+    "batch_overview": {"authenticated", "upload_worker", "service_role"},
+    "batch_member_overview": {"authenticated", "upload_worker", "service_role"},
     "job_overview": {"authenticated", "upload_worker", "service_role"},
     "queue_depth": {"authenticated", "upload_worker", "service_role"},
     "upload_history": {"authenticated", "upload_worker", "service_role"},
@@ -64,6 +68,7 @@ CALLERS = {
             "prepare_restart",
             "drop_event_partitions",
             "notify_watchers",
+            "settle_batch_members",
         )
     },
     **{key: {"authenticated", *BACK_END} for key in ("now", "search_chunks", "estimate_jobs")},
@@ -79,6 +84,7 @@ CALLERS = {
             "buffer_chunks",
             "buffer_vectors",
             "bytes_at_work",
+            "cancel_batch",
             "cancel_job",
             "check_lease",
             "chunk_search_vector",
@@ -89,6 +95,7 @@ CALLERS = {
             "commit_parse",
             "count_open_jobs",
             "create_api_key",
+            "create_batch",
             "enqueue_job",
             "enqueue_jobs",
             "ensure_event_partitions",
@@ -102,6 +109,8 @@ CALLERS = {
             "list_api_keys",
             "max_retries",
             "note_api_key_use",
+            "note_batches",
+            "note_completed_batches",
             "pending_vectors",
             "promote_due",
             "reap_expired",
@@ -113,6 +122,7 @@ CALLERS = {
             "release_jobs",
             "renew_admissions",
             "renew_leases",
+            "retry_batch",
             "retry_delay",
             "retry_job",
             "revoke_api_key",
@@ -212,6 +222,8 @@ def filled(admin: Connection, worker: Connection) -> Connection:
         )
     for user in (OWNER, STRANGER):
         enqueue(worker, add_document(admin, user), user)
+        members = '[{"ordinal": 0, "filename": "a.txt", "error_code": "EMPTY_FILE", "error_message": "It is empty."}]'
+        worker.execute("select upload_pipeline.create_batch(%s, %s, %s)", [uuid4(), user, members])
     return admin
 
 
