@@ -1,4 +1,4 @@
-"""Batches: one function for each SQL function of `sql/schema/06_batches.sql`, which tells what they do; their status."""
+"""Batches: one function for each SQL function of `sql/schema/06_batches.sql`, which tells what they do; the status."""
 
 from __future__ import annotations
 
