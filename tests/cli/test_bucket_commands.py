@@ -1,0 +1,101 @@
+"""The commands with their objects in a bucket, on a server that speaks S3."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import time
+from pathlib import Path
+from uuid import uuid4
+
+import psycopg
+import pytest
+from command_runs import Terminal
+from postgres_servers import Database
+from s3_servers import S3Server
+
+from upload_pipeline.storage.keys import incoming_key, raw_key
+from upload_pipeline.storage.store import open_store
+
+
+@pytest.fixture
+def settings(s3_server: S3Server, s3_bucket: str, database: Database, terminal: Terminal) -> dict[str, str]:
+    """Of commands that keep their objects below a prefix of the test's bucket."""
+    terminal.environment.update(s3_server.environment())
+    return {"storage_url": f"s3://{s3_bucket}/claims/2026", "database_url": database.worker_url}
+
+
+def keys(server: S3Server, bucket: str) -> list[str]:
+    return re.findall(r"<Key>([^<]+)</Key>", server.listing(bucket))
+
+
+def wait_for_worker(database: Database) -> None:
+    with psycopg.connect(database.admin_url, autocommit=True) as connection:
+        deadline = time.monotonic() + 30
+        while connection.execute("select count(*) from upload_pipeline.workers").fetchone() == (0,):
+            assert time.monotonic() < deadline, "no worker signed on"
+            time.sleep(0.05)
+
+
+def test_files_go_through_a_bucket_and_leave_nothing_in_it(
+    terminal: Terminal,
+    files: Path,
+    user: str,
+    settings: dict[str, str],
+    database: Database,
+    s3_server: S3Server,
+    s3_bucket: str,
+) -> None:
+    with terminal.running("worker", **settings):
+        wait_for_worker(database)
+        ended = terminal("ingest", files / "roof.md", files / "note.txt", "--user", user, "--json", **settings)
+    assert ended.status == 0, ended.err
+    documents = {line["document_id"] for line in ended.lines()}
+    assert {line["state"] for line in ended.lines()} == {"done"}
+    kept = keys(s3_server, s3_bucket)
+    assert len(kept) == 6
+    assert all(key.startswith(("claims/2026/raw/", "claims/2026/parsed/")) for key in kept)
+
+    hits = terminal("search", "cracked shingles", "--user", user, "--limit", "1", "--json", **settings).object()["hits"]
+    assert hits[0]["filename"] == "roof.md"
+
+    for document in documents:
+        assert terminal("delete", document, **settings).status == 0
+    assert keys(s3_server, s3_bucket) == []
+
+
+def test_maintenance_removes_orphans_of_a_bucket_and_nothing_that_is_not_ours(
+    terminal: Terminal, settings: dict[str, str], s3_server: S3Server, s3_bucket: str
+) -> None:
+    async def leave_things() -> None:
+        store, whole = open_store(settings["storage_url"]), open_store(f"s3://{s3_bucket}")
+        await store.put_bytes(raw_key(uuid4(), uuid4()), b"no row names it")
+        await store.put_bytes(incoming_key(uuid4()), b"an upload that never ended")
+        await store.put_bytes("somebody/elses", b"not ours")
+        await whole.put_bytes(raw_key(uuid4(), uuid4()), b"outside the prefix")
+
+    asyncio.run(leave_things())
+    assert terminal("maintenance", **settings).status == 0
+    assert len(keys(s3_server, s3_bucket)) == 4
+    time.sleep(2)  # S3's times are whole seconds
+    ended = terminal("maintenance", orphan_grace="1", **settings)
+    assert ended.status == 0
+    left = keys(s3_server, s3_bucket)
+    assert len(left) == 2
+    assert "claims/2026/somebody/elses" in left
+
+
+def test_doctor_looks_at_the_bucket(
+    terminal: Terminal, settings: dict[str, str], s3_server: S3Server, s3_bucket: str
+) -> None:
+    checks = {check["check"]: check for check in terminal("doctor", "--json", **settings).object()["checks"]}
+    assert checks["storage"]["ok"], checks["storage"]
+    assert settings["storage_url"] in checks["storage"]["message"]
+    assert keys(s3_server, s3_bucket) == []
+
+
+def test_a_store_that_is_none_stops_the_command_before_anything_else(bare_terminal: Terminal) -> None:
+    ended = bare_terminal("worker", storage_url="gs://bucket")
+    assert ended.status != 0
+    assert "UPLOAD_PIPELINE_STORAGE_URL='gs://bucket' is not allowed" in ended.err
+    assert "s3://<bucket>[/<prefix>]" in ended.err
