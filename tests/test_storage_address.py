@@ -63,3 +63,14 @@ def test_settings_refuse_it_at_the_start_and_show_no_password(url, tmp_path):
     assert "UPLOAD_PIPELINE_STORAGE_URL=" in caught.value.message
     assert "s3://<bucket>[/<prefix>]" in caught.value.message
     assert "hunter2" not in caught.value.message
+
+
+@pytest.mark.parametrize(
+    "endpoint", ["files.example.com", "s3://x", "https://", "https://user:hunter2@x", "https://x/path"]
+)
+def test_a_public_endpoint_is_a_scheme_and_a_host(endpoint, tmp_path):
+    load_settings(home=tmp_path, storage_public_endpoint="https://files.example.com:9000/")
+    with pytest.raises(PipelineError) as caught:
+        load_settings(home=tmp_path, storage_public_endpoint=endpoint)
+    assert "UPLOAD_PIPELINE_STORAGE_PUBLIC_ENDPOINT=" in caught.value.message
+    assert "hunter2" not in caught.value.message

@@ -46,6 +46,12 @@ class Settings(BaseSettings):
         default="",
         description="Object store: `file:///<path>` or `s3://<bucket>[/<prefix>]`; empty means `file://<home>/storage`.",
     )
+    storage_public_endpoint: str = Field(
+        default="",
+        pattern=r"^(https?://[^/@\s]+/?)?$",
+        description="Where clients reach the bucket's server by signed URLs, as `https://files.example.com`; empty: "
+        "where this process does.",
+    )
 
     # what does the work
     parser: Literal["local"] = Field(default="local", description="Who turns files into Markdown.")

@@ -85,15 +85,6 @@ def test_maintenance_removes_orphans_of_a_bucket_and_nothing_that_is_not_ours(
     assert "claims/2026/somebody/elses" in left
 
 
-def test_doctor_looks_at_the_bucket(
-    terminal: Terminal, settings: dict[str, str], s3_server: S3Server, s3_bucket: str
-) -> None:
-    checks = {check["check"]: check for check in terminal("doctor", "--json", **settings).object()["checks"]}
-    assert checks["storage"]["ok"], checks["storage"]
-    assert settings["storage_url"] in checks["storage"]["message"]
-    assert keys(s3_server, s3_bucket) == []
-
-
 def test_a_store_that_is_none_stops_the_command_before_anything_else(bare_terminal: Terminal) -> None:
     ended = bare_terminal("worker", storage_url="gs://bucket")
     assert ended.status != 0

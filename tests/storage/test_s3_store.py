@@ -329,3 +329,12 @@ async def test_temporary_keys_sign_with_their_token(s3_bucket):
     assert signed is not None
     assert "X-Amz-Security-Token=to%2Fk%2Ben%3D" in signed.url
     assert await put(signed, b"x") == 200
+
+
+@pytest.mark.parametrize("specific", [None, "http://127.0.0.1:9"])
+async def test_clients_are_sent_to_the_public_endpoint(s3_server, s3_bucket, specific):
+    with environment(AWS_ENDPOINT_URL="http://127.0.0.1:9", AWS_ENDPOINT_URL_S3=specific):
+        store = open_store(f"s3://{s3_bucket}", public_endpoint=s3_server.endpoint + "/")
+    signed = await store.sign_put(KEY, media_type="text/plain", file_bytes=1, expires_in=MINUTE)
+    assert await put(signed, b"x") == 200
+    assert f"<Key>{KEY}</Key>" in s3_server.listing(s3_bucket)

@@ -76,7 +76,7 @@ async def open_resources(settings: Settings, database_url: str) -> AsyncGenerato
             database_url, connection_options(settings, "upload-pipeline serve"), size=settings.pool_size
         )
         stack.push_async_callback(_close_pool, db)
-        store = open_store(settings.effective_storage_url)
+        store = open_store(settings.effective_storage_url, public_endpoint=settings.storage_public_endpoint)
         embedder = open_embedder(settings.embedder)
         stack.push_async_callback(embedder.close)
         parser = LocalParser(settings.parse_timeout, settings.parse_memory_bytes)

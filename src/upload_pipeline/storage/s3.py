@@ -42,8 +42,12 @@ _ENDPOINT_VARIABLES = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT"
 _YES = frozenset({"1", "true", "yes", "on", "y", "t"})
 
 
-def open_bucket(bucket: Bucket) -> ObstoreBackend:
+def open_bucket(bucket: Bucket, public_endpoint: str = "") -> ObstoreBackend:
     """Opens a bucket; asks nothing of it yet.
+
+    Args:
+        bucket: which.
+        public_endpoint: where others reach it by the URLs that are signed for them; empty: where this process does.
 
     Raises:
         PipelineError: `SETTING_INVALID` for environment variables that do not fit.
@@ -55,7 +59,11 @@ def open_bucket(bucket: Bucket) -> ObstoreBackend:
         "timeout": _WHOLE_REQUEST,
     }
     try:
-        place = S3Store(bucket.name, prefix=bucket.prefix or None, client_options=options, retry_config=_RETRIES)
+        prefix = bucket.prefix or None
+        place = S3Store(bucket.name, prefix=prefix, client_options=options, retry_config=_RETRIES)
+        shown = place
+        if public_endpoint:
+            shown = S3Store(bucket.name, prefix=prefix, config={"aws_endpoint_url_s3": public_endpoint.rstrip("/")})
     except (BaseError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise PipelineError(
@@ -65,7 +73,7 @@ def open_bucket(bucket: Bucket) -> ObstoreBackend:
             {"setting": "AWS_*"},
         ) from error
     key_id, secret = os.environ.get("AWS_ACCESS_KEY_ID"), os.environ.get("AWS_SECRET_ACCESS_KEY")
-    return ObstoreBackend(place, Presigner(place, key_id, secret) if key_id and secret else None)
+    return ObstoreBackend(place, Presigner(shown, key_id, secret) if key_id and secret else None)
 
 
 def _plain_http() -> bool:

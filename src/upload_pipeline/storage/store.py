@@ -345,12 +345,13 @@ class ObjectStore:
             raise failures.translate(error, action, key) from error
 
 
-def open_store(url: str, *, progress_seconds: float = PROGRESS_SECONDS) -> ObjectStore:
+def open_store(url: str, *, public_endpoint: str = "", progress_seconds: float = PROGRESS_SECONDS) -> ObjectStore:
     """Opens the store that a URL names.
 
     Args:
         url: as `storage_address.parse_storage_url` takes it. A directory is made, with permissions for the owner
             only, where it is missing; a bucket is not, and is not asked for anything yet.
+        public_endpoint: of a bucket, where clients reach it by signed URLs; empty: where this process does.
         progress_seconds: see `ObjectStore`.
 
     Raises:
@@ -366,7 +367,7 @@ def open_store(url: str, *, progress_seconds: float = PROGRESS_SECONDS) -> Objec
             {"setting": failures.STORAGE_SETTING, "value": without_password(url), "allowed": list(ALLOWED)},
         ) from error
     if isinstance(address, Bucket):
-        return ObjectStore(open_bucket(address), progress_seconds)
+        return ObjectStore(open_bucket(address, public_endpoint), progress_seconds)
     root = address.path
     try:
         make_root(root)
