@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import os
 import re
+from base64 import b64encode
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from datetime import timedelta
+from hashlib import sha256
 from unittest.mock import patch
 
 import aiohttp
@@ -268,9 +270,8 @@ def test_half_a_pair_of_keys_is_refused():
 async def put(signed: SignedUrl | None, body: bytes, **other: str) -> int:
     """The status of a PUT as a browser would make it; the server's check is botocore's, see s3_servers."""
     assert signed is not None
-    headers = {"content-type": signed.headers["content-type"]} | {
-        name.replace("_", "-"): v for name, v in other.items()
-    }
+    headers = dict(signed.headers) | {name.replace("_", "-"): value for name, value in other.items()}
+    del headers["content-length"]  # clients count for themselves, and browsers let no page set it
     async with aiohttp.ClientSession() as session, session.put(signed.url, data=body, headers=headers) as answer:
         return answer.status
 
@@ -284,6 +285,17 @@ async def test_a_presigned_put_stores_just_what_was_announced(store):
     assert await put(signed, b"12345") == 200
     assert await put(signed, b"again") == 200
     assert await store.get_bytes(KEY, 5) == b"again"
+
+
+async def test_a_presigned_put_takes_no_other_bytes_of_the_same_length(store):
+    signed = await store.sign_put(
+        KEY, media_type="text/plain", file_bytes=5, file_sha256=sha256(b"right").hexdigest(), expires_in=MINUTE
+    )
+    assert await put(signed, b"right") == 200
+    assert await put(signed, b"wrong") == 400
+    sum_of_wrong = b64encode(sha256(b"wrong").digest()).decode()
+    assert await put(signed, b"wrong", x_amz_checksum_sha256=sum_of_wrong) == 403
+    assert await store.get_bytes(KEY, 5) == b"right"
 
 
 async def test_a_presigned_put_is_for_its_key_alone(store):

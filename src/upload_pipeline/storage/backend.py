@@ -40,7 +40,9 @@ class Backend(Protocol):
     async def remove_unfinished(self, older_than: datetime) -> int:
         """Removes what writers that died left behind before that time; gives the number of files removed."""
 
-    async def sign_put(self, key: str, *, media_type: str, file_bytes: int, expires_in: timedelta) -> SignedUrl | None:
+    async def sign_put(
+        self, key: str, *, media_type: str, file_bytes: int, file_sha256: str | None, expires_in: timedelta
+    ) -> SignedUrl | None:
         """A URL to store the object by one PUT, `None` where the place gives out none."""
 
     async def sign_get(

@@ -101,7 +101,9 @@ class LocalBackend:
         """Unlinks unfinished files whose last write is older."""
         return await self._run(self._remove_unfinished, older_than)
 
-    async def sign_put(self, key: str, *, media_type: str, file_bytes: int, expires_in: timedelta) -> SignedUrl | None:
+    async def sign_put(
+        self, key: str, *, media_type: str, file_bytes: int, file_sha256: str | None, expires_in: timedelta
+    ) -> SignedUrl | None:
         """None: nobody but this machine reaches the directory."""
         return None
 

@@ -165,11 +165,15 @@ class ObstoreBackend:
         """Nothing of ours is left behind in such a store."""
         return 0
 
-    async def sign_put(self, key: str, *, media_type: str, file_bytes: int, expires_in: timedelta) -> SignedUrl | None:
-        """Binds type and length."""
+    async def sign_put(
+        self, key: str, *, media_type: str, file_bytes: int, file_sha256: str | None, expires_in: timedelta
+    ) -> SignedUrl | None:
+        """Binds type, length and content."""
         if self.presigner is None:
             return None
-        return await self.presigner.put(key, media_type=media_type, file_bytes=file_bytes, expires_in=expires_in)
+        return await self.presigner.put(
+            key, media_type=media_type, file_bytes=file_bytes, file_sha256=file_sha256, expires_in=expires_in
+        )
 
     async def sign_get(
         self, key: str, *, filename: str, media_type: str | None, expires_in: timedelta

@@ -1,4 +1,4 @@
-"""Presigned S3 URLs that bind what is sent: its type, its length, and how a browser shows what it gets.
+"""Presigned S3 URLs that bind what is sent (type, length, content) and how a browser shows what it gets.
 
 obstore signs the host and the expiry only, so whoever holds such a URL may put any number of bytes of any type.
 Here its URL is taken for what only obstore knows (address, region, access key, session token) and signed again
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+from base64 import b64encode
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -38,9 +39,14 @@ class Presigner:
     access_key_id: str
     secret_access_key: str = field(repr=False)
 
-    async def put(self, key: str, *, media_type: str, file_bytes: int, expires_in: timedelta) -> SignedUrl | None:
-        """A PUT of just so many bytes of that type; `None` where obstore signs with other credentials."""
+    async def put(
+        self, key: str, *, media_type: str, file_bytes: int, file_sha256: str | None, expires_in: timedelta
+    ) -> SignedUrl | None:
+        """A PUT of just these bytes as that type; `None` where obstore signs with other credentials."""
         headers = {"content-type": media_type, "content-length": str(file_bytes)}
+        if file_sha256 is not None:
+            # S3 computes the sum of what arrives and refuses other bytes (BadDigest).
+            headers["x-amz-checksum-sha256"] = b64encode(bytes.fromhex(file_sha256)).decode()
         url = await self._sign("PUT", key, expires_in, headers=headers, query={})
         return None if url is None else SignedUrl(url, headers)
 

@@ -258,16 +258,19 @@ class ObjectStore:
         """
         return await self._bounded(self.backend.remove_unfinished(older_than), "remove unfinished writes")
 
-    async def sign_put(self, key: str, *, media_type: str, file_bytes: int, expires_in: timedelta) -> SignedUrl | None:
+    async def sign_put(
+        self, key: str, *, media_type: str, file_bytes: int, file_sha256: str | None = None, expires_in: timedelta
+    ) -> SignedUrl | None:
         """A URL by which somebody else stores the object with one PUT, and nothing else.
 
-        The store refuses a body of another length or type. It replaces what stands under the key, as often as it
-        is used, until it expires.
+        The store refuses a body of another length or type, or other bytes than those of the sha256. Until it
+        expires, the URL may be used again and replaces what stands under the key.
 
         Args:
             key: where to.
             media_type: the `Content-Type` that the request must send.
             file_bytes: the length that its body must have.
+            file_sha256: of its body, 64 hexadecimal digits; `None` leaves the content open.
             expires_in: from now; whole seconds, at most seven days. A PUT that began in time may end later.
 
         Returns:
@@ -275,7 +278,9 @@ class ObjectStore:
             bytes itself.
         """
         validate_key(key)
-        signing = self.backend.sign_put(key, media_type=media_type, file_bytes=file_bytes, expires_in=expires_in)
+        signing = self.backend.sign_put(
+            key, media_type=media_type, file_bytes=file_bytes, file_sha256=file_sha256, expires_in=expires_in
+        )
         return await self._bounded(signing, f"sign a URL for {key}", key)
 
     async def sign_get(
