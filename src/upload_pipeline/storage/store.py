@@ -70,7 +70,7 @@ class ObjectStore:
 
         Args:
             key: where to.
-            chunks: byte strings of any size; memory is bounded by the largest and a few blocks of 512 KiB.
+            chunks: byte strings of any size; memory is bounded by the largest and a few blocks of 256 KiB.
             max_bytes: limit of the whole, or `None`.
             head_bytes: how many of the first bytes to give back.
 
