@@ -9,7 +9,16 @@ import pytest
 
 from upload_pipeline import media_types
 from upload_pipeline.errors import ErrorCode, PipelineError
-from upload_pipeline.media_types import DOCX, HTML, MARKDOWN, PDF, PLAIN, detect_media_type, media_type_of_zip
+from upload_pipeline.media_types import (
+    DOCX,
+    HTML,
+    MARKDOWN,
+    PDF,
+    PLAIN,
+    declared_media_type,
+    detect_media_type,
+    media_type_of_zip,
+)
 
 OLE = bytes.fromhex("d0cf11e0a1b11ae1") + bytes(504)
 PNG = b"\x89PNG\r\n\x1a\n" + bytes(100)
@@ -133,3 +142,47 @@ def test_the_names_of_a_whole_container_decide() -> None:
     assert media_type_of_zip("a", ["docProps/app.xml", "word/document.xml"]) == DOCX
     with pytest.raises(PipelineError, match="XLSX"):
         media_type_of_zip("a", ["xl/workbook.xml"])
+
+
+@pytest.mark.parametrize(
+    ("name", "declared", "expected"),
+    [
+        ("a.pdf", "application/pdf", PDF),
+        ("A.PDF", "Application/PDF; charset=binary", PDF),
+        ("a.pdf", "", PDF),
+        ("a.docx", "application/octet-stream", DOCX),
+        ("a.pdf", "application/x-pdf", PDF),
+        ("no-extension", "application/pdf", PDF),
+        ("a.bin", "text/html", HTML),
+        ("a.xhtml", "application/xhtml+xml", HTML),
+        ("a.md", "text/plain", MARKDOWN),
+        ("a.md", "text/x-web-markdown", MARKDOWN),
+        ("a.txt", "text/markdown", PLAIN),
+        ("a", "text/x-markdown", MARKDOWN),
+        ("table.csv", "text/csv", PLAIN),
+    ],
+)
+def test_name_and_declaration_give_the_type_that_is_expected(name: str, declared: str, expected: str) -> None:
+    assert declared_media_type(name, declared) == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "declared", "code", "word"),
+    [
+        ("a.pdf", "text/plain", ErrorCode.TYPE_MISMATCH, "text/plain"),
+        ("a.txt", "application/pdf", ErrorCode.TYPE_MISMATCH, "named as text"),
+        ("a.pdf", "image/png", ErrorCode.TYPE_MISMATCH, "image/png"),
+        ("a.xlsx", "application/pdf", ErrorCode.TYPE_MISMATCH, "XLSX"),
+        ("a.xlsx", "", ErrorCode.UNSUPPORTED_TYPE, "XLSX"),
+        ("a.png", "image/png", ErrorCode.UNSUPPORTED_TYPE, "PNG"),
+        ("a", "image/png", ErrorCode.UNSUPPORTED_TYPE, "image/png"),
+        ("a", "", ErrorCode.UNSUPPORTED_TYPE, "no type"),
+        ("a.bin", "application/octet-stream", ErrorCode.UNSUPPORTED_TYPE, "octet-stream"),
+    ],
+)
+def test_a_declaration_that_cannot_be_is_refused(name: str, declared: str, code: ErrorCode, word: str) -> None:
+    with pytest.raises(PipelineError) as caught:
+        declared_media_type(name, declared)
+    assert caught.value.code is code
+    assert word in caught.value.message
+    assert repr(name) in caught.value.message

@@ -48,6 +48,7 @@ create type upload_pipeline.job_state as enum (
 create type upload_pipeline.event_severity as enum ('debug', 'info', 'warning', 'error');
 
 create type upload_pipeline.event_code as enum (
+  'document_reserved',
   'document_accepted',
   'document_searchable',
   'document_deletion_started',

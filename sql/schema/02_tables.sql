@@ -62,6 +62,8 @@ create table upload_pipeline.documents (
   chunker         text,
   chunk_count     integer,
   embed_model     text references upload_pipeline.embedding_models,
+  -- until when announced bytes may come; null once the bytes are in the store and were seen to be those
+  upload_deadline timestamptz,
   created_at      timestamptz not null default upload_pipeline.now(),
   updated_at      timestamptz not null default upload_pipeline.now(),
   searchable_at   timestamptz,

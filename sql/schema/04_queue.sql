@@ -14,6 +14,7 @@
 --   reap_expired     jobs SKIP LOCKED                             -
 --   retry_job        one job, then its lane                       raises the token: fences the holder off
 --   cancel_job       one job                                      -
+--   wake_job         one job, then its lane                       -
 --   set_lane_cap     one lane                                     -
 --
 -- A verb that waits for a lane holds jobs; a verb that holds lanes never waits for a job: so no cycle, no deadlock.
@@ -234,7 +235,9 @@ begin
   ), taken as (
     update upload_pipeline.upload_jobs j
        set state = 'working', lease_token = j.lease_token + 1, worker_id = p_worker_id,
-           lease_expires_at = v_now + p_ttl, started_at = coalesce(j.started_at, v_now), updated_at = v_now
+           lease_expires_at = v_now + p_ttl, started_at = coalesce(j.started_at, v_now),
+           -- only of a woken job at work (wake_job) is `run_at` later than this
+           updated_at = greatest(v_now, j.run_at)
       from head h
      where j.job_id = h.job_id
     returning j.job_id, j.document_id, j.user_id, j.pipeline, j.stage, j.retry_count, j.lease_token,
@@ -483,7 +486,8 @@ begin
 end
 $$;
 
--- Gives a job back until later without counting a retry: a remote parse still runs, a file is not there yet.
+-- Gives a job back until later without counting a retry: a remote parse still runs, a file is not there yet. One that was
+-- woken while it was at work is due at once.
 create function upload_pipeline.snooze_job(p_job_id uuid, p_token bigint, p_delay interval)
 returns timestamptz
 language plpgsql
@@ -493,18 +497,20 @@ as $$
 declare
   v_now timestamptz := upload_pipeline.now();
   v_job upload_pipeline.upload_jobs := upload_pipeline.check_lease(p_job_id, p_token);
+  v_at  timestamptz;
 begin
   if v_job.cancel_requested then
     perform upload_pipeline.release_jobs(array[p_job_id], array[p_token]);
     return null;
   end if;
+  v_at := v_now + case when v_job.run_at > v_job.updated_at then interval '0' else p_delay end;
   update upload_pipeline.upload_jobs j
-     set state = 'retryable', run_at = v_now + p_delay, worker_id = null, lease_expires_at = null, updated_at = v_now
+     set state = 'retryable', run_at = v_at, worker_id = null, lease_expires_at = null, updated_at = v_now
    where j.job_id = p_job_id;
   insert into upload_pipeline.events (at, code, severity, user_id, document_id, job_id, worker_id, stage, lease_token, correlation_id, payload)
   values (v_now, 'job_snoozed', 'debug', v_job.user_id, v_job.document_id, v_job.job_id, v_job.worker_id, v_job.stage,
-          p_token, v_job.correlation_id, jsonb_build_object('run_at', v_now + p_delay));
-  return v_now + p_delay;
+          p_token, v_job.correlation_id, jsonb_build_object('run_at', v_at));
+  return v_at;
 end
 $$;
 
@@ -532,6 +538,7 @@ as $$ select 3 $$;
 -- where the error says that a retry is no use. Returns the new state and, for a retry, when. A lease fails once, so the
 -- same failure told again under its token, because the answer was lost on the way, is answered from the event of the
 -- first time and writes nothing.
+-- A job that was woken while it was at work failed at what is outdated: it is due at once, nothing counted, no error kept.
 create function upload_pipeline.fail_job(
   p_job_id        uuid,
   p_token         bigint,
@@ -550,6 +557,7 @@ as $$
 declare
   v_now   timestamptz := upload_pipeline.now();
   v_job   upload_pipeline.upload_jobs;
+  v_woken boolean;
   v_state upload_pipeline.job_state;
   v_retry smallint;
   v_at    timestamptz;
@@ -573,19 +581,25 @@ begin
     end if;
     return;
   end if;
+  v_woken := v_job.run_at > v_job.updated_at and not v_job.cancel_requested;
   v_state := case
     when v_job.cancel_requested then 'cancelled'
+    when v_woken then 'retryable'
     when p_retryable and v_job.retry_count < upload_pipeline.max_retries() then 'retryable'
     else 'deadletter' end;
-  v_retry := v_job.retry_count + (v_state = 'retryable')::integer;
-  if v_state = 'retryable' then
+  v_retry := v_job.retry_count + (v_state = 'retryable' and not v_woken)::integer;
+  if v_woken then
+    v_at := v_now;
+  elsif v_state = 'retryable' then
     v_at := v_now + upload_pipeline.retry_delay(v_job.retry_count, p_jitter);
   end if;
-  insert into upload_pipeline.job_outcomes as o (job_id, user_id, error_code, error_message, error_details, updated_at)
-  values (p_job_id, v_job.user_id, p_error_code, left(p_error_message, 4000), p_error_details, v_now)
-  on conflict (job_id) do update
-    set error_code = excluded.error_code, error_message = excluded.error_message,
-        error_details = excluded.error_details, updated_at = v_now;
+  if not v_woken then
+    insert into upload_pipeline.job_outcomes as o (job_id, user_id, error_code, error_message, error_details, updated_at)
+    values (p_job_id, v_job.user_id, p_error_code, left(p_error_message, 4000), p_error_details, v_now)
+    on conflict (job_id) do update
+      set error_code = excluded.error_code, error_message = excluded.error_message,
+          error_details = excluded.error_details, updated_at = v_now;
+  end if;
   insert into upload_pipeline.events (at, code, severity, user_id, document_id, job_id, worker_id, stage, lease_token, correlation_id, payload)
   values (v_now,
           case v_state when 'retryable' then 'job_failed' when 'deadletter' then 'job_deadlettered' else 'job_cancelled' end::upload_pipeline.event_code,
@@ -834,6 +848,34 @@ begin
             v_job.user_id, v_job.document_id, p_job_id, v_job.stage, v_job.lease_token, v_job.correlation_id);
   end if;
   return query select v_job.job_id, v_job.state, v_job.cancel_requested;
+end
+$$;
+
+-- What a job waits for has come, or is said to have come: one that waits for its next try is ready now; one at work is due
+-- at once should its step end in a snooze or a failure, since what the step saw is outdated by then. Any other is left as
+-- it is. While a woken job is at work its `run_at` is later than its `updated_at`; its next transition ends that.
+create function upload_pipeline.wake_job(p_job_id uuid)
+returns void
+language plpgsql
+security definer
+set search_path = ''
+as $$
+declare
+  v_now timestamptz := upload_pipeline.now();
+  v_job upload_pipeline.upload_jobs;
+begin
+  update upload_pipeline.upload_jobs j
+     set run_at = greatest(v_now, j.updated_at + interval '1 microsecond')
+   where j.job_id = p_job_id and j.state = 'working';
+  update upload_pipeline.upload_jobs j set state = 'queued', run_at = least(j.run_at, v_now), updated_at = v_now
+   where j.job_id = p_job_id and j.state = 'retryable'
+  returning j.* into v_job;
+  if found then
+    insert into upload_pipeline.events (at, code, severity, user_id, document_id, job_id, stage, lease_token, correlation_id)
+    values (v_now, 'job_promoted', 'debug', v_job.user_id, v_job.document_id, v_job.job_id, v_job.stage, v_job.lease_token,
+            v_job.correlation_id);
+    perform upload_pipeline.wake_lanes(v_job.pool, array[v_job.user_id]);
+  end if;
 end
 $$;
 

@@ -3,7 +3,8 @@
 -- the same again, each answers the same again (check_step).
 
 -- A file's bytes are in the store: makes document, job and event, or gives back the ones there are. `duplicate` says
--- which. The document's id is computed by the caller from user and bytes, so doing this twice is doing it once.
+-- which. The document's id is computed by the caller from user and bytes, so doing this twice is doing it once. A document
+-- that awaits these very bytes (05_uploads) has them now: it becomes what came, with its job, and is no duplicate.
 create function upload_pipeline.accept_document(
   p_document_id    uuid,
   p_user_id        uuid,
@@ -22,27 +23,53 @@ security definer
 set search_path = ''
 as $$
 #variable_conflict use_column
+declare
+  v_now      timestamptz := upload_pipeline.now();
+  v_document upload_pipeline.documents;
 begin
-  insert into upload_pipeline.documents as d
-    (document_id, user_id, filename, media_type, file_bytes, file_sha256, raw_key, metadata, created_at, updated_at)
-  values (p_document_id, p_user_id, p_filename, p_media_type, p_file_bytes, p_file_sha256, p_raw_key, p_metadata,
-          upload_pipeline.now(), upload_pipeline.now())
-  on conflict (user_id, file_sha256) do nothing;
-  if found then
-    perform upload_pipeline.record_event('document_accepted', p_user_id => p_user_id, p_document_id => p_document_id,
-      p_correlation_id => p_correlation_id,
-      p_payload => jsonb_build_object('filename', p_filename, 'media_type', p_media_type, 'file_bytes', p_file_bytes));
-    return query
-      select e.document_id, e.job_id, false
-        from upload_pipeline.enqueue_job(p_document_id, p_user_id, 'document', p_priority, p_correlation_id) e;
-    return;
+  -- once more where the document that stood in the way has gone, or got its bytes, since it was met
+  loop
+    insert into upload_pipeline.documents as d
+      (document_id, user_id, filename, media_type, file_bytes, file_sha256, raw_key, metadata, created_at, updated_at)
+    values (p_document_id, p_user_id, p_filename, p_media_type, p_file_bytes, p_file_sha256, p_raw_key, p_metadata,
+            v_now, v_now)
+    on conflict (user_id, file_sha256) do nothing;
+    if found then
+      perform upload_pipeline.record_event('document_accepted', p_user_id => p_user_id, p_document_id => p_document_id,
+        p_correlation_id => p_correlation_id,
+        p_payload => jsonb_build_object('filename', p_filename, 'media_type', p_media_type, 'file_bytes', p_file_bytes));
+      return query
+        select e.document_id, e.job_id, false
+          from upload_pipeline.enqueue_job(p_document_id, p_user_id, 'document', p_priority, p_correlation_id) e;
+      return;
+    end if;
+    return query select * from upload_pipeline.find_duplicate(p_user_id, p_file_sha256);
+    if found then
+      return;
+    end if;
+    v_document := upload_pipeline.lock_awaited(p_user_id, p_file_sha256);
+    exit when v_document.document_id is not null;
+  end loop;
+
+  if v_document.raw_key <> p_raw_key then
+    raise exception 'document % awaits these bytes at another place', v_document.document_id
+      using errcode = 'UP003', hint = 'Send the file again.';
   end if;
-  return query select * from upload_pipeline.find_duplicate(p_user_id, p_file_sha256);
+  update upload_pipeline.documents d
+     set filename = p_filename, media_type = p_media_type, file_bytes = p_file_bytes, metadata = p_metadata,
+         upload_deadline = null, updated_at = v_now
+   where d.document_id = v_document.document_id;
+  perform upload_pipeline.record_event('document_accepted', p_user_id => p_user_id,
+    p_document_id => v_document.document_id, p_correlation_id => p_correlation_id,
+    p_payload => jsonb_build_object('filename', p_filename, 'media_type', p_media_type, 'file_bytes', p_file_bytes));
+  return query
+    select v_document.document_id,
+           upload_pipeline.resume_upload_job(v_document.document_id, p_user_id, p_priority, p_correlation_id), false;
 end
 $$;
 
--- The document that a user's bytes already are, with its latest job. No row: there is none. A document that is being
--- deleted raises UP003.
+-- The document that a user's bytes already are, with its latest job. No row: there is none, or one that still awaits its
+-- bytes. A document that is being deleted raises UP003.
 create function upload_pipeline.find_duplicate(p_user_id uuid, p_file_sha256 text)
 returns table (document_id uuid, job_id uuid, duplicate boolean)
 language plpgsql
@@ -62,6 +89,9 @@ begin
   if v_document.deleted_at is not null then
     raise exception 'document % with the same bytes is being deleted', v_document.document_id
       using errcode = 'UP003', hint = 'Send the file again in a moment.';
+  end if;
+  if v_document.upload_deadline is not null then
+    return;
   end if;
   return query
     select v_document.document_id, j.job_id, true
@@ -476,6 +506,8 @@ as $$
 declare
   v_user uuid;
 begin
+  -- jobs before the document, which takes them with it
+  perform from upload_pipeline.upload_jobs j where j.document_id = p_document_id order by j.job_id for update;
   delete from upload_pipeline.documents d
    where d.document_id = p_document_id and d.deleted_at is not null
   returning d.user_id into v_user;

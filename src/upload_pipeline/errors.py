@@ -38,6 +38,7 @@ class ErrorCode(StrEnum):
     INVALID_KEY = "INVALID_KEY"
     OBJECT_MISSING = "OBJECT_MISSING"
     CHECKSUM_MISMATCH = "CHECKSUM_MISMATCH"
+    UPLOAD_EXPIRED = "UPLOAD_EXPIRED"
     # the virus scanner
     SCANNER_UNAVAILABLE = "SCANNER_UNAVAILABLE"
     # parsing, chunking, embedding
@@ -119,6 +120,7 @@ HTTP_STATUS: dict[ErrorCode, int] = {
     ErrorCode.INVALID_KEY: 400,
     ErrorCode.OBJECT_MISSING: 409,
     ErrorCode.CHECKSUM_MISMATCH: 400,
+    ErrorCode.UPLOAD_EXPIRED: 410,
     ErrorCode.SCANNER_UNAVAILABLE: 503,
     ErrorCode.PARSE_FAILED: 400,
     ErrorCode.PARSE_EMPTY: 400,

@@ -12,6 +12,7 @@ from enum import StrEnum
 class EventCode(StrEnum):
     """What happened."""
 
+    DOCUMENT_RESERVED = "document_reserved"
     DOCUMENT_ACCEPTED = "document_accepted"
     DOCUMENT_SEARCHABLE = "document_searchable"
     DOCUMENT_DELETION_STARTED = "document_deletion_started"

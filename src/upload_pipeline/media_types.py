@@ -96,6 +96,16 @@ _FOREIGN_EXTENSIONS: dict[str, str] = {
     "exe": "Windows program",
 }
 
+# Other names that senders give to the types above.
+_ALIASES: dict[str, str] = {
+    "application/x-pdf": PDF,
+    "application/xhtml+xml": HTML,
+    "text/x-markdown": MARKDOWN,
+}
+
+# What a sender says who does not know.
+_UNTOLD = frozenset({"", "application/octet-stream", "binary/octet-stream"})
+
 _OLE_MAGIC = b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1"
 # The stream that holds an encrypted OOXML package ([MS-OFFCRYPTO], section 1.3.2), as directories spell it.
 ENCRYPTED_PACKAGE_MARK = "EncryptedPackage".encode("utf-16-le")
@@ -164,6 +174,43 @@ def detect_media_type(filename: str, head: bytes, *, size: int) -> str:
     if named in _TEXT_TYPES:
         return named
     return _agreed(filename, HTML if looks_like_html(text) else PLAIN, named)
+
+
+def declared_media_type(filename: str, declared: str) -> str:
+    """Says what a file should be by its name and by what its sender calls it, before a byte of it is there.
+
+    Args:
+        filename: the name that the user gave; its extension decides between kinds of text.
+        declared: a media type as in a `Content-Type` header; empty or `application/octet-stream` says nothing.
+
+    Returns:
+        One of `MEDIA_TYPES`.
+
+    Raises:
+        PipelineError: `TYPE_MISMATCH` where name and declaration contradict each other; `UNSUPPORTED_TYPE` where
+            neither names a type that is taken.
+    """
+    mime = declared.partition(";")[0].strip().lower()
+    extension = _extension(filename)
+    named, foreign = _EXTENSIONS.get(extension), _FOREIGN_EXTENSIONS.get(extension)
+    said = _ALIASES.get(mime, mime if mime in MEDIA_TYPES else PLAIN if mime.startswith("text/") else None)
+    if named is None and foreign is None and said is not None:
+        return said
+    if named is not None and (mime in _UNTOLD or said == named or {said, named} <= _TEXT_TYPES):
+        return named
+    if (named is not None and mime not in _UNTOLD) or (foreign is not None and said is not None):
+        raise PipelineError(
+            ErrorCode.TYPE_MISMATCH,
+            f"{filename!r} is named as {_spoken(named) if named else foreign} but declared as {mime}. Declare what it "
+            "is, or rename it.",
+            {"filename": filename, "expected": named or foreign, "declared": mime},
+        )
+    raise PipelineError(
+        ErrorCode.UNSUPPORTED_TYPE,
+        f"{filename!r} is of a kind that is not taken ({foreign or mime or 'no type is named'}). "
+        f"Send a file of one of these: {spoken_types(MEDIA_TYPES)}.",
+        {"filename": filename, "declared": mime, "taken": list(MEDIA_TYPES)},
+    )
 
 
 def media_type_of_zip(filename: str, names: Iterable[str], *, complete: bool = True) -> str:

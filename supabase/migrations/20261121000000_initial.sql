@@ -52,6 +52,7 @@ create type upload_pipeline.job_state as enum (
 create type upload_pipeline.event_severity as enum ('debug', 'info', 'warning', 'error');
 
 create type upload_pipeline.event_code as enum (
+  'document_reserved',
   'document_accepted',
   'document_searchable',
   'document_deletion_started',
@@ -178,6 +179,8 @@ create table upload_pipeline.documents (
   chunker         text,
   chunk_count     integer,
   embed_model     text references upload_pipeline.embedding_models,
+  -- until when announced bytes may come; null once the bytes are in the store and were seen to be those
+  upload_deadline timestamptz,
   created_at      timestamptz not null default upload_pipeline.now(),
   updated_at      timestamptz not null default upload_pipeline.now(),
   searchable_at   timestamptz,
@@ -560,6 +563,7 @@ select upload_pipeline.ensure_event_partitions();
 --   reap_expired     jobs SKIP LOCKED                             -
 --   retry_job        one job, then its lane                       raises the token: fences the holder off
 --   cancel_job       one job                                      -
+--   wake_job         one job, then its lane                       -
 --   set_lane_cap     one lane                                     -
 --
 -- A verb that waits for a lane holds jobs; a verb that holds lanes never waits for a job: so no cycle, no deadlock.
@@ -780,7 +784,9 @@ begin
   ), taken as (
     update upload_pipeline.upload_jobs j
        set state = 'working', lease_token = j.lease_token + 1, worker_id = p_worker_id,
-           lease_expires_at = v_now + p_ttl, started_at = coalesce(j.started_at, v_now), updated_at = v_now
+           lease_expires_at = v_now + p_ttl, started_at = coalesce(j.started_at, v_now),
+           -- only of a woken job at work (wake_job) is `run_at` later than this
+           updated_at = greatest(v_now, j.run_at)
       from head h
      where j.job_id = h.job_id
     returning j.job_id, j.document_id, j.user_id, j.pipeline, j.stage, j.retry_count, j.lease_token,
@@ -1029,7 +1035,8 @@ begin
 end
 $$;
 
--- Gives a job back until later without counting a retry: a remote parse still runs, a file is not there yet.
+-- Gives a job back until later without counting a retry: a remote parse still runs, a file is not there yet. One that was
+-- woken while it was at work is due at once.
 create function upload_pipeline.snooze_job(p_job_id uuid, p_token bigint, p_delay interval)
 returns timestamptz
 language plpgsql
@@ -1039,18 +1046,20 @@ as $$
 declare
   v_now timestamptz := upload_pipeline.now();
   v_job upload_pipeline.upload_jobs := upload_pipeline.check_lease(p_job_id, p_token);
+  v_at  timestamptz;
 begin
   if v_job.cancel_requested then
     perform upload_pipeline.release_jobs(array[p_job_id], array[p_token]);
     return null;
   end if;
+  v_at := v_now + case when v_job.run_at > v_job.updated_at then interval '0' else p_delay end;
   update upload_pipeline.upload_jobs j
-     set state = 'retryable', run_at = v_now + p_delay, worker_id = null, lease_expires_at = null, updated_at = v_now
+     set state = 'retryable', run_at = v_at, worker_id = null, lease_expires_at = null, updated_at = v_now
    where j.job_id = p_job_id;
   insert into upload_pipeline.events (at, code, severity, user_id, document_id, job_id, worker_id, stage, lease_token, correlation_id, payload)
   values (v_now, 'job_snoozed', 'debug', v_job.user_id, v_job.document_id, v_job.job_id, v_job.worker_id, v_job.stage,
-          p_token, v_job.correlation_id, jsonb_build_object('run_at', v_now + p_delay));
-  return v_now + p_delay;
+          p_token, v_job.correlation_id, jsonb_build_object('run_at', v_at));
+  return v_at;
 end
 $$;
 
@@ -1078,6 +1087,7 @@ as $$ select 3 $$;
 -- where the error says that a retry is no use. Returns the new state and, for a retry, when. A lease fails once, so the
 -- same failure told again under its token, because the answer was lost on the way, is answered from the event of the
 -- first time and writes nothing.
+-- A job that was woken while it was at work failed at what is outdated: it is due at once, nothing counted, no error kept.
 create function upload_pipeline.fail_job(
   p_job_id        uuid,
   p_token         bigint,
@@ -1096,6 +1106,7 @@ as $$
 declare
   v_now   timestamptz := upload_pipeline.now();
   v_job   upload_pipeline.upload_jobs;
+  v_woken boolean;
   v_state upload_pipeline.job_state;
   v_retry smallint;
   v_at    timestamptz;
@@ -1119,19 +1130,25 @@ begin
     end if;
     return;
   end if;
+  v_woken := v_job.run_at > v_job.updated_at and not v_job.cancel_requested;
   v_state := case
     when v_job.cancel_requested then 'cancelled'
+    when v_woken then 'retryable'
     when p_retryable and v_job.retry_count < upload_pipeline.max_retries() then 'retryable'
     else 'deadletter' end;
-  v_retry := v_job.retry_count + (v_state = 'retryable')::integer;
-  if v_state = 'retryable' then
+  v_retry := v_job.retry_count + (v_state = 'retryable' and not v_woken)::integer;
+  if v_woken then
+    v_at := v_now;
+  elsif v_state = 'retryable' then
     v_at := v_now + upload_pipeline.retry_delay(v_job.retry_count, p_jitter);
   end if;
-  insert into upload_pipeline.job_outcomes as o (job_id, user_id, error_code, error_message, error_details, updated_at)
-  values (p_job_id, v_job.user_id, p_error_code, left(p_error_message, 4000), p_error_details, v_now)
-  on conflict (job_id) do update
-    set error_code = excluded.error_code, error_message = excluded.error_message,
-        error_details = excluded.error_details, updated_at = v_now;
+  if not v_woken then
+    insert into upload_pipeline.job_outcomes as o (job_id, user_id, error_code, error_message, error_details, updated_at)
+    values (p_job_id, v_job.user_id, p_error_code, left(p_error_message, 4000), p_error_details, v_now)
+    on conflict (job_id) do update
+      set error_code = excluded.error_code, error_message = excluded.error_message,
+          error_details = excluded.error_details, updated_at = v_now;
+  end if;
   insert into upload_pipeline.events (at, code, severity, user_id, document_id, job_id, worker_id, stage, lease_token, correlation_id, payload)
   values (v_now,
           case v_state when 'retryable' then 'job_failed' when 'deadletter' then 'job_deadlettered' else 'job_cancelled' end::upload_pipeline.event_code,
@@ -1383,6 +1400,34 @@ begin
 end
 $$;
 
+-- What a job waits for has come, or is said to have come: one that waits for its next try is ready now; one at work is due
+-- at once should its step end in a snooze or a failure, since what the step saw is outdated by then. Any other is left as
+-- it is. While a woken job is at work its `run_at` is later than its `updated_at`; its next transition ends that.
+create function upload_pipeline.wake_job(p_job_id uuid)
+returns void
+language plpgsql
+security definer
+set search_path = ''
+as $$
+declare
+  v_now timestamptz := upload_pipeline.now();
+  v_job upload_pipeline.upload_jobs;
+begin
+  update upload_pipeline.upload_jobs j
+     set run_at = greatest(v_now, j.updated_at + interval '1 microsecond')
+   where j.job_id = p_job_id and j.state = 'working';
+  update upload_pipeline.upload_jobs j set state = 'queued', run_at = least(j.run_at, v_now), updated_at = v_now
+   where j.job_id = p_job_id and j.state = 'retryable'
+  returning j.* into v_job;
+  if found then
+    insert into upload_pipeline.events (at, code, severity, user_id, document_id, job_id, stage, lease_token, correlation_id)
+    values (v_now, 'job_promoted', 'debug', v_job.user_id, v_job.document_id, v_job.job_id, v_job.stage, v_job.lease_token,
+            v_job.correlation_id);
+    perform upload_pipeline.wake_lanes(v_job.pool, array[v_job.user_id]);
+  end if;
+end
+$$;
+
 -- Sets how many jobs of a user a pool may have at work at once. A cap that is lowered lets running jobs run, and starts
 -- none until there are fewer. Makes the lane where the user has had no job in that pool yet.
 create function upload_pipeline.set_lane_cap(p_user_id uuid, p_pool text, p_max_in_flight integer)
@@ -1444,7 +1489,8 @@ $$;
 -- the same again, each answers the same again (check_step).
 
 -- A file's bytes are in the store: makes document, job and event, or gives back the ones there are. `duplicate` says
--- which. The document's id is computed by the caller from user and bytes, so doing this twice is doing it once.
+-- which. The document's id is computed by the caller from user and bytes, so doing this twice is doing it once. A document
+-- that awaits these very bytes (05_uploads) has them now: it becomes what came, with its job, and is no duplicate.
 create function upload_pipeline.accept_document(
   p_document_id    uuid,
   p_user_id        uuid,
@@ -1463,27 +1509,53 @@ security definer
 set search_path = ''
 as $$
 #variable_conflict use_column
+declare
+  v_now      timestamptz := upload_pipeline.now();
+  v_document upload_pipeline.documents;
 begin
-  insert into upload_pipeline.documents as d
-    (document_id, user_id, filename, media_type, file_bytes, file_sha256, raw_key, metadata, created_at, updated_at)
-  values (p_document_id, p_user_id, p_filename, p_media_type, p_file_bytes, p_file_sha256, p_raw_key, p_metadata,
-          upload_pipeline.now(), upload_pipeline.now())
-  on conflict (user_id, file_sha256) do nothing;
-  if found then
-    perform upload_pipeline.record_event('document_accepted', p_user_id => p_user_id, p_document_id => p_document_id,
-      p_correlation_id => p_correlation_id,
-      p_payload => jsonb_build_object('filename', p_filename, 'media_type', p_media_type, 'file_bytes', p_file_bytes));
-    return query
-      select e.document_id, e.job_id, false
-        from upload_pipeline.enqueue_job(p_document_id, p_user_id, 'document', p_priority, p_correlation_id) e;
-    return;
+  -- once more where the document that stood in the way has gone, or got its bytes, since it was met
+  loop
+    insert into upload_pipeline.documents as d
+      (document_id, user_id, filename, media_type, file_bytes, file_sha256, raw_key, metadata, created_at, updated_at)
+    values (p_document_id, p_user_id, p_filename, p_media_type, p_file_bytes, p_file_sha256, p_raw_key, p_metadata,
+            v_now, v_now)
+    on conflict (user_id, file_sha256) do nothing;
+    if found then
+      perform upload_pipeline.record_event('document_accepted', p_user_id => p_user_id, p_document_id => p_document_id,
+        p_correlation_id => p_correlation_id,
+        p_payload => jsonb_build_object('filename', p_filename, 'media_type', p_media_type, 'file_bytes', p_file_bytes));
+      return query
+        select e.document_id, e.job_id, false
+          from upload_pipeline.enqueue_job(p_document_id, p_user_id, 'document', p_priority, p_correlation_id) e;
+      return;
+    end if;
+    return query select * from upload_pipeline.find_duplicate(p_user_id, p_file_sha256);
+    if found then
+      return;
+    end if;
+    v_document := upload_pipeline.lock_awaited(p_user_id, p_file_sha256);
+    exit when v_document.document_id is not null;
+  end loop;
+
+  if v_document.raw_key <> p_raw_key then
+    raise exception 'document % awaits these bytes at another place', v_document.document_id
+      using errcode = 'UP003', hint = 'Send the file again.';
   end if;
-  return query select * from upload_pipeline.find_duplicate(p_user_id, p_file_sha256);
+  update upload_pipeline.documents d
+     set filename = p_filename, media_type = p_media_type, file_bytes = p_file_bytes, metadata = p_metadata,
+         upload_deadline = null, updated_at = v_now
+   where d.document_id = v_document.document_id;
+  perform upload_pipeline.record_event('document_accepted', p_user_id => p_user_id,
+    p_document_id => v_document.document_id, p_correlation_id => p_correlation_id,
+    p_payload => jsonb_build_object('filename', p_filename, 'media_type', p_media_type, 'file_bytes', p_file_bytes));
+  return query
+    select v_document.document_id,
+           upload_pipeline.resume_upload_job(v_document.document_id, p_user_id, p_priority, p_correlation_id), false;
 end
 $$;
 
--- The document that a user's bytes already are, with its latest job. No row: there is none. A document that is being
--- deleted raises UP003.
+-- The document that a user's bytes already are, with its latest job. No row: there is none, or one that still awaits its
+-- bytes. A document that is being deleted raises UP003.
 create function upload_pipeline.find_duplicate(p_user_id uuid, p_file_sha256 text)
 returns table (document_id uuid, job_id uuid, duplicate boolean)
 language plpgsql
@@ -1503,6 +1575,9 @@ begin
   if v_document.deleted_at is not null then
     raise exception 'document % with the same bytes is being deleted', v_document.document_id
       using errcode = 'UP003', hint = 'Send the file again in a moment.';
+  end if;
+  if v_document.upload_deadline is not null then
+    return;
   end if;
   return query
     select v_document.document_id, j.job_id, true
@@ -1917,6 +1992,8 @@ as $$
 declare
   v_user uuid;
 begin
+  -- jobs before the document, which takes them with it
+  perform from upload_pipeline.upload_jobs j where j.document_id = p_document_id order by j.job_id for update;
   delete from upload_pipeline.documents d
    where d.document_id = p_document_id and d.deleted_at is not null
   returning d.user_id into v_user;
@@ -1966,6 +2043,280 @@ begin
   exception when unique_violation then
     null; -- another process registered the first model at the same moment: that one is active
   end;
+end
+$$;
+
+-- sql/schema/05_uploads.sql
+
+-- Uploads whose bytes come after their announcement: document and job are there first, and wait for them.
+--
+--   verb               what it says                                             upload_deadline
+--   reserve_document   bytes of this name, size and sha256 are going to come    now + window
+--   announce_upload    they should be there: look                               stays
+--   confirm_upload     they came through this service, which checked them       null
+--   commit_validation  the job has found them and checked them                  null
+--   accept_document    the same bytes came whole, by another way                null
+--
+-- The job waits at its first stage by snooze_job. Whatever it does, it does to what it saw; so each of these verbs wakes it
+-- (wake_job), and what it then says of a moment that has passed does not count.
+--
+-- Locks, each of these verbs: the document's latest job, the document, the user's lane.
+
+-- A user's document that awaits these bytes, with its latest job and itself locked in that order; null where there is none.
+create function upload_pipeline.lock_awaited(p_user_id uuid, p_file_sha256 text)
+returns upload_pipeline.documents
+language plpgsql
+security definer
+set search_path = ''
+as $$
+declare
+  v_document upload_pipeline.documents;
+begin
+  select d.* into v_document from upload_pipeline.documents d
+   where d.user_id = p_user_id and d.file_sha256 = p_file_sha256;
+  if not found then
+    return null;
+  end if;
+  perform upload_pipeline.lock_latest_job(v_document.document_id);
+  select d.* into v_document from upload_pipeline.documents d
+   where d.document_id = v_document.document_id and d.user_id = p_user_id
+     and d.upload_deadline is not null and d.deleted_at is null
+     for no key update;
+  if not found then
+    return null;
+  end if;
+  return v_document;
+end
+$$;
+
+-- A document's latest job, locked; null where it has none.
+create function upload_pipeline.lock_latest_job(p_document_id uuid)
+returns upload_pipeline.upload_jobs
+language sql
+security definer
+set search_path = ''
+as $$
+  select j.* from upload_pipeline.upload_jobs j
+   where j.document_id = p_document_id and j.pipeline = 'document'
+   order by j.seq desc limit 1
+     for no key update
+$$;
+
+-- The job of an awaited document looks now: one that waits or works is woken, one that failed while the bytes were awaited
+-- starts again. A job that its user has cancelled stays so. The caller has locked job and document.
+create function upload_pipeline.look_for_upload(p_job upload_pipeline.upload_jobs)
+returns void
+language plpgsql
+security definer
+set search_path = ''
+as $$
+begin
+  if p_job.state = 'deadletter' then
+    perform upload_pipeline.retry_job(p_job.job_id);
+  else
+    perform upload_pipeline.wake_job(p_job.job_id);
+  end if;
+end
+$$;
+
+-- The job of an awaited document as somebody asks for it who has the bytes: their correlation id and priority; one that was
+-- cancelled starts again as well, and where there is none it is made. Returns its id. The caller has locked both.
+create function upload_pipeline.resume_upload_job(
+  p_document_id    uuid,
+  p_user_id        uuid,
+  p_priority       smallint,
+  p_correlation_id text
+)
+returns uuid
+language plpgsql
+security definer
+set search_path = ''
+as $$
+declare
+  v_job upload_pipeline.upload_jobs := upload_pipeline.lock_latest_job(p_document_id);
+begin
+  if v_job.job_id is null then
+    return (select e.job_id from upload_pipeline.enqueue_job(p_document_id, p_user_id, 'document', p_priority, p_correlation_id) e);
+  end if;
+  update upload_pipeline.upload_jobs j set priority = p_priority, correlation_id = p_correlation_id
+   where j.job_id = v_job.job_id;
+  if v_job.state = 'cancelled' or v_job.cancel_requested then
+    -- by force: one that is to stop and has not yet is fenced off
+    perform upload_pipeline.retry_job(v_job.job_id, p_force => true);
+  else
+    perform upload_pipeline.look_for_upload(v_job);
+  end if;
+  return v_job.job_id;
+end
+$$;
+
+-- Announces bytes that are going to come within p_window: makes document, job and event. The same user and sha256 again:
+--   bytes known            the first document and its job, `duplicate`, no deadline
+--   bytes still awaited    the same document and job with the newer claim's name, size, type, metadata and deadline; a job that
+--                          has ended starts again
+-- A document that is being deleted raises UP003.
+create function upload_pipeline.reserve_document(
+  p_document_id    uuid,
+  p_user_id        uuid,
+  p_filename       text,
+  p_media_type     text,
+  p_file_bytes     bigint,
+  p_file_sha256    text,
+  p_raw_key        text,
+  p_window         interval,
+  p_metadata       jsonb default '{}',
+  p_priority       smallint default 0,
+  p_correlation_id text default ''
+)
+returns table (document_id uuid, job_id uuid, duplicate boolean, raw_key text, upload_deadline timestamptz)
+language plpgsql
+security definer
+set search_path = ''
+as $$
+#variable_conflict use_column
+declare
+  v_now      timestamptz := upload_pipeline.now();
+  v_deadline timestamptz := v_now + p_window;
+  v_made     boolean;
+  v_document upload_pipeline.documents;
+  v_job      uuid;
+begin
+  if p_window is null or p_window <= interval '0' then
+    raise exception 'p_window is %, it must be longer than nothing', p_window using errcode = '22023';
+  end if;
+  -- once more where the document that stood in the way has gone, or got its bytes, since it was met
+  loop
+    insert into upload_pipeline.documents as d
+      (document_id, user_id, filename, media_type, file_bytes, file_sha256, raw_key, metadata, upload_deadline, created_at,
+       updated_at)
+    values (p_document_id, p_user_id, p_filename, p_media_type, p_file_bytes, p_file_sha256, p_raw_key, p_metadata,
+            v_deadline, v_now, v_now)
+    on conflict (user_id, file_sha256) do nothing
+    returning d.* into v_document;
+    v_made := found;
+    exit when v_made;
+    return query
+      select f.document_id, f.job_id, true, d.raw_key, null::timestamptz
+        from upload_pipeline.find_duplicate(p_user_id, p_file_sha256) f
+        join upload_pipeline.documents d on d.document_id = f.document_id;
+    if found then
+      return;
+    end if;
+    v_document := upload_pipeline.lock_awaited(p_user_id, p_file_sha256);
+    exit when v_document.document_id is not null;
+  end loop;
+
+  if not v_made then
+    update upload_pipeline.documents d
+       set filename = p_filename, media_type = p_media_type, file_bytes = p_file_bytes, metadata = p_metadata,
+           upload_deadline = v_deadline, updated_at = v_now
+     where d.document_id = v_document.document_id;
+  end if;
+  perform upload_pipeline.record_event('document_reserved', p_user_id => p_user_id,
+    p_document_id => v_document.document_id, p_correlation_id => p_correlation_id,
+    p_payload => jsonb_build_object('filename', p_filename, 'media_type', p_media_type, 'file_bytes', p_file_bytes,
+                                    'upload_deadline', v_deadline));
+  v_job := upload_pipeline.resume_upload_job(v_document.document_id, p_user_id, p_priority, p_correlation_id);
+  return query select v_document.document_id, v_job, false, v_document.raw_key, v_deadline;
+end
+$$;
+
+-- Somebody says that the bytes are there: the job looks now, and the deadline stays, since nobody has checked them yet.
+-- Says nothing new of a document that has its bytes. False: there is no such document.
+create function upload_pipeline.announce_upload(p_document_id uuid)
+returns boolean
+language plpgsql
+security definer
+set search_path = ''
+as $$
+declare
+  v_job     upload_pipeline.upload_jobs := upload_pipeline.lock_latest_job(p_document_id);
+  v_awaited boolean;
+begin
+  -- the job's lock is enough: whoever ends the wait holds it
+  select d.upload_deadline is not null into v_awaited from upload_pipeline.documents d
+   where d.document_id = p_document_id and d.deleted_at is null;
+  if not found then
+    return false;
+  end if;
+  if v_awaited then
+    perform upload_pipeline.look_for_upload(v_job);
+  end if;
+  return true;
+end
+$$;
+
+-- The bytes are in place and are those that were announced; p_media_type and p_file_bytes are what they were found to be.
+-- Doing it twice is doing it once. False: there is no such document any more. p_created_at tells it from one that was made
+-- anew since the sender was let in: the deletion in between may have taken the bytes.
+create function upload_pipeline.confirm_upload(
+  p_document_id uuid,
+  p_created_at  timestamptz,
+  p_media_type  text,
+  p_file_bytes  bigint
+)
+returns boolean
+language plpgsql
+security definer
+set search_path = ''
+as $$
+declare
+  v_job      upload_pipeline.upload_jobs := upload_pipeline.lock_latest_job(p_document_id);
+  v_document upload_pipeline.documents;
+begin
+  select d.* into v_document from upload_pipeline.documents d
+   where d.document_id = p_document_id and d.created_at = p_created_at and d.deleted_at is null
+     for no key update;
+  if not found then
+    return false;
+  end if;
+  if v_document.upload_deadline is null then
+    return true;
+  end if;
+  update upload_pipeline.documents d
+     set media_type = p_media_type, file_bytes = p_file_bytes, upload_deadline = null, updated_at = upload_pipeline.now()
+   where d.document_id = p_document_id;
+  perform upload_pipeline.record_event('document_accepted', p_user_id => v_document.user_id, p_document_id => p_document_id,
+    p_correlation_id => coalesce(v_job.correlation_id, ''),
+    p_payload => jsonb_build_object('filename', v_document.filename, 'media_type', p_media_type, 'file_bytes', p_file_bytes));
+  perform upload_pipeline.look_for_upload(v_job);
+  return true;
+end
+$$;
+
+-- queued -> job_validated of a document whose bytes were awaited: they are in the store and are those that were announced.
+create function upload_pipeline.commit_validation(
+  p_job_id     uuid,
+  p_token      bigint,
+  p_media_type text,
+  p_keep       boolean default true,
+  p_ttl        interval default '60 seconds'
+)
+returns table (job_id uuid, stage text, state upload_pipeline.job_state, lease_expires_at timestamptz)
+language plpgsql
+security definer
+set search_path = ''
+as $$
+declare
+  v_job      upload_pipeline.upload_jobs := upload_pipeline.check_step(p_job_id, p_token, 'job_validated');
+  v_document upload_pipeline.documents;
+begin
+  if v_job.stage = 'job_validated' then
+    return query select v_job.job_id, v_job.stage, v_job.state, v_job.lease_expires_at;
+    return;
+  end if;
+  -- unless they have come by another way meanwhile, which found the type as well
+  update upload_pipeline.documents d
+     set media_type = p_media_type, upload_deadline = null, updated_at = upload_pipeline.now()
+   where d.document_id = v_job.document_id and d.upload_deadline is not null
+  returning d.* into v_document;
+  if found then
+    perform upload_pipeline.record_event('document_accepted', p_user_id => v_document.user_id,
+      p_document_id => v_document.document_id, p_correlation_id => v_job.correlation_id,
+      p_payload => jsonb_build_object('filename', v_document.filename, 'media_type', p_media_type,
+                                      'file_bytes', v_document.file_bytes));
+  end if;
+  return query select * from upload_pipeline.advance_job(p_job_id, p_token, 'queued', 'job_validated', p_keep, p_ttl);
 end
 $$;
 
@@ -3299,7 +3650,8 @@ begin
      where p.pronamespace = 'upload_pipeline'::regnamespace
        -- inner parts of the verbs, and what only the schema's owner may do
        and p.proname not in ('new_job_id', 'wake_lanes', 'check_step', 'prepare_restart', 'drop_event_partitions',
-                             'notify_watchers', 'settle_batch_members')
+                             'notify_watchers', 'settle_batch_members', 'wake_job', 'lock_awaited', 'lock_latest_job',
+                             'look_for_upload', 'resume_upload_job')
   loop
     execute format('grant execute on function %s to upload_worker, service_role', v_function);
   end loop;

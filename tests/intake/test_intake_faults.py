@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import errno
 import os
 import signal
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Awaitable, Callable
-from dataclasses import dataclass, field, replace
+from collections.abc import AsyncIterator
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from typing import Any
 import asyncpg
 import psycopg
 import pytest
+from failing_parts import FailingBackend, HookedDatabase, raising
 
 from upload_pipeline.database import documents
 from upload_pipeline.database.deletion import delete_document
@@ -29,80 +29,6 @@ from upload_pipeline.storage.orphans import sweep
 from upload_pipeline.storage.store import ObjectStore
 
 DATA = b"The same words each time.\n" * 2000
-
-
-@dataclass
-class FailingBackend:
-    """A store that fails in one of its methods, before or after it has done its work, as often as told."""
-
-    inner: Any
-    method: str
-    after: bool = False
-    times: int = 1
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.inner, name)
-
-    def _fails(self, method: str, *, after: bool) -> None:
-        if method == self.method and after == self.after and self.times > 0:
-            self.times -= 1
-            raise OSError(errno.EIO, "the disk failed")
-
-    async def write(self, key: str, blocks: AsyncIterator[bytes]) -> None:
-        self._fails("write", after=False)
-        await self.inner.write(key, blocks)
-        self._fails("write", after=True)
-
-    async def move(self, source: str, target: str) -> None:
-        self._fails("move", after=False)
-        await self.inner.move(source, target)
-        self._fails("move", after=True)
-
-    async def read(self, key: str, block_bytes: int) -> AsyncIterator[bytes]:
-        self._fails("read", after=False)
-        async for block in self.inner.read(key, block_bytes):
-            yield block
-            self._fails("read", after=True)
-
-    async def head(self, key: str) -> Any:
-        self._fails("head", after=False)
-        return await self.inner.head(key)
-
-
-Hook = Callable[[], Awaitable[None]]
-
-
-@dataclass
-class HookedDatabase:
-    """Runs something before or after the nth statement that calls a verb; what it raises takes the answer's place."""
-
-    inner: Any
-    before: dict[tuple[str, int], Hook] = field(default_factory=dict)
-    after: dict[tuple[str, int], Hook] = field(default_factory=dict)
-    calls: dict[str, int] = field(default_factory=dict)
-
-    async def fetchrow(self, query: str, *args: Any) -> Any:
-        verb = query.split("upload_pipeline.")[1].split("(")[0]
-        self.calls[verb] = count = self.calls.get(verb, 0) + 1
-        if (hook := self.before.get((verb, count))) is not None:
-            await hook()
-        row = await self.inner.fetchrow(query, *args)
-        if (hook := self.after.get((verb, count))) is not None:
-            await hook()
-        return row
-
-    async def fetch(self, query: str, *args: Any) -> list[Any]:
-        return list(await self.inner.fetch(query, *args))
-
-    async def fetchval(self, query: str, *args: Any) -> Any:
-        return await self.inner.fetchval(query, *args)
-
-
-def raising(error: BaseException) -> Hook:
-    async def hook() -> None:
-        raise error
-
-    return hook
 
 
 async def whole() -> AsyncIterator[bytes]:
@@ -256,7 +182,7 @@ async def test_where_the_database_cannot_be_asked_the_object_is_left_to_the_swee
     gone = raising(ConnectionRefusedError("no server"))
     away = HookedDatabase(
         intake.db,
-        before={("accept_document", 1): gone, **{("find_duplicate", n): gone for n in (2, 3)}},
+        before={("accept_document", 1): gone, **{("documents", n): gone for n in (2, 3)}},
     )
     with pytest.raises(PipelineError) as caught:
         await take(replace(intake, db=away))
@@ -307,15 +233,15 @@ async def test_one_that_removes_an_object_puts_it_back_where_another_was_accepte
     async def other() -> None:
         assert not (await take(intake)).duplicate
 
-    # The second look-up is the one that decides to remove the object; the other comes right after its answer.
+    # The second look at the documents is the one that decides to remove the object; the other comes right after it.
     hooked = HookedDatabase(
         intake.db,
         before={("accept_document", 1): raising(asyncpg.DivisionByZeroError("1/0"))},
-        after={("find_duplicate", 2): other},
+        after={("documents", 2): other},
     )
     with pytest.raises(asyncpg.DivisionByZeroError):
         await take(replace(intake, db=hooked))
-    assert hooked.calls["find_duplicate"] == 3
+    assert hooked.calls["documents"] == 3
     await assert_whole(traces)
 
 

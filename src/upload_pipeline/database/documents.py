@@ -39,11 +39,29 @@ class AcceptedDocument:
 
 
 @dataclass(frozen=True, slots=True)
+class AwaitedBytes:
+    """How long a document's bytes have been awaited, by the database's clock.
+
+    Attributes:
+        since: when they were announced, last.
+        deadline: until when they may come.
+        waited: from the one to now.
+        left: from now to the other; negative once it is over.
+    """
+
+    since: datetime
+    deadline: datetime
+    waited: timedelta
+    left: timedelta
+
+
+@dataclass(frozen=True, slots=True)
 class Document:
     """What the steps read of a document.
 
     Attributes:
         page_starts: character offset of each page in the normalised markdown; empty where there are no pages.
+        awaited: None once its bytes are in the store and were seen to be those that were announced.
     """
 
     document_id: UUID
@@ -57,6 +75,7 @@ class Document:
     markdown_key: str | None
     markdown_sha256: str | None
     page_starts: tuple[int, ...]
+    awaited: AwaitedBytes | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,15 +134,23 @@ async def find_duplicate(db: Executor, *, user_id: UUID, file_sha256: str) -> Ac
 
 async def load_document(db: Executor, document_id: UUID) -> Document | None:
     """A document's row as the steps read it, or None."""
+    # While bytes are awaited, only a new announcement of them writes the row.
     row = await db.fetchrow(
         """
         select document_id, user_id, filename, media_type, file_bytes, file_sha256, raw_key, page_count, markdown_key,
-               markdown_sha256, page_starts
+               markdown_sha256, page_starts, updated_at as since, upload_deadline as deadline,
+               upload_pipeline.now() - updated_at as waited, upload_deadline - upload_pipeline.now() as left
           from upload_pipeline.documents where document_id = $1
         """,
         document_id,
     )
-    return Document(**{**dict(row), "page_starts": tuple(row["page_starts"])}) if row else None
+    if row is None:
+        return None
+    fields = dict(row)
+    wait = AwaitedBytes(**{name: fields.pop(name) for name in ("since", "deadline", "waited", "left")})
+    return Document(
+        **{**fields, "page_starts": tuple(fields["page_starts"])}, awaited=wait if wait.deadline is not None else None
+    )
 
 
 async def existing_documents(db: Executor, document_ids: Sequence[UUID]) -> set[UUID]:

@@ -5,20 +5,23 @@ stage -> known bytes? -> opens? -> move to raw/… -> row, job and event in one 
 
 from __future__ import annotations
 
-import asyncio
-import time
 from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
 from typing import Any
 from uuid import UUID
 
-import structlog
-
 from upload_pipeline.database import documents
 from upload_pipeline.database.documents import AcceptedDocument
-from upload_pipeline.errors import ErrorCode, PipelineError
 from upload_pipeline.intake.arrival import check_arrival
-from upload_pipeline.intake.placing import bring_back, confirm_placed, find_known, named, place, withdraw
+from upload_pipeline.intake.placing import (
+    addressed,
+    bring_back,
+    confirm_placed,
+    find_known,
+    place,
+    until_answered,
+    withdraw,
+)
 from upload_pipeline.intake.staging import (
     Intake,
     StagedFile,
@@ -28,11 +31,6 @@ from upload_pipeline.intake.staging import (
     stage_path,
     stage_stream,
 )
-
-log = structlog.get_logger(__name__)
-
-RETRY_PAUSE = 0.25
-"""Seconds between two tries of the statement that makes the row."""
 
 
 async def accept_file(
@@ -108,6 +106,7 @@ async def accept_staged(intake: Intake, staged: StagedFile) -> AcceptedDocument:
     To be called while what staged it is entered: leaving that by this function's exception removes what was staged.
     """
     first = await find_known(intake, staged)
+    staged = await addressed(intake, staged)
     if first is not None:
         await bring_back(intake, staged)
         return first
@@ -123,29 +122,21 @@ async def accept_staged(intake: Intake, staged: StagedFile) -> AcceptedDocument:
 
 
 async def _make_document(intake: Intake, staged: StagedFile) -> AcceptedDocument:
-    """Tries for `retry_seconds`: after a lost connection the row may be there, and the same statement finds it."""
     arrival = staged.arrival
-    give_up = time.monotonic() + intake.retry_seconds
-    while True:
-        try:
-            return await named(
-                documents.accept_document(
-                    intake.db,
-                    document_id=staged.document_id,
-                    user_id=arrival.user_id,
-                    filename=arrival.filename,
-                    media_type=staged.media_type,
-                    file_bytes=staged.size,
-                    file_sha256=staged.sha256,
-                    raw_key=staged.raw_key,
-                    metadata=arrival.metadata,
-                    priority=arrival.priority,
-                    correlation_id=arrival.correlation_id,
-                ),
-                f"accept {arrival.filename!r}",
-            )
-        except PipelineError as error:
-            if error.code is not ErrorCode.DATABASE_UNAVAILABLE or time.monotonic() + RETRY_PAUSE >= give_up:
-                raise
-            log.warning("accept_retried", filename=arrival.filename, error=error.message)
-        await asyncio.sleep(RETRY_PAUSE)
+    return await until_answered(
+        intake,
+        lambda: documents.accept_document(
+            intake.db,
+            document_id=staged.document_id,
+            user_id=arrival.user_id,
+            filename=arrival.filename,
+            media_type=staged.media_type,
+            file_bytes=staged.size,
+            file_sha256=staged.sha256,
+            raw_key=staged.raw_key,
+            metadata=arrival.metadata,
+            priority=arrival.priority,
+            correlation_id=arrival.correlation_id,
+        ),
+        f"accept {arrival.filename!r}",
+    )

@@ -37,19 +37,20 @@ def check_arrival(
         PipelineError: `INVALID_METADATA` or `INVALID_ARGUMENT`, naming what is wrong and what is allowed.
     """
     if user_id == _NIL:
-        raise _invalid("user_id", str(user_id), "the id of a user, not the nil UUID")
+        raise invalid_argument("user_id", str(user_id), "the id of a user, not the nil UUID")
     if len(correlation_id) > MAX_CORRELATION_CHARS or not correlation_id.isprintable():
-        raise _invalid(
+        raise invalid_argument(
             "correlation_id",
             correlation_id[:MAX_CORRELATION_CHARS],
             f"at most {MAX_CORRELATION_CHARS} printable characters",
         )
     if not -32768 <= priority <= 32767:
-        raise _invalid("priority", priority, "a number from -32768 to 32767")
+        raise invalid_argument("priority", priority, "a number from -32768 to 32767")
     return Arrival(display_name(filename), user_id, check_metadata(metadata), correlation_id, priority)
 
 
-def _invalid(name: str, value: object, allowed: str) -> PipelineError:
+def invalid_argument(name: str, value: object, allowed: str) -> PipelineError:
+    """The error of an argument that is not what it must be."""
     return PipelineError(
         ErrorCode.INVALID_ARGUMENT, f"{name} is {value!r}, it must be {allowed}.", {"argument": name, "value": value}
     )

@@ -8,13 +8,16 @@ last sees the other, and puts the bytes back.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable
+import asyncio
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from typing import TypeVar
 from uuid import uuid4
 
 import structlog
 
-from upload_pipeline.database import documents
+from upload_pipeline.database import documents, uploads
 from upload_pipeline.database.documents import AcceptedDocument
 from upload_pipeline.database.failures import DATABASE_FAILURES, translate
 from upload_pipeline.errors import ErrorCode, PipelineError
@@ -22,6 +25,9 @@ from upload_pipeline.intake.staging import Intake, StagedFile, discard, removed_
 from upload_pipeline.storage.keys import incoming_key
 
 log = structlog.get_logger(__name__)
+
+RETRY_PAUSE = 0.25
+"""Seconds between two tries of a statement."""
 
 T = TypeVar("T")
 
@@ -38,21 +44,53 @@ async def find_known(intake: Intake, staged: StagedFile) -> AcceptedDocument | N
     )
 
 
+async def addressed(intake: Intake, staged: StagedFile) -> StagedFile:
+    """The file under id and key of the user's document that has or awaits its bytes; unchanged where there is none.
+
+    Raises:
+        PipelineError: `DATABASE_UNAVAILABLE`, `MIGRATIONS_PENDING`.
+    """
+    found = uploads.find_upload(intake.db, user_id=staged.arrival.user_id, file_sha256=staged.sha256)
+    return replace(staged, known=await named(found, f"look up {staged.arrival.filename!r}"))
+
+
 async def place(intake: Intake, staged: StagedFile) -> None:
     """Gives opened bytes their raw key. Where this, or what follows it, fails: `withdraw`."""
     await intake.store.move(staged.incoming, staged.raw_key)
 
 
 async def withdraw(intake: Intake, staged: StagedFile) -> None:
-    """Removes the raw object if no document has it. Never raises: what cannot be removed is left for maintenance."""
+    """Takes the bytes of a file that becomes no document out again; see `withdraw_object`."""
+    await withdraw_object(intake, staged.raw_key)
+
+
+async def withdraw_object(intake: Intake, key: str) -> None:
+    """Removes a raw object unless a document has it or awaits it.
+
+    Never raises: what cannot be removed is left for maintenance.
+    """
     try:
-        if await _has_document(intake, staged):
+        if await _is_wanted(intake, key):
             return
-        await intake.store.delete([staged.raw_key])
-        if await _has_document(intake, staged):
-            await _put_again(intake, staged)
+        # Moved and not removed, so that it can come back though nobody here has a copy.
+        aside = incoming_key(uuid4())
+        try:
+            await intake.store.move(key, aside)
+        except PipelineError as error:
+            if error.code is ErrorCode.OBJECT_MISSING:
+                return
+            raise
+        try:
+            wanted = await _is_wanted(intake, key)
+        except BaseException:
+            await intake.store.move(aside, key)
+            raise
+        if wanted:
+            await intake.store.move(aside, key)
+        else:
+            await intake.store.delete([aside])
     except Exception as error:  # noqa: BLE001 - the failure that led here is the one to report; maintenance sweeps
-        log.warning("object_left_for_maintenance", key=staged.raw_key, error=str(error) or type(error).__name__)
+        log.warning("object_left_for_maintenance", key=key, error=str(error) or type(error).__name__)
 
 
 async def confirm_placed(intake: Intake, staged: StagedFile) -> None:
@@ -78,6 +116,25 @@ async def bring_back(intake: Intake, staged: StagedFile) -> None:
         await _put_again(intake, staged)
 
 
+async def until_answered(intake: Intake, ask: Callable[[], Awaitable[T]], action: str) -> T:
+    """Asks the database until it answers, for `intake.retry_seconds`.
+
+    After a lost connection the statement may have done its work, so it must be one that may be repeated.
+
+    Raises:
+        PipelineError: `DATABASE_UNAVAILABLE` once the time is over; and as `named` does.
+    """
+    give_up = time.monotonic() + intake.retry_seconds
+    while True:
+        try:
+            return await named(ask(), action)
+        except PipelineError as error:
+            if error.code is not ErrorCode.DATABASE_UNAVAILABLE or time.monotonic() + RETRY_PAUSE >= give_up:
+                raise
+            log.warning("statement_retried", action=action, error=error.message)
+        await asyncio.sleep(RETRY_PAUSE)
+
+
 async def named(statement: Awaitable[T], action: str) -> T:
     """Waits for a statement; a failure of the database comes out as `PipelineError` that names the action."""
     try:
@@ -86,13 +143,8 @@ async def named(statement: Awaitable[T], action: str) -> T:
         raise translate(error, action) from error
 
 
-async def _has_document(intake: Intake, staged: StagedFile) -> bool:
-    try:
-        return await find_known(intake, staged) is not None
-    except PipelineError as error:
-        if error.code is ErrorCode.INVALID_STATE:  # it is being deleted, and its object with it
-            return False
-        raise
+async def _is_wanted(intake: Intake, key: str) -> bool:
+    return await named(uploads.has_document(intake.db, key), f"look up {key}")
 
 
 async def _put_again(intake: Intake, staged: StagedFile) -> None:

@@ -19,6 +19,7 @@ import structlog
 
 from upload_pipeline import ids
 from upload_pipeline.database.queue import Executor
+from upload_pipeline.database.uploads import Upload
 from upload_pipeline.errors import ErrorCode, PipelineError
 from upload_pipeline.intake.arrival import Arrival
 from upload_pipeline.intake.local_file import changed, measure, read_blocks, too_large
@@ -83,6 +84,8 @@ class StagedFile:
         incoming: key that the bytes have in the store before they have their own.
         local: path of the same bytes; of a stream it exists once `open_staged` has returned.
         streamed: whether the bytes came as a stream, and so are at `incoming` from the beginning.
+        known: the document that the bytes are, or that awaits them, where there is one; its id and key need not follow
+            from the user's, since a document may have changed hands.
     """
 
     arrival: Arrival
@@ -92,16 +95,17 @@ class StagedFile:
     incoming: str
     local: Path
     streamed: bool
+    known: Upload | None = None
 
     @property
     def document_id(self) -> UUID:
         """The id of the document that these bytes are, or will be."""
-        return ids.document_id(self.arrival.user_id, self.sha256)
+        return self.known.document_id if self.known else ids.document_id(self.arrival.user_id, self.sha256)
 
     @property
     def raw_key(self) -> str:
         """Where the document's bytes lie."""
-        return raw_key(self.arrival.user_id, self.document_id)
+        return self.known.raw_key if self.known else raw_key(self.arrival.user_id, self.document_id)
 
 
 @asynccontextmanager
@@ -244,6 +248,16 @@ async def _remove(store: ObjectStore, key: str) -> None:
 
 def _typed(filename: str, head: bytes, size: int, terms: Terms) -> str:
     media_type = detect_media_type(filename, head, size=size)
+    require_taken(filename, media_type, terms)
+    return media_type
+
+
+def require_taken(filename: str, media_type: str, terms: Terms) -> None:
+    """Refuses a file of a type that the terms do not have.
+
+    Raises:
+        PipelineError: `UNSUPPORTED_TYPE`, naming what is taken.
+    """
     if terms.media_types is not None and media_type not in terms.media_types:
         raise PipelineError(
             ErrorCode.UNSUPPORTED_TYPE,
@@ -251,7 +265,6 @@ def _typed(filename: str, head: bytes, size: int, terms: Terms) -> str:
             f"Send {spoken_types(terms.media_types)}.",
             {"filename": filename, "media_type": media_type, "taken": sorted(terms.media_types)},
         )
-    return media_type
 
 
 @contextmanager

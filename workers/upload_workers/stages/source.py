@@ -40,10 +40,15 @@ async def local_copy(document: Document, context: StepContext) -> AsyncGenerator
         path = Path(directory) / "file"
         stored = await context.store.download(document.raw_key, path)
         if (stored.size, stored.sha256) != (document.file_bytes, document.file_sha256):
-            raise PipelineError(
-                ErrorCode.CHECKSUM_MISMATCH,
-                f"The stored bytes of {document.filename!r} are not the ones that were uploaded "
-                f"({stored.size} bytes instead of {document.file_bytes}, or another sha256). Upload the file again.",
-                {"key": document.raw_key, "expected": document.file_sha256, "found": stored.sha256},
-            )
+            raise other_bytes(document, stored.size, stored.sha256)
         yield path
+
+
+def other_bytes(document: Document, found_bytes: int, found_sha256: str | None) -> PipelineError:
+    """The error of a store that holds other bytes than those of the document."""
+    return PipelineError(
+        ErrorCode.CHECKSUM_MISMATCH,
+        f"The stored bytes of {document.filename!r} are not the ones that were uploaded "
+        f"({found_bytes} bytes instead of {document.file_bytes}, or another sha256). Upload the file again.",
+        {"key": document.raw_key, "expected": document.file_sha256, "found": found_sha256},
+    )

@@ -1,25 +1,86 @@
-"""`queued` -> `job_validated`: the object is there, is what was uploaded, and can be read."""
+"""`queued` -> `job_validated`: the object is there, is what was uploaded, and can be read.
+
+Of a document whose bytes were only announced, the object may still be missing: then the job waits for it.
+
+    nothing                                          Snooze; past the deadline UPLOAD_EXPIRED
+    other bytes, older than the latest announcement  the same: they say nothing of it
+    other bytes, newer                               CHECKSUM_MISMATCH
+    the announced bytes                              whatever the time, the wait is over
+"""
 
 from __future__ import annotations
 
 import asyncio
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
 
+from upload_pipeline.database.documents import AwaitedBytes, Document
 from upload_pipeline.database.queue import ClaimedJob
+from upload_pipeline.database.uploads import commit_validation
+from upload_pipeline.errors import ErrorCode, PipelineError
 from upload_pipeline.media_types import HEAD_BYTES, detect_media_type
-from upload_workers.stages.source import document_of, local_copy
-from upload_workers.steps import Advance, Outcome, StepContext
+from upload_pipeline.storage.objects import ObjectInfo
+from upload_workers.stages.source import document_of, local_copy, other_bytes
+from upload_workers.steps import Advance, Commit, Outcome, Snooze, StepContext
+
+SHORTEST_WAIT = timedelta(seconds=1)
+LONGEST_WAIT = timedelta(seconds=30)
+"""Between two looks for bytes that are announced; the wait grows with the time that they have been awaited."""
 
 
 async def validate(job: ClaimedJob, context: StepContext) -> Outcome:
     """Checks size, sha256, type by content, and that the parser can open the file."""
     document = await document_of(job, context)
+    if document.awaited is not None:
+        return await _look_for_bytes(document, document.awaited, context)
     async with local_copy(document, context) as path:
-
-        def read_head() -> bytes:
-            with path.open("rb") as file:
-                return file.read(HEAD_BYTES)
-
-        head = await asyncio.to_thread(read_head)
-        detect_media_type(document.filename, head, size=document.file_bytes)
+        await _found_type(document, path)
         await context.parser.inspect(path, document.media_type)
     return Advance()
+
+
+async def _look_for_bytes(document: Document, awaited: AwaitedBytes, context: StepContext) -> Outcome:
+    found = await context.store.head(document.raw_key)
+    if found is None:
+        return _not_there(document, awaited)
+    try:
+        if found.size != document.file_bytes:
+            raise other_bytes(document, found.size, None)
+        async with local_copy(document, context) as path:
+            media_type = await _found_type(document, path)
+            await context.parser.inspect(path, media_type)
+    except PipelineError as error:
+        if _is_not_theirs(error, found, awaited):
+            return _not_there(document, awaited)
+        raise
+    return Commit(partial(commit_validation, media_type=media_type))
+
+
+def _is_not_theirs(error: PipelineError, found: ObjectInfo, awaited: AwaitedBytes) -> bool:
+    """Whether what was found says nothing of the latest announcement: it is older, or gone again."""
+    return error.code is ErrorCode.OBJECT_MISSING or (
+        error.code is ErrorCode.CHECKSUM_MISMATCH and found.modified_at < awaited.since
+    )
+
+
+def _not_there(document: Document, awaited: AwaitedBytes) -> Snooze:
+    if awaited.left <= timedelta(0):
+        raise PipelineError(
+            ErrorCode.UPLOAD_EXPIRED,
+            f"The bytes of {document.filename!r} did not come until {awaited.deadline:%Y-%m-%d %H:%M:%S} UTC. "
+            "Announce the file again, and send its bytes to the new URL.",
+            {"deadline": awaited.deadline.isoformat()},
+        )
+    delay = min(max(awaited.waited / 2, SHORTEST_WAIT), LONGEST_WAIT)
+    # The last look is the one at the deadline.
+    return Snooze(min(delay, max(awaited.left, SHORTEST_WAIT)))
+
+
+async def _found_type(document: Document, path: Path) -> str:
+    def read_head() -> bytes:
+        with path.open("rb") as file:
+            return file.read(HEAD_BYTES)
+
+    head = await asyncio.to_thread(read_head)
+    return detect_media_type(document.filename, head, size=document.file_bytes)
