@@ -69,6 +69,7 @@ create type upload_pipeline.event_code as enum (
   'job_done',
   'batch_accepted',
   'batch_completed',
+  'write_fenced',
   'orphan_removed',
   'capacity_warning',
   'worker_started',

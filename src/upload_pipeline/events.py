@@ -33,6 +33,7 @@ class EventCode(StrEnum):
     JOB_DONE = "job_done"
     BATCH_ACCEPTED = "batch_accepted"
     BATCH_COMPLETED = "batch_completed"
+    WRITE_FENCED = "write_fenced"
     ORPHAN_REMOVED = "orphan_removed"
     CAPACITY_WARNING = "capacity_warning"
     WORKER_STARTED = "worker_started"

@@ -73,6 +73,7 @@ create type upload_pipeline.event_code as enum (
   'job_done',
   'batch_accepted',
   'batch_completed',
+  'write_fenced',
   'orphan_removed',
   'capacity_warning',
   'worker_started',
@@ -564,6 +565,7 @@ select upload_pipeline.ensure_event_partitions();
 --   retry_job        one job, then its lane                       raises the token: fences the holder off
 --   cancel_job       one job                                      -
 --   wake_job         one job, then its lane                       -
+--   record_fenced_write  one job                                  is what it notes
 --   set_lane_cap     one lane                                     -
 --
 -- A verb that waits for a lane holds jobs; a verb that holds lanes never waits for a job: so no cycle, no deadlock.
@@ -886,6 +888,24 @@ begin
   end if;
   raise exception 'the lease on job % with token % is lost', p_job_id, p_token
     using errcode = 'UP001', hint = 'Another worker or an operator has the job. Stop, and write nothing.';
+end
+$$;
+
+-- Notes that the fence has refused a write under p_token, so that an operator sees it: the writer had lost its lease and
+-- found out late. Locks the job as whatever writes an event of it does, so that its history stays in order.
+create function upload_pipeline.record_fenced_write(p_job_id uuid, p_token bigint, p_worker_id uuid)
+returns void
+language plpgsql
+security definer
+set search_path = ''
+as $$
+declare
+  v_job upload_pipeline.upload_jobs;
+begin
+  select j.* into v_job from upload_pipeline.upload_jobs j where j.job_id = p_job_id for no key update;
+  insert into upload_pipeline.events (at, code, severity, user_id, document_id, job_id, worker_id, stage, lease_token, correlation_id, payload)
+  values (upload_pipeline.now(), 'write_fenced', 'warning', v_job.user_id, v_job.document_id, p_job_id, p_worker_id, v_job.stage,
+          p_token, coalesce(v_job.correlation_id, ''), jsonb_build_object('current_token', v_job.lease_token));
 end
 $$;
 

@@ -94,6 +94,8 @@ async def test_metrics_tell_of_requests_by_route_and_of_the_queue(
     await admin.execute(
         "select upload_pipeline.record_event('job_failed'), upload_pipeline.record_event('job_deadlettered')"
     )
+    await admin.execute("select upload_pipeline.record_fenced_write($1, 1, $1)", jobs[1])
+    await api.resources.embedder.embed(["a query"])
     answer = await api.client.get("/metrics")
     assert answer.headers["content-type"].startswith("text/plain")
     found = samples(answer.text)
@@ -122,6 +124,12 @@ async def test_metrics_tell_of_requests_by_route_and_of_the_queue(
     assert one("claim_seconds_count") == working
     assert one("job_retries_total") == 1
     assert one("dead_letters_total") == 1
+    assert one("fenced_writes_total") == 1
+    assert one("provider_calls_total", provider="local", operation="embed", outcome="ok") == 1
+    assert one("provider_units_total", provider="local", operation="embed", unit="texts") == 1
+    assert one("provider_seconds_count", provider="local", operation="embed") == 1
+    assert one("event_streams") == 0
+    assert one("event_notifications") in (0, 1)
     assert one("oldest_ready_seconds") >= 0
     # a second look counts nothing twice
     again = samples((await api.client.get("/metrics")).text)

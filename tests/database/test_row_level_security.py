@@ -123,6 +123,7 @@ CALLERS = {
             "promote_due",
             "reap_expired",
             "record_event",
+            "record_fenced_write",
             "refresh_stage_durations",
             "register_model",
             "register_worker",

@@ -1,4 +1,4 @@
-"""The health endpoint of a worker: is the process alive, and can it work?"""
+"""The health endpoint of a worker: is the process alive, can it work, and what has it done?"""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 from aiohttp import web
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
 from upload_pipeline.database.queue import Executor
 from upload_pipeline.errors import ErrorCode, PipelineError
@@ -18,10 +19,10 @@ READY_TIMEOUT = 2.0
 
 @asynccontextmanager
 async def health_endpoint(runner: Runner, db: Executor, *, host: str, port: int) -> AsyncGenerator[int]:
-    """Serves `/healthz` and `/readyz` while entered; yields the port.
+    """Serves `/healthz`, `/readyz` and `/metrics` while entered; yields the port.
 
     `/healthz` is 200 while the event loop turns. `/readyz` is 200 while the worker takes jobs and the database
-    answers within two seconds, else 503 with the reason.
+    answers within two seconds, else 503 with the reason. `/metrics` is for Prometheus.
 
     Raises:
         PipelineError: `SETTING_INVALID` where the address cannot be listened on.
@@ -56,8 +57,13 @@ async def health_endpoint(runner: Runner, db: Executor, *, host: str, port: int)
             return web.json_response({"status": "database unreachable", "reason": reason}, status=503)
         return web.json_response({"status": "ready"})
 
+    async def metrics(_request: web.Request) -> web.Response:
+        return web.Response(
+            body=generate_latest(runner.metrics.registry), headers={"Content-Type": CONTENT_TYPE_LATEST}
+        )
+
     app = web.Application()
-    app.add_routes([web.get("/healthz", healthz), web.get("/readyz", readyz)])
+    app.add_routes([web.get("/healthz", healthz), web.get("/readyz", readyz), web.get("/metrics", metrics)])
     server = web.AppRunner(app, access_log=None)
     await server.setup()
     try:

@@ -9,7 +9,7 @@ nothing else.
     Snooze                  snooze_job                  retryable, no retry counted
     PipelineError           fail_job                    retryable or deadletter, as its code says
     any other exception     fail_job with INTERNAL      retryable
-    lease lost, trust out   nothing                     another worker's
+    lease lost, trust out   nothing but an event        another worker's
     cancel asked for        release_jobs                cancelled
     step deadline           fail_job, STAGE_TIMEOUT     retryable
     worker stops            release_jobs                queued, no retry counted
@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from upload_pipeline.database.queue import ClaimedJob, Executor, Transition
     from upload_workers.grouping import GroupedAdvances
     from upload_workers.leases import HeldLease, LeaseKeeper
+    from upload_workers.metrics import WorkerMetrics
     from upload_workers.steps import Outcome, Step, StepContext
 
 log = structlog.get_logger(__name__)
@@ -58,6 +59,7 @@ class JobLeader:
 
     Attributes:
         next_stages: the stage behind each (pipeline, stage).
+        metrics: where steps and refused writes are counted.
         stopping: True once no further step is to be begun.
     """
 
@@ -69,6 +71,7 @@ class JobLeader:
     advances: GroupedAdvances
     ttl: timedelta
     stopping: Callable[[], bool]
+    metrics: WorkerMetrics
 
     async def lead(self, job: ClaimedJob, held: HeldLease) -> None:
         """Runs steps until the job ends, is handed on, fails or is lost. Never raises but for cancellation."""
@@ -106,12 +109,18 @@ class JobLeader:
                 await self._write(held, lambda: queue.snooze_job(self.db, held.lease, delay=UNKNOWN_STAGE_DELAY))
                 return
             began = time.monotonic()
-            outcome = await step(job, self.context)
+            try:
+                outcome = await step(job, self.context)
+            except BaseException as error:
+                self._step_ended(job, began, _outcome_of(error, held))
+                raise
             if held.stopped is not None:
                 # The step kept the cancellation to itself; its outcome comes too late all the same.
+                self._step_ended(job, began, held.stopped.name.lower())
                 await self._stopped(held)
                 return
             sent = time.monotonic()
+            self._step_ended(job, began, type(outcome).__name__.lower())
             transition = await self._write_outcome(job, held, outcome)
             log.info("step_done", seconds=round(sent - began, 3), outcome=type(outcome).__name__)
             if transition is None or transition.state != "working":
@@ -127,7 +136,7 @@ class JobLeader:
                 asked = queue.Advance(job.lease, job.stage, self.next_stages[job.pipeline, job.stage], keep, results)
                 transition = await self._write(held, lambda: self.advances.advance(asked))
                 if transition is None:
-                    log.warning("lease_lost", found_by="advance")
+                    await self._fenced(held, "advance")
                 return transition
             case Commit(verb):
                 return await self._write(held, lambda: verb(self.db, job.lease, keep=keep, ttl=self.ttl))
@@ -162,6 +171,9 @@ class JobLeader:
                 ),
             )
         except Exception as write_error:  # noqa: BLE001 - the lease runs out and the job is reaped
+            if is_lease_lost(write_error):
+                await self._fenced(held, "failure")
+                return
             log.warning("failure_not_recorded", code=error.code.value, error=str(write_error))
         else:
             log.warning("step_failed", code=error.code.value, error=error.message, state=failure.state)
@@ -173,12 +185,24 @@ class JobLeader:
         await self._fail(held, PipelineError(code, f"{type(error).__name__}: {error}"))
 
     async def _fail_in_database(self, held: HeldLease, error: asyncpg.PostgresError) -> None:
-        if error.sqlstate == queue.LEASE_LOST:
-            log.warning("lease_lost", found_by="commit")
+        if is_lease_lost(error):
+            await self._fenced(held, "commit")
             return
         log.error("step_failed_in_database", sqlstate=error.sqlstate, error=str(error))
         code = ErrorCode.DATABASE_UNAVAILABLE if is_passing(error) else ErrorCode.INTERNAL
         await self._fail(held, PipelineError(code, f"SQLSTATE {error.sqlstate}: {error}"))
+
+    async def _fenced(self, held: HeldLease, found_by: str) -> None:
+        """A write was refused: counted here, and noted in the audit trail as far as that works at the first try."""
+        log.warning("lease_lost", found_by=found_by)
+        self.metrics.write_fenced()
+        try:
+            await queue.record_fenced_write(self.db, held.lease, worker_id=self.keeper.worker_id)
+        except Exception as error:  # noqa: BLE001 - nothing depends on it
+            log.warning("fenced_write_not_recorded", error=str(error) or type(error).__name__)
+
+    def _step_ended(self, job: ClaimedJob, began: float, outcome: str) -> None:
+        self.metrics.step_ended(job.pipeline, job.stage, outcome, time.monotonic() - began)
 
     async def _stopped(self, held: HeldLease) -> None:
         """The task was cancelled: by the lease keeper, which says why, or because the worker stops."""
@@ -201,6 +225,22 @@ class JobLeader:
 def _is_asked_to_stop(held: HeldLease) -> bool:
     task = asyncio.current_task()
     return held.stopped is not None or (task is not None and task.cancelling() > 0)
+
+
+def is_lease_lost(error: BaseException) -> bool:
+    """Whether the database refused a write since its lease is lost."""
+    return isinstance(error, asyncpg.PostgresError) and error.sqlstate == queue.LEASE_LOST
+
+
+def _outcome_of(error: BaseException, held: HeldLease) -> str:
+    """How a step ended that raised, as metrics name it."""
+    if isinstance(error, asyncio.CancelledError) and _is_asked_to_stop(held):
+        return "released" if held.stopped is None else held.stopped.name.lower()
+    if isinstance(error, PipelineError):
+        return error.code.value
+    if is_lease_lost(error):
+        return StopReason.LOST.name.lower()
+    return (ErrorCode.DATABASE_UNAVAILABLE if is_passing(error) else ErrorCode.INTERNAL).value
 
 
 def _fields(job: ClaimedJob) -> dict[str, object]:

@@ -17,6 +17,7 @@ import upload_pipeline
 from upload_pipeline.database import documents, queue
 from upload_pipeline.database.connection import connect, connection_options
 from upload_pipeline.database.pools import BoundedPool, open_pool
+from upload_pipeline.providers.calls import MeasuredEmbedder, MeasuredParser, ProviderCalls
 from upload_pipeline.providers.embedding import open_embedder
 from upload_pipeline.providers.local_parser import LocalParser
 from upload_pipeline.settings import Settings
@@ -25,6 +26,7 @@ from upload_workers.bounded import bounded
 from upload_workers.health import health_endpoint
 from upload_workers.leases import LeaseKeeper, heartbeat_connection
 from upload_workers.memory import MemoryWatch
+from upload_workers.metrics import WorkerMetrics
 from upload_workers.pipelines import STEPS
 from upload_workers.runner import Runner
 from upload_workers.shutdown import on_signals
@@ -70,10 +72,12 @@ async def running_worker(
         stack.push_async_callback(_close_pool, db)
         store = store or open_store(settings.effective_storage_url)
         await store.check_writable()
-        embedder = open_embedder(settings.embedder)
+        calls = ProviderCalls()
+        embedder = MeasuredEmbedder(open_embedder(settings.embedder), calls)
         stack.push_async_callback(embedder.close)
-        parser = LocalParser(settings.parse_timeout, settings.parse_memory_bytes)
-        stack.callback(parser.close)
+        local_parser = LocalParser(settings.parse_timeout, settings.parse_memory_bytes)
+        stack.callback(local_parser.close)
+        parser = MeasuredParser(local_parser, calls)
         await documents.register_model(
             db, model=embedder.model, provider=settings.embedder, dimensions=embedder.dimensions
         )
@@ -97,7 +101,9 @@ async def running_worker(
             lease_ttl=settings.lease_ttl,
             group_window=settings.group_window,
             poll=AdaptivePoll(settings.poll_min, settings.poll_max),
+            metrics=WorkerMetrics(calls),
         )
+        runner.metrics.show_held(lambda: runner.at_work)
         memory = MemoryWatch(settings.worker_memory_bytes, freed=runner.wake.set)
         runner.has_room = lambda: not memory.over
         await queue.register_worker(

@@ -22,6 +22,7 @@ import structlog
 from upload_pipeline.database import queue
 from upload_workers.grouping import GroupedAdvances
 from upload_workers.lead import JobLeader
+from upload_workers.metrics import WorkerMetrics
 from upload_workers.wake import AdaptivePoll
 
 if TYPE_CHECKING:
@@ -56,6 +57,7 @@ class Runner:
 
     Attributes:
         has_room: whether jobs may be claimed now; what is at work goes on in any case.
+        metrics: where claims, steps and refused writes are counted.
     """
 
     worker_id: UUID
@@ -70,6 +72,7 @@ class Runner:
     group_window: float
     poll: AdaptivePoll
     has_room: Callable[[], bool] = lambda: True
+    metrics: WorkerMetrics = field(default_factory=WorkerMetrics)
     wake: asyncio.Event = field(default_factory=asyncio.Event)
     claimed: int = 0
     ended: int = 0
@@ -133,6 +136,7 @@ class Runner:
             GroupedAdvances(self.db, ttl, self.group_window),
             ttl,
             self._stopping.is_set,
+            self.metrics,
         )
         outage = 0.5
         while not self.stopping:
@@ -160,7 +164,12 @@ class Runner:
         for pool in (*self.pools[first:], *self.pools[:first]):
             claim = self._ask(pool, self.concurrency - self.at_work, ttl)
             while claim is not None:
-                jobs = await claim.answer
+                try:
+                    jobs = await claim.answer
+                except BaseException:
+                    self.metrics.claimed(pool, None)
+                    raise
+                self.metrics.claimed(pool, len(jobs))
                 more = None
                 if jobs:
                     found = True

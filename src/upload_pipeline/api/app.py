@@ -70,6 +70,7 @@ def create_app(settings: Settings, resources: Resources) -> FastAPI:
         resources: open for as long as the application serves.
     """
     metrics = ServiceMetrics()
+    metrics.show_resources(resources)
     app = FastAPI(
         title="Upload pipeline",
         summary="Files go in; searchable, per-user text comes out; nothing gets lost on the way.",

@@ -18,6 +18,7 @@ from upload_pipeline.database.queue_metrics import read_depths, read_happened
 if TYPE_CHECKING:
     from datetime import datetime
 
+    from upload_pipeline.api.resources import Resources
     from upload_pipeline.database.queue import Executor
 
 log = structlog.get_logger(__name__)
@@ -72,6 +73,15 @@ class ServiceMetrics:
             f"{_PREFIX}job_retries", "Failures after which a job tries again.", registry=self.registry
         )
         self._dead = Counter(f"{_PREFIX}dead_letters", "Jobs that failed for good.", registry=self.registry)
+        self._fenced = Counter(
+            f"{_PREFIX}fenced_writes",
+            "Writes of workers that the database refused, since the job's lease was lost.",
+            registry=self.registry,
+        )
+        self._streams = Gauge(f"{_PREFIX}event_streams", "Streams of events that are open.", registry=self.registry)
+        self._listening = Gauge(
+            f"{_PREFIX}event_notifications", "1 where notifications of events arrive.", registry=self.registry
+        )
         self._claims = Histogram(
             f"{_PREFIX}claim_seconds",
             "Seconds from a job's becoming ready to its claim.",
@@ -81,6 +91,12 @@ class ServiceMetrics:
         self._lock = asyncio.Lock()
         self._looked_at = float("-inf")
         self._since: datetime | None = None
+
+    def show_resources(self, resources: Resources) -> None:
+        """Tells of what these resources count themselves."""
+        self.registry.register(resources.provider_calls.registry)
+        self._streams.set_function(lambda: len(resources.streams))
+        self._listening.set_function(lambda: resources.job_feed.listening)
 
     def observe_request(self, method: str, route: str, status: int, seconds: float, content_type: str) -> None:
         """Counts a request.
@@ -129,5 +145,6 @@ class ServiceMetrics:
             self._events.labels(code).inc(count)
         self._retries.inc(happened.events.get("job_failed", 0) + happened.events.get("job_reaped", 0))
         self._dead.inc(happened.events.get("job_deadlettered", 0))
+        self._fenced.inc(happened.events.get("write_fenced", 0))
         for seconds in happened.claim_seconds:
             self._claims.observe(seconds)

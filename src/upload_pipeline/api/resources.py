@@ -18,6 +18,7 @@ from upload_pipeline.api.tokens import TokenVerifier, open_token_verifier
 from upload_pipeline.database.connection import connect, connection_options
 from upload_pipeline.database.pools import BoundedPool, open_pool
 from upload_pipeline.intake.staging import Intake
+from upload_pipeline.providers.calls import MeasuredEmbedder, MeasuredParser, ProviderCalls
 from upload_pipeline.providers.embedding import Embedder, open_embedder
 from upload_pipeline.providers.local_parser import LocalParser
 from upload_pipeline.settings import Settings
@@ -46,6 +47,7 @@ class Resources:
         signer: signs URLs of objects, where the store does not.
         job_feed: tells what is new of jobs that somebody watches.
         streams: counts the open streams of events.
+        provider_calls: counts and times the calls of `embedder` and of the parser that `intake` opens files with.
     """
 
     settings: Settings
@@ -58,6 +60,7 @@ class Resources:
     signer: UrlSigner
     job_feed: JobFeed
     streams: OpenStreams
+    provider_calls: ProviderCalls
 
 
 @asynccontextmanager
@@ -77,10 +80,12 @@ async def open_resources(settings: Settings, database_url: str) -> AsyncGenerato
         )
         stack.push_async_callback(_close_pool, db)
         store = open_store(settings.effective_storage_url, public_endpoint=settings.storage_public_endpoint)
-        embedder = open_embedder(settings.embedder)
+        provider_calls = ProviderCalls()
+        embedder = MeasuredEmbedder(open_embedder(settings.embedder), provider_calls)
         stack.push_async_callback(embedder.close)
-        parser = LocalParser(settings.parse_timeout, settings.parse_memory_bytes)
-        stack.callback(parser.close)
+        local_parser = LocalParser(settings.parse_timeout, settings.parse_memory_bytes)
+        stack.callback(local_parser.close)
+        parser = MeasuredParser(local_parser, provider_calls)
         tokens = await stack.enter_async_context(open_token_verifier(settings))
         signer = open_signer(settings)
         listening = None
@@ -113,6 +118,7 @@ async def open_resources(settings: Settings, database_url: str) -> AsyncGenerato
             signer=signer,
             job_feed=job_feed,
             streams=OpenStreams(of_a_user=settings.sse_streams_per_user, in_all=settings.sse_streams),
+            provider_calls=provider_calls,
         )
 
 

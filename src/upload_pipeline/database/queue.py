@@ -249,6 +249,11 @@ async def reap_expired(db: Executor, *, limit: int = 100) -> int:
     return int(await db.fetchval("select upload_pipeline.reap_expired($1)", limit))
 
 
+async def record_fenced_write(db: Executor, lease: Lease, *, worker_id: UUID) -> None:
+    """Notes that a write under a lost lease was refused."""
+    await db.fetchval("select upload_pipeline.record_fenced_write($1, $2, $3)", lease.job_id, lease.token, worker_id)
+
+
 async def register_worker(
     db: Executor,
     *,
