@@ -196,6 +196,8 @@ as $$
 declare
   v_now  timestamptz := upload_pipeline.now();
   v_made uuid[];
+  v_ours uuid[]; -- with those that awaited their bytes
+  v_file record;
 begin
   insert into upload_pipeline.batches (batch_id, user_id, total, warnings, correlation_id, created_at)
   values (p_batch_id, p_user_id, jsonb_array_length(p_members), p_warnings, p_correlation_id, v_now)
@@ -230,12 +232,38 @@ begin
       from accepted a order by a.ordinal
   )
   select array_agg(a.document_id order by a.ordinal) into v_made from accepted a;
+  v_ours := coalesce(v_made, '{}');
 
   -- none of the documents goes before the members name them
   perform from upload_pipeline.documents d
    where d.user_id = p_user_id
      and d.file_sha256 in (select m.value ->> 'file_sha256' from jsonb_array_elements(p_members) m)
    order by d.document_id for key share;
+
+  -- Documents that await these bytes have them now. Their jobs are locked before any of them takes the lane.
+  perform from upload_pipeline.upload_jobs j
+   where j.document_id = any (array(
+           select d.document_id from jsonb_array_elements(p_members) m
+             join upload_pipeline.documents d on d.user_id = p_user_id and d.file_sha256 = m.value ->> 'file_sha256'
+            where d.upload_deadline is not null))
+   order by j.job_id for no key update;
+  for v_file in
+    select distinct on (d.document_id) m.*
+      from jsonb_to_recordset(p_members) m (ordinal integer, filename text, document_id uuid, media_type text,
+        file_bytes bigint, file_sha256 text, raw_key text, metadata jsonb)
+      join upload_pipeline.documents d on d.user_id = p_user_id and d.file_sha256 = m.file_sha256
+     where d.upload_deadline is not null and d.deleted_at is null
+     order by d.document_id, m.ordinal
+  loop
+    begin
+      v_ours := v_ours || array(
+        select a.document_id from upload_pipeline.accept_document(v_file.document_id, p_user_id, v_file.filename, v_file.media_type,
+          v_file.file_bytes, v_file.file_sha256, v_file.raw_key, coalesce(v_file.metadata, '{}'), p_priority, p_correlation_id) a
+         where not a.duplicate);
+    exception when sqlstate 'UP003' then
+      null; -- it changes at this moment: its member says so below
+    end;
+  end loop;
 
   if v_made is not null then
     perform upload_pipeline.enqueue_jobs(
@@ -246,21 +274,34 @@ begin
     (batch_id, user_id, ordinal, filename, document_id, job_id, duplicate, error_code, error_message)
   select p_batch_id, p_user_id, m.ordinal, m.filename, d.document_id, j.job_id,
          d.document_id is not null
-           and (d.document_id <> all (coalesce(v_made, '{}')) or row_number() over (partition by d.document_id order by m.ordinal) > 1),
+           and (d.document_id <> all (v_ours) or row_number() over (partition by d.document_id order by m.ordinal) > 1),
          coalesce(m.error_code, case when d.document_id is null then 'INVALID_STATE' when j.job_id is null then 'JOB_NOT_FOUND' end),
          coalesce(m.error_message, case
-           when d.document_id is null then 'A document with the same bytes is being deleted. Send the file again in a moment.'
+           when d.document_id is null then 'A document with the same bytes changes at this moment. Send the file again in a while.'
            when j.job_id is null then 'The document of these bytes has no job any more. Delete it, and send the file again.' end)
     from jsonb_to_recordset(p_members) m (ordinal integer, filename text, file_sha256 text, error_code text, error_message text)
     left join upload_pipeline.documents d on d.user_id = p_user_id and d.file_sha256 = m.file_sha256 and d.deleted_at is null
+                                          and d.upload_deadline is null
     left join lateral (
       select u.job_id from upload_pipeline.upload_jobs u
        where u.document_id = d.document_id and u.pipeline = 'document'
        order by u.seq desc limit 1) j on true;
 
+  update upload_pipeline.batches b
+     set warnings = b.warnings || w.told
+    from (select array_agg(case
+                   when m.document_id = any (v_ours) then format('"%s" has the same bytes as "%s": they are one document', m.filename, (
+                     select f.filename from upload_pipeline.batch_members f
+                      where f.batch_id = p_batch_id and f.document_id = m.document_id and not f.duplicate))
+                   else format('"%s" was sent before: the document stays as it is, with the metadata that it has', m.filename) end
+                   order by m.ordinal) as told
+            from upload_pipeline.batch_members m
+           where m.batch_id = p_batch_id and m.duplicate) w
+   where b.batch_id = p_batch_id and w.told is not null;
+
   perform upload_pipeline.record_event('batch_accepted', p_user_id => p_user_id, p_correlation_id => p_correlation_id,
     p_payload => jsonb_build_object('batch_id', p_batch_id, 'total', jsonb_array_length(p_members),
-                                    'documents', coalesce(cardinality(v_made), 0)));
+                                    'documents', cardinality(v_ours)));
   return query select m.* from upload_pipeline.batch_members m where m.batch_id = p_batch_id order by m.ordinal;
 end
 $$;
