@@ -321,3 +321,28 @@ def test_the_status_reads_the_batchs_own_rows_only(admin: Connection, worker: Co
 def nodes(plan: dict[str, Any]) -> list[dict[str, Any]]:
     """The nodes of a plan."""
     return [plan, *(node for child in plan.get("Plans", []) for node in nodes(child))]
+
+
+def test_documents_that_await_these_bytes_have_them_now(admin: Connection, worker: Connection, user: UUID) -> None:
+    contents = [b"a", b"b", b"c"]
+    members = [file_member(user, n, content) for n, content in enumerate(contents)]
+    reserved = [
+        worker.execute(
+            "select * from upload_pipeline.reserve_document(%s, %s, 'early.txt', 'text/plain', 1, %s, %s, '1 minute')",
+            [one["document_id"], user, one["file_sha256"], one["raw_key"]],
+        ).fetchone()
+        for one in members[:2]
+    ]
+    cancel(worker, reserved[1].job_id)
+    batch = uuid4()
+    made = make_batch(worker, user, [*members, file_member(user, 3, b"a")], batch)
+    assert [member.duplicate for member in made] == [False, False, False, True]
+    assert [member.job_id for member in made[:2]] == [one.job_id for one in reserved]
+    rows = worker.execute("select * from upload_pipeline.documents order by filename").fetchall()
+    assert [(row.filename, row.upload_deadline) for row in rows] == [("0.txt", None), ("1.txt", None), ("2.txt", None)]
+    assert counts(worker, batch) == (0, 0, 4, "in_progress")
+    worker.execute("select upload_pipeline.set_lane_cap(%s, 'default', 9)", [user])
+    for lease in claim(worker, limit=9):
+        finish_job(admin, lease)
+    assert counts(worker, batch) == (4, 0, 0, "completed")
+    assert events(worker, "batch_accepted") == [{"batch_id": str(batch), "total": 4, "documents": 3}]
