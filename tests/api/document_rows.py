@@ -66,7 +66,8 @@ async def add_text(
     admin: asyncpg.Connection, store: ObjectStore, document: StoredDocument, markdown: str, *, chunks: int = 0
 ) -> StoredDocument:
     """The same with text in the store, cut into so many live chunks of equal length."""
-    key = markdown_key(document.user_id, document.document_id)
+    digest = sha256(markdown.encode()).hexdigest()
+    key = markdown_key(document.user_id, document.document_id, digest)
     await store.put_bytes(key, markdown.encode())
     await admin.execute(
         """
@@ -75,7 +76,7 @@ async def add_text(
         """,
         document.document_id,
         key,
-        sha256(markdown.encode()).hexdigest(),
+        digest,
         len(markdown),
     )
     if chunks:

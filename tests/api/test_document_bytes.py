@@ -138,7 +138,7 @@ async def test_what_the_token_does_not_grant_is_refused(service: LiveService, ad
 async def test_only_the_uploaded_bytes_are_given_out(service: LiveService, admin: asyncpg.Connection) -> None:
     """Even a token of ours for another object of the document gets nothing."""
     added = await add_document(admin, service.resources.store, new_user())
-    key = markdown_key(added.user_id, added.document_id)
+    key = markdown_key(added.user_id, added.document_id, "0" * 64)
     await service.resources.store.put_bytes(key, b"text")
     answer = await service.client().get(bytes_url(service, added, key=key))
     assert (answer.status_code, answer.json()["error"]["code"]) == (404, "DOCUMENT_NOT_FOUND")

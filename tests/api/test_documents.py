@@ -281,7 +281,7 @@ async def test_a_text_that_was_lost_is_said_to_be_without_telling_where_it_was(
     added = await add_text(
         admin, service.resources.store, await add_document(admin, service.resources.store, user), TEXT
     )
-    await service.resources.store.delete([markdown_key(user, added.document_id)])
+    await service.resources.store.delete([markdown_key(user, added.document_id, sha256(TEXT.encode()).hexdigest())])
     answer = await service.client(user).get(f"/api/v2/documents/{added.document_id}/markdown")
     assert answer.status_code == 409
     assert answer.json()["error"]["code"] == "OBJECT_MISSING"

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from functools import partial
 from uuid import UUID
 
 import pytest
@@ -11,6 +12,7 @@ from upload_pipeline.storage import keys
 
 USER = UUID("6ba7b810-9dad-41d1-80b4-00c04fd430c8")
 DOCUMENT = UUID("0e5b1a3c-52f1-5c4e-9d0a-2f5f5f3c7b11")
+SHA256 = "0123456789abcdef" * 4
 
 
 @pytest.mark.parametrize(
@@ -18,7 +20,11 @@ DOCUMENT = UUID("0e5b1a3c-52f1-5c4e-9d0a-2f5f5f3c7b11")
     [
         (keys.raw_key, keys.ObjectKind.RAW, f"raw/{USER}/{DOCUMENT}"),
         (keys.parser_output_key, keys.ObjectKind.PARSER_OUTPUT, f"parsed/{USER}/{DOCUMENT}.raw.md"),
-        (keys.markdown_key, keys.ObjectKind.MARKDOWN, f"parsed/{USER}/{DOCUMENT}.md"),
+        (
+            partial(keys.markdown_key, sha256=SHA256),
+            keys.ObjectKind.MARKDOWN,
+            f"parsed/{USER}/{DOCUMENT}/{SHA256}.md",
+        ),
     ],
 )
 def test_a_document_key_is_as_agreed_and_parses_back(make, kind, text):
@@ -44,7 +50,12 @@ def test_an_incoming_key_is_valid_and_belongs_to_no_document():
         f"raw/{USER}/{DOCUMENT}.md",
         f"raw/{USER}/{DOCUMENT}/x",
         f"parsed/{USER}/{DOCUMENT}",
+        f"parsed/{USER}/{DOCUMENT}.md",
         f"parsed/{USER}/{DOCUMENT}.txt",
+        f"parsed/{USER}/{DOCUMENT}/{SHA256}",
+        f"parsed/{USER}/{DOCUMENT}/{SHA256[:63]}.md",
+        f"parsed/{USER}/{DOCUMENT}/{SHA256.upper()}.md",
+        f"parsed/{USER}/{DOCUMENT}.raw.md/{SHA256}.md",
         f"raw/{str(USER).upper()}/{DOCUMENT}",
         f"raw/{USER.hex}/{DOCUMENT}",
         f"raw/{{{USER}}}/{DOCUMENT}",

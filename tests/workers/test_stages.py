@@ -27,9 +27,12 @@ from upload_pipeline.providers.local_embedder import LocalEmbedder
 from upload_pipeline.providers.local_parser import LocalParser
 from upload_pipeline.settings import load_settings
 from upload_pipeline.stages import DOCUMENT_STAGES, Stage
-from upload_pipeline.storage.keys import markdown_key, parser_output_key, raw_key
+from upload_pipeline.storage.document_objects import remove_document_objects
+from upload_pipeline.storage.keys import markdown_prefix, parser_output_key, raw_key
 from upload_pipeline.storage.store import open_store
+from upload_pipeline.text.normalise import NormalisedMarkdown, normalise_markdown
 from upload_workers.pipelines import STEPS
+from upload_workers.stages import check_markdown
 from upload_workers.steps import Commit, StepContext
 
 TTL = timedelta(seconds=60)
@@ -85,6 +88,13 @@ class Line:
         while job.stage != stage:
             job = await self.run(job)
         return job
+
+    async def text_key(self) -> str:
+        """Where the text is that the document's row names."""
+        key: str = await self.admin.fetchval(
+            "select markdown_key from upload_pipeline.documents where document_id = $1", self.document
+        )
+        return key
 
     async def rows(self) -> dict[str, list[dict[str, Any]]]:
         return {name: [dict(row) for row in await self.admin.fetch(query)] for name, query in ROWS.items()}
@@ -289,13 +299,13 @@ async def test_bytes_that_are_not_those_that_were_uploaded_are_refused(open_line
         ("queued", raw_key),
         ("parsing", raw_key),
         ("parsed", parser_output_key),
-        ("chunking", markdown_key),
+        ("chunking", None),
     ],
 )
 async def test_missing_object_is_named(open_line: OpenLine, stage: str, key: Any) -> None:
     line = await open_line("txt")
     job = await line.run_to(await line.claim(), stage)
-    await line.context.store.delete([key(USER, line.document)])
+    await line.context.store.delete([key(USER, line.document) if key else await line.text_key()])
     with pytest.raises(PipelineError) as caught:
         await line.run(job)
     assert caught.value.code is ErrorCode.OBJECT_MISSING
@@ -305,10 +315,40 @@ async def test_missing_object_is_named(open_line: OpenLine, stage: str, key: Any
 async def test_markdown_that_was_changed_after_the_check_is_refused(open_line: OpenLine) -> None:
     line = await open_line("md")
     job = await line.run_to(await line.claim(), "chunking")
-    await line.context.store.put_bytes(markdown_key(USER, line.document), b"# Another text\n\nthat nobody checked")
+    await line.context.store.put_bytes(await line.text_key(), b"# Another text\n\nthat nobody checked")
     with pytest.raises(PipelineError) as caught:
         await line.run(job)
     assert caught.value.code is ErrorCode.CHECKSUM_MISMATCH
+
+
+async def test_a_worker_of_another_release_that_lost_its_lease_overwrites_no_text(
+    open_line: OpenLine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    line = await open_line("md")
+    lost = await line.run_to(await line.claim(), "parsed")
+    held = await line.run(await line.take_over(lost))
+    checked = await line.text_key()
+
+    with monkeypatch.context() as other_release:
+        other_release.setattr(check_markdown, "normalise_markdown", _normalise_otherwise)
+        with pytest.raises(asyncpg.PostgresError) as fenced:
+            await line.run(lost)
+    assert fenced.value.sqlstate == queue.LEASE_LOST
+
+    assert await line.text_key() == checked
+    await line.run_to(held, "embedded")
+    (row,) = (await line.rows())["documents"]
+    text = await line.context.store.get_bytes(checked, 10**6)
+    assert sha256(text).hexdigest() == row["markdown_sha256"]
+    # What the other one wrote stands beside it, and goes with the document.
+    texts = [info async for info in line.context.store.list(markdown_prefix(USER, line.document))]
+    assert len(texts) == 2
+    await remove_document_objects(line.context.store, document_id=line.document, raw_key=raw_key(USER, line.document))
+    assert [info async for info in line.context.store.list()] == []
+
+
+def _normalise_otherwise(text: str, *, paged: bool) -> NormalisedMarkdown:
+    return normalise_markdown("Of another release.\n\n" + text, paged=paged)
 
 
 async def test_text_with_nothing_in_it_is_refused(open_line: OpenLine) -> None:

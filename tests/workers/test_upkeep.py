@@ -7,6 +7,7 @@ import os
 import time
 from collections.abc import AsyncIterator
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 from uuid import UUID, uuid4
@@ -46,7 +47,7 @@ def scratch(tmp_path: Path) -> Path:
 async def stored_document(world: ProbeWorld, store: ObjectStore, *, row: bool = True) -> tuple[UUID, UUID, list[str]]:
     """A document with every object that it can have; or, without the row, what an intake that died leaves."""
     user, document = uuid4(), uuid4()
-    keys = [key(user, document) for key in (raw_key, parser_output_key, markdown_key)]
+    keys = [key(user, document) for key in (raw_key, parser_output_key, partial(markdown_key, sha256="0" * 64))]
     for key in keys:
         await store.put_bytes(key, b"bytes")
     if row:

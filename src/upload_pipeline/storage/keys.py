@@ -25,6 +25,7 @@ INCOMING_PREFIX = "incoming"
 """Where bytes wait whose document is not known yet."""
 
 _PART = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+_TEXT = re.compile(r"[0-9a-f]{64}\.md")
 
 
 class ObjectKind(StrEnum):
@@ -53,9 +54,18 @@ def parser_output_key(user_id: UUID, document_id: UUID) -> str:
     return f"parsed/{user_id}/{document_id}.raw.md"
 
 
-def markdown_key(user_id: UUID, document_id: UUID) -> str:
-    """Key of the normalised Markdown, which chunk spans count in."""
-    return f"parsed/{user_id}/{document_id}.md"
+def markdown_key(user_id: UUID, document_id: UUID, sha256: str) -> str:
+    """Key of the normalised Markdown, which chunk spans count in.
+
+    It names the text's sha256, so that a worker that lost its lease, and perhaps is of another release, cannot put
+    another text where a row says that this one is.
+    """
+    return f"{markdown_prefix(user_id, document_id)}/{sha256}.md"
+
+
+def markdown_prefix(user_id: UUID, document_id: UUID) -> str:
+    """What the keys of all texts of a document begin with: the present one, and those of earlier parses."""
+    return f"parsed/{user_id}/{document_id}"
 
 
 def uploader_of(raw: str) -> UUID:
@@ -111,8 +121,8 @@ def parse_key(key: str) -> DocumentKey | None:
             kind = ObjectKind.RAW
         case ["parsed", user, name] if name.endswith(".raw.md"):
             kind, name = ObjectKind.PARSER_OUTPUT, name.removesuffix(".raw.md")
-        case ["parsed", user, name] if name.endswith(".md"):
-            kind, name = ObjectKind.MARKDOWN, name.removesuffix(".md")
+        case ["parsed", user, name, text] if _TEXT.fullmatch(text):
+            kind = ObjectKind.MARKDOWN
         case _:
             return None
     user_id, document_id = _canonical_uuid(user), _canonical_uuid(name)

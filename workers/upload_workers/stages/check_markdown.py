@@ -26,13 +26,14 @@ async def check_markdown(job: ClaimedJob, context: StepContext) -> Outcome:
         return normalised, normalised.text.encode()
 
     normalised, encoded = await asyncio.to_thread(normalise)
-    key = markdown_key(uploader, document.document_id)
+    digest = sha256(encoded).hexdigest()
+    key = markdown_key(uploader, document.document_id, digest)
     await context.store.put_bytes(key, encoded)
     return Commit(
         partial(
             commit_markdown,
             key=key,
-            sha256=sha256(encoded).hexdigest(),
+            sha256=digest,
             chars=len(normalised.text),
             page_starts=normalised.page_starts,
         )
