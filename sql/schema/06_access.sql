@@ -176,6 +176,30 @@ begin
 end
 $$;
 
+-- What was taken from some buckets counts for others instead, place by place, down to none left: when two users turn out
+-- to be one. The first buckets are full again, so doing it twice is doing it once. Locks them all in the order of names.
+create function upload_pipeline.pour_buckets(p_from text[], p_into text[], p_periods interval[])
+returns void
+language plpgsql
+security definer
+set search_path = ''
+as $$
+declare
+  v_now timestamptz := upload_pipeline.now();
+begin
+  insert into upload_pipeline.rate_limits as r (bucket, full_at)
+  select a.bucket, v_now from unnest(p_from || p_into) a (bucket) order by a.bucket
+  on conflict (bucket) do update set full_at = r.full_at where false;
+
+  update upload_pipeline.rate_limits r
+     set full_at = least(v_now + a.period, greatest(r.full_at, v_now) + (f.full_at - v_now))
+    from unnest(p_from, p_into, p_periods) a (source, target, period)
+    join upload_pipeline.rate_limits f on f.bucket = a.source
+   where r.bucket = a.target and f.full_at > v_now;
+  delete from upload_pipeline.rate_limits r where r.bucket = any (p_from);
+end
+$$;
+
 -- Removes buckets that are full; how many. Part of maintenance.
 create function upload_pipeline.forget_full_buckets(p_limit integer default 10000)
 returns integer

@@ -19,7 +19,7 @@ select j.pipeline, j.pool, j.stage, s.position, j.state, count(*) as jobs, min(j
  group by j.pipeline, j.pool, j.stage, s.position, j.state;
 
 -- A document as the one who uploaded it asks after it: one row each, with the latest job of its processing told in four
--- words. `pending`: nobody has begun. `failed`: also where it was cancelled. The same mapping is
+-- words. `pending`: nobody has begun, or the bytes have not come. `failed`: also where it was cancelled. The same mapping is
 -- `upload_pipeline.stages.shown_status`; a test holds the two together. The latest job is the one that has no later one:
 -- so a filter by status reads all of a user's jobs in one pass, and twenty rows of a page their own only.
 create view upload_pipeline.upload_history with (security_invoker = true) as
@@ -27,14 +27,15 @@ select d.document_id, d.user_id, d.filename, d.file_bytes, d.media_type, d.creat
        case when j.job_id is null then case when d.searchable_at is null then 'failed' else 'completed' end
             when j.state = 'done' then 'completed'
             when j.state in ('deadletter', 'cancelled') then 'failed'
-            when j.stage = 'queued' and j.state <> 'working' then 'pending'
+            when j.stage = 'queued' and (j.state <> 'working' or d.upload_deadline is not null) then 'pending'
             else 'processing' end as status,
        case when j.job_id is null then d.searchable_at else j.finished_at end as completed_at,
        case when j.state in ('deadletter', 'cancelled')
             then coalesce(o.error_code, case j.state when 'cancelled' then 'CANCELLED' else 'INTERNAL' end) end as error_code,
        case when j.state in ('deadletter', 'cancelled')
             then coalesce(o.error_message, case j.state when 'cancelled' then 'The job was cancelled. Retry it to go on.'
-                                                        else 'The job failed.' end) end as error_message
+                                                        else 'The job failed.' end) end as error_message,
+       d.upload_deadline is null as stored
   from upload_pipeline.documents d
   left join upload_pipeline.upload_jobs j
     on j.document_id = d.document_id and j.pipeline = 'document'

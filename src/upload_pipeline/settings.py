@@ -186,6 +186,26 @@ class Settings(BaseSettings):
         default=300.0, ge=1, le=604800, description="Seconds in which a download URL can be used."
     )
 
+    # anonymous sessions of browsers
+    sessions_enabled: bool = Field(
+        default=True,
+        description="Whether browsers without credentials get a session, and with it documents of their own.",
+    )
+    session_seconds: Seconds = Field(
+        default=30 * 24 * 3600.0, description="Seconds after its last use that a session is over."
+    )
+    session_grace: Seconds = Field(
+        default=24 * 3600.0, description="Seconds after its end that a session's documents are deleted."
+    )
+    session_cookie_secure: Literal["auto", "always", "never"] = Field(
+        default="auto",
+        description="Whether browsers send the cookie over TLS only; `auto`: yes, unless the service listens on the "
+        "loopback address and API_PUBLIC_URL is not https.",
+    )
+    limit_sessions_per_minute: int = Field(
+        default=600, ge=1, le=1_000_000, description="New sessions in a minute, of all browsers together."
+    )
+
     # how jobs are followed
     estimate_seconds: Seconds = Field(
         default=60.0, description="Seconds that a document is taken to need while there is no history to go by."

@@ -48,20 +48,21 @@ class ShownStatus(StrEnum):
     FAILED = "failed"
 
 
-def shown_status(state: str, stage: str) -> ShownStatus:
+def shown_status(state: str, stage: str, *, awaited: bool = False) -> ShownStatus:
     """Where a job of documents stands, in four words; as the view `upload_pipeline.upload_history` says it.
 
-    `pending`: nobody has begun. `failed`: in the dead letters, or cancelled.
+    `pending`: nobody has begun, or the bytes have not come. `failed`: in the dead letters, or cancelled.
 
     Args:
         state: one of `JobState`.
         stage: one of `Stage`.
+        awaited: whether the document's bytes are still to come.
     """
     if state == JobState.DONE:
         return ShownStatus.COMPLETED
     if state in (JobState.DEADLETTER, JobState.CANCELLED):
         return ShownStatus.FAILED
-    if stage == Stage.QUEUED and state != JobState.WORKING:
+    if stage == Stage.QUEUED and (state != JobState.WORKING or awaited):
         return ShownStatus.PENDING
     return ShownStatus.PROCESSING
 

@@ -119,8 +119,12 @@ async def test_the_view_and_the_program_say_the_same(admin: asyncpg.Connection) 
             state,
             stage,
         )
-        said = await admin.fetchval("select status from upload_pipeline.upload_history")
-        assert said == shown_status(state, stage), (state, stage)
+        for awaited in (False, True):
+            await admin.execute(
+                "update upload_pipeline.documents set upload_deadline = case when $1 then now() end", awaited
+            )
+            said = await admin.fetchval("select status from upload_pipeline.upload_history")
+            assert said == shown_status(state, stage, awaited=awaited), (state, stage, awaited)
 
 
 async def test_pages_hold_each_upload_once_and_the_total_is_exact(

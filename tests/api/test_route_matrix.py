@@ -32,6 +32,10 @@ EXPECTED: dict[str, tuple[set[int], set[int]]] = {
     "POST /api/v2/jobs/{job_id}/cancel": ({409}, {404}),
     "POST /api/v2/search": ({200}, {200}),
     "GET /api/ingestion/history": ({200}, {200}),
+    "POST /api/ingestion/session": ({200}, {200}),
+    "DELETE /api/ingestion/session": ({204}, {204}),
+    # without a cookie there is nothing to claim
+    "POST /api/ingestion/session/claim": ({400}, {400}),
     # a body that is none
     "POST /api/v2/upload": ({400, 415}, {400, 415}),
     # the document came by no upload that waits

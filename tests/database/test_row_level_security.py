@@ -41,6 +41,9 @@ READERS = {
     "stage_durations": {"upload_worker", "service_role"},
     "admissions": set(),
     "api_keys": set(),
+    "sessions": set(),
+    "claimed_documents": set(),
+    "processing_records": {"upload_worker", "service_role"},
     "rate_limits": set(),
     "job_watches": set(),
     "batches": {"authenticated", "upload_worker", "service_role"},
@@ -67,6 +70,7 @@ CALLERS = {
             "check_step",
             "prepare_restart",
             "drop_event_partitions",
+            "move_session_documents",
             "notify_watchers",
             "settle_batch_members",
             "wake_job",
@@ -95,6 +99,8 @@ CALLERS = {
             "check_lease",
             "chunk_search_vector",
             "claim_jobs",
+            "claim_session",
+            "clean_session",
             "commit_chunks",
             "commit_embeddings",
             "commit_markdown",
@@ -105,10 +111,12 @@ CALLERS = {
             "create_api_key",
             "create_batch",
             "enqueue_job",
+            "end_session",
             "enqueue_jobs",
             "ensure_event_partitions",
             "fail_job",
             "find_api_key",
+            "find_session",
             "find_duplicate",
             "finish_deletion",
             "forget_full_buckets",
@@ -119,7 +127,9 @@ CALLERS = {
             "note_api_key_use",
             "note_batches",
             "note_completed_batches",
+            "open_session",
             "pending_vectors",
+            "pour_buckets",
             "promote_due",
             "reap_expired",
             "record_event",
@@ -136,6 +146,7 @@ CALLERS = {
             "retry_delay",
             "retry_job",
             "revoke_api_key",
+            "sessions_to_clean",
             "set_lane_cap",
             "size_class",
             "snooze_job",
@@ -190,6 +201,13 @@ def filled(admin: Connection, worker: Connection) -> Connection:
     worker.execute("select upload_pipeline.register_worker(%s, 'h', 1, 'v', '{default}', 1)", [uuid4()])
     admin.execute("insert into upload_pipeline.events_default (at, code) values ('1999-01-01', 'worker_started')")
     admin.execute("insert into upload_pipeline.stage_durations values ('document', 'parsing', 0, 1.5, 3)")
+    admin.execute(
+        """
+        insert into upload_pipeline.processing_records
+          (document_id, filename, file_bytes, media_type, uploaded_at, status)
+        values (gen_random_uuid(), 'a.txt', 1, 'text/plain', now(), 'completed')
+        """
+    )
     for user in (OWNER, STRANGER):
         document = add_document(admin, user)
         enqueue(worker, document, user)

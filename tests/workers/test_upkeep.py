@@ -74,14 +74,14 @@ async def test_orphans_go_and_documents_stay(
 ) -> None:
     _, _, kept = await stored_document(world, store)
     _, _, orphaned = await stored_document(world, store, row=False)
-    report = await maintain(pool, store, scratch, orphan_grace=timedelta(hours=1))
+    report = await maintain(pool, store, scratch, orphan_grace=timedelta(hours=1), session_grace=timedelta(days=1))
     assert report.orphans_removed == 0  # too young: its row may still come
-    report = await maintain(pool, store, scratch, orphan_grace=NOW)
+    report = await maintain(pool, store, scratch, orphan_grace=NOW, session_grace=timedelta(days=1))
     assert (report.orphans_removed, report.orphan_bytes) == (3, 15)
     assert await present(store, kept) == [True] * 3
     assert await present(store, orphaned) == [False] * 3
     assert await world.admin.fetchval("select count(*) from upload_pipeline.events where code = 'orphan_removed'") == 1
-    again = await maintain(pool, store, scratch, orphan_grace=NOW)
+    again = await maintain(pool, store, scratch, orphan_grace=NOW, session_grace=timedelta(days=1))
     assert again.orphans_removed == 0
 
 
@@ -92,10 +92,10 @@ async def test_deletion_that_a_crash_cut_short_is_finished(
     _, document, keys = await stored_document(world, store)
     await documents.begin_deletion(pool, document)
     await store.delete(keys[:removed_before_the_crash])
-    report = await maintain(pool, store, scratch, orphan_grace=timedelta(hours=1))
+    report = await maintain(pool, store, scratch, orphan_grace=timedelta(hours=1), session_grace=timedelta(days=1))
     assert report.deletions_finished == 0  # under way elsewhere, for all that we know
     await world.admin.execute("update upload_pipeline.documents set deleted_at = deleted_at - interval '2 minutes'")
-    report = await maintain(pool, store, scratch, orphan_grace=timedelta(hours=1))
+    report = await maintain(pool, store, scratch, orphan_grace=timedelta(hours=1), session_grace=timedelta(days=1))
     assert report.deletions_finished == 1
     assert await present(store, keys) == [False] * 3
     assert await world.admin.fetchval("select count(*) from upload_pipeline.documents") == 0
@@ -110,7 +110,7 @@ async def test_temporary_files_of_killed_processes_go_and_young_ones_stay(
         os.utime(scratch / name, (time.time() - age,) * 2)
     (scratch / "job-file").write_text("not a folder")
     os.utime(scratch / "job-file", (time.time() - 7200,) * 2)
-    report = await maintain(pool, store, scratch, orphan_grace=timedelta(hours=1))
+    report = await maintain(pool, store, scratch, orphan_grace=timedelta(hours=1), session_grace=timedelta(days=1))
     assert report.scratch_removed == 1
     assert sorted(path.name for path in scratch.iterdir()) == ["job-file", "job-young", "other-old"]
 
@@ -128,7 +128,7 @@ async def test_silent_workers_are_forgotten(
             worker,
             timedelta(seconds=silence),
         )
-    report = await maintain(pool, store, scratch, orphan_grace=NOW)
+    report = await maintain(pool, store, scratch, orphan_grace=NOW, session_grace=timedelta(days=1))
     assert report.workers_forgotten == 1
     assert await world.admin.fetchval("select count(*) from upload_pipeline.workers") == 1
 
@@ -147,7 +147,7 @@ async def test_part_that_fails_does_not_keep_the_others_from_being_done(
 
     monkeypatch.setattr(upkeep, "remove_document_objects", refuse)
     with pytest.raises(PipelineError, match="no"):
-        await maintain(pool, store, scratch, orphan_grace=NOW)
+        await maintain(pool, store, scratch, orphan_grace=NOW, session_grace=timedelta(days=1))
     assert await present(store, orphaned) == [False] * 3
     assert list(scratch.iterdir()) == []
 
@@ -175,6 +175,7 @@ async def test_error_in_one_kind_of_upkeep_stops_neither_it_nor_the_others(
         lease_ttl=0.04,
         maintenance_interval=0.01,
         orphan_grace=1.0,
+        session_grace=60.0,
         wake=lambda: None,
     )
     task = asyncio.create_task(work.run())
@@ -183,6 +184,43 @@ async def test_error_in_one_kind_of_upkeep_stops_neither_it_nor_the_others(
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
+
+
+async def test_a_session_that_is_over_goes_with_its_objects_and_one_that_is_not_stays(
+    world: ProbeWorld, pool: asyncpg.Pool, store: ObjectStore, scratch: Path
+) -> None:
+    kept: list[str] = []
+    gone: list[str] = []
+    for end, keys in (("1 hour", kept), ("-2 days", gone)):
+        user, _, made = await stored_document(world, store)
+        keys.extend(made)
+        await world.admin.execute(
+            "insert into upload_pipeline.sessions (user_id, token_sha256, expires_at) "
+            "values ($1, repeat($2, 64), now() + $3::text::interval)",
+            user,
+            end[0].replace("-", "0"),
+            end,
+        )
+    await world.admin.execute(
+        "update upload_pipeline.sessions set created_at = created_at - interval '1 year', last_seen_at = created_at"
+    )
+
+    async def clean() -> tuple[int, int, int]:
+        report = await maintain(pool, store, scratch, orphan_grace=NOW, session_grace=timedelta(days=1))
+        return report.sessions_removed, report.session_documents_removed, report.deletions_finished
+
+    assert await clean() == (0, 1, 0)
+    # as far as anybody knows the deletion is under way elsewhere for a minute
+    assert await clean() == (0, 0, 0)
+    await world.admin.execute(
+        "update upload_pipeline.documents set deleted_at = now() - interval '2 minutes' where deleted_at is not null"
+    )
+    assert (await clean())[2] == 1
+    assert await present(store, gone) == [False] * 3
+    assert await present(store, kept) == [True] * 3
+    assert await clean() == (1, 0, 0)
+    assert await world.admin.fetchval("select count(*) from upload_pipeline.sessions") == 1
+    assert await world.admin.fetchval("select count(*) from upload_pipeline.processing_records") == 1
 
 
 async def test_all_that_is_due_is_promoted_in_one_round_and_wakes_the_worker(
@@ -198,6 +236,7 @@ async def test_all_that_is_due_is_promoted_in_one_round_and_wakes_the_worker(
         lease_ttl=60.0,
         maintenance_interval=60.0,
         orphan_grace=60.0,
+        session_grace=60.0,
         wake=lambda: woken.append(1),
     )
     await work._promote()
@@ -215,6 +254,15 @@ async def test_all_whose_lease_ran_out_are_taken_back_in_one_round(
             pool, worker_id=uuid4(), pool="default", limit=200, after_user=None, ttl=timedelta(milliseconds=1)
         )
     await asyncio.sleep(0.01)
-    work = Upkeep(pool, store, scratch, lease_ttl=60.0, maintenance_interval=60.0, orphan_grace=60.0, wake=lambda: None)
+    work = Upkeep(
+        pool,
+        store,
+        scratch,
+        lease_ttl=60.0,
+        maintenance_interval=60.0,
+        orphan_grace=60.0,
+        session_grace=60.0,
+        wake=lambda: None,
+    )
     await work._reap()
     assert await world.admin.fetchval("select count(*) from upload_pipeline.upload_jobs where state = 'working'") == 0

@@ -123,6 +123,7 @@ async def running_worker(
             lease_ttl=settings.lease_ttl,
             maintenance_interval=settings.maintenance_interval,
             orphan_grace=settings.orphan_grace,
+            session_grace=settings.session_grace,
             wake=runner.wake.set,
         )
         beside = [asyncio.create_task(upkeep.run(), name="upkeep")]

@@ -3,7 +3,8 @@
 every second or so      due retries and snoozes become ready
 every quarter lease     jobs whose lease ran out are taken back
 MAINTENANCE_INTERVAL    event partitions, silent workers, deletions that a crash cut short, orphaned objects,
-                        temporary files that a killed process left; how long the stages take is measured anew
+                        temporary files that a killed process left; sessions that are long over; how long the stages
+                        take is measured anew
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from upload_pipeline.database import documents, queue
 from upload_pipeline.database.deletion import finish_deletions
 from upload_pipeline.database.documents import DeletedDocument
 from upload_pipeline.database.queue import Executor
+from upload_pipeline.database.sessions import clean_sessions
 from upload_pipeline.storage.document_objects import remove_document_objects
 from upload_pipeline.storage.orphans import Swept, sweep
 from upload_pipeline.storage.store import ObjectStore
@@ -50,14 +52,19 @@ class MaintenanceReport:
     unfinished_writes_removed: int
     scratch_removed: int
     durations_measured: int
+    sessions_removed: int
+    session_documents_removed: int
 
 
-async def maintain(db: Executor, store: ObjectStore, scratch: Path, *, orphan_grace: timedelta) -> MaintenanceReport:
+async def maintain(
+    db: Executor, store: ObjectStore, scratch: Path, *, orphan_grace: timedelta, session_grace: timedelta
+) -> MaintenanceReport:
     """One round of maintenance. Safe to repeat and beside other rounds.
 
     Args:
         scratch: the directory of workers' temporary files.
         orphan_grace: how old an object without a document, or a temporary file, must be to be removed.
+        session_grace: how long a session must be over for its documents to be deleted.
 
     Raises:
         Exception: the first one that a part of the round raised; the other parts were done nevertheless.
@@ -74,6 +81,7 @@ async def maintain(db: Executor, store: ObjectStore, scratch: Path, *, orphan_gr
 
     partitions = await part(db.fetchval("select upload_pipeline.ensure_event_partitions()"), 0)
     forgotten = await part(db.fetchval("select upload_pipeline.forget_lost_workers()"), 0)
+    sessions_removed, session_documents = await part(clean_sessions(db, session_grace), (0, 0))
     finished = await part(_finish_deletions(db, store, now), 0)
     swept = await part(_sweep(db, store, now, orphan_grace), Swept(0, 0, 0))
     measured = await part(db.fetchval("select upload_pipeline.refresh_stage_durations()"), 0)
@@ -91,6 +99,8 @@ async def maintain(db: Executor, store: ObjectStore, scratch: Path, *, orphan_gr
         swept.unfinished,
         cleared,
         int(measured),
+        sessions_removed,
+        session_documents,
     )
 
 
@@ -131,6 +141,7 @@ class Upkeep:
     lease_ttl: float
     maintenance_interval: float
     orphan_grace: float
+    session_grace: float
     wake: Callable[[], None]
 
     async def run(self) -> None:
@@ -165,7 +176,13 @@ class Upkeep:
                 log.warning("leases_reaped", jobs=reaped)
 
     async def _maintain(self) -> None:
-        report = await maintain(self.db, self.store, self.scratch, orphan_grace=timedelta(seconds=self.orphan_grace))
+        report = await maintain(
+            self.db,
+            self.store,
+            self.scratch,
+            orphan_grace=timedelta(seconds=self.orphan_grace),
+            session_grace=timedelta(seconds=self.session_grace),
+        )
         log.debug("maintained", report=report)
 
 

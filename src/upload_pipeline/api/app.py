@@ -18,6 +18,7 @@ from upload_pipeline.api import (
     policy_graph,
     search,
     service_routes,
+    sessions,
     uploads,
 )
 from upload_pipeline.api.body_limit import BodyLimit
@@ -26,6 +27,7 @@ from upload_pipeline.api.limits import within_limits
 from upload_pipeline.api.metrics import ServiceMetrics
 from upload_pipeline.api.openapi import install_openapi
 from upload_pipeline.api.request_context import CORRELATION_HEADER, Faults, RequestContext, TrustedHosts
+from upload_pipeline.api.session_cookies import SessionCookies
 from upload_pipeline.api.unread_bodies import UnreadBodies
 
 if TYPE_CHECKING:
@@ -41,6 +43,7 @@ ROUTERS: tuple[APIRouter, ...] = (
     search.router,
     policy_graph.router,
     history.router,
+    sessions.router,
     uploads.router,
 )
 """The routers whose every route has a caller (`CurrentPrincipal`); they are counted by `within_limits`."""
@@ -80,10 +83,13 @@ def create_app(settings: Settings, resources: Resources) -> FastAPI:
         middleware=[
             Middleware(UnreadBodies),
             Middleware(RequestContext, metrics=metrics),
+            Middleware(SessionCookies),
             Middleware(TrustedHosts, hosts=(*settings.api_trusted_hosts, settings.api_host)),
             Middleware(
                 CORSMiddleware,
                 allow_origins=settings.cors_origins,
+                # with cookies only for pages that are named
+                allow_credentials=settings.sessions_enabled and "*" not in settings.cors_origins,
                 allow_methods=["GET", "POST", "PUT", "PATCH", "DELETE"],
                 allow_headers=[
                     "Authorization",

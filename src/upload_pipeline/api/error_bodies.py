@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import math
 from typing import Any
 
 import asyncpg
@@ -18,6 +19,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 from upload_pipeline.database.failures import translate
+from upload_pipeline.database.rate_limits import BucketState
 from upload_pipeline.errors import HTTP_STATUS, ErrorCode, PipelineError
 
 log = structlog.get_logger(__name__)
@@ -101,6 +103,21 @@ def invalid_field(field: str, problem: str, code: ErrorCode = ErrorCode.INVALID_
         code,
         f"The request does not validate: {field}: {problem}.",
         {"fields": [{"field": field, "problem": problem}]},
+    )
+
+
+def rate_limited(state: BucketState) -> PipelineError:
+    """The error of a bucket that had no token."""
+    seconds = max(1, math.ceil(state.retry_after))
+    return PipelineError(
+        ErrorCode.RATE_LIMITED,
+        f"Too many requests: the limit is {state.limit}. Try again in {seconds} s.",
+        {
+            "limit": state.limit,
+            "remaining": state.remaining,
+            "reset": math.ceil(state.full_at.timestamp()),
+            "retry_after": seconds,
+        },
     )
 
 

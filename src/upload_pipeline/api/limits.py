@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING
 
 from fastapi import Request
 
+from upload_pipeline.api.error_bodies import rate_limited
 from upload_pipeline.api.principals import CurrentPrincipal
 from upload_pipeline.api.request_context import route_of
 from upload_pipeline.api.resources import AppResources
-from upload_pipeline.database.rate_limits import Bucket, BucketState, count_open_jobs, take_tokens
+from upload_pipeline.database.rate_limits import Bucket, count_open_jobs, take_tokens
 from upload_pipeline.errors import ErrorCode, PipelineError
 
 if TYPE_CHECKING:
@@ -40,34 +40,27 @@ async def within_limits(request: Request, principal: CurrentPrincipal, resources
     states = await take_tokens(resources.db, buckets)
     refusing = [state for state in states if not state.allowed]
     if refusing:
-        raise _rate_limited(max(refusing, key=lambda state: state.retry_after))
+        raise rate_limited(max(refusing, key=lambda state: state.retry_after))
+
+
+def upload_buckets(settings: Settings, user: str) -> list[Bucket]:
+    """What an upload of a user takes a token from."""
+    return [
+        Bucket(f"uploads-minute:{user}", settings.limit_uploads_per_minute, timedelta(minutes=1)),
+        Bucket(f"uploads-day:{user}", settings.limit_uploads_per_day, timedelta(days=1)),
+    ]
 
 
 def _buckets(settings: Settings, route: tuple[str, str], user: str, path_params: dict[str, object]) -> list[Bucket]:
     method, path = route
     buckets = [Bucket(f"route:{user}:{method} {path}", settings.limit_requests_per_hour, timedelta(hours=1))]
     if route == UPLOAD_ROUTE:
-        buckets.append(Bucket(f"uploads-minute:{user}", settings.limit_uploads_per_minute, timedelta(minutes=1)))
-        buckets.append(Bucket(f"uploads-day:{user}", settings.limit_uploads_per_day, timedelta(days=1)))
+        buckets.extend(upload_buckets(settings, user))
     elif route == STATUS_ROUTE:
         # By user too, so that nobody else can use up the owner's.
         job = str(path_params["job_id"])[:40].lower()
         buckets.append(Bucket(f"status:{user}:{job}", settings.limit_status_reads_per_minute, timedelta(minutes=1)))
     return buckets
-
-
-def _rate_limited(state: BucketState) -> PipelineError:
-    seconds = max(1, math.ceil(state.retry_after))
-    return PipelineError(
-        ErrorCode.RATE_LIMITED,
-        f"Too many requests: the limit is {state.limit}. Try again in {seconds} s.",
-        {
-            "limit": state.limit,
-            "remaining": state.remaining,
-            "reset": math.ceil(state.full_at.timestamp()),
-            "retry_after": seconds,
-        },
-    )
 
 
 def _too_many_open_jobs(cap: int) -> PipelineError:

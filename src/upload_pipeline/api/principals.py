@@ -1,4 +1,4 @@
-"""Who is calling: found by a token or an API key, in this order."""
+"""Who is calling: found by a token, an API key or a browser's session, in this order."""
 
 from __future__ import annotations
 
@@ -7,10 +7,12 @@ from typing import Annotated, Literal
 from uuid import UUID
 
 from fastapi import Depends, Request, Security
-from fastapi.security import APIKeyHeader, HTTPAuthorizationCredentials, HTTPBearer
+from fastapi.security import APIKeyCookie, APIKeyHeader, HTTPAuthorizationCredentials, HTTPBearer
 
 from upload_pipeline.api.api_keys import find_user
 from upload_pipeline.api.resources import AppResources
+from upload_pipeline.api.same_site import require_same_site
+from upload_pipeline.api.session_cookies import COOKIE, find_or_open_session
 from upload_pipeline.errors import ErrorCode, PipelineError
 from upload_pipeline.logs import log_fields
 
@@ -28,12 +30,13 @@ class Principal:
 
     user_id: UUID
     roles: frozenset[str]
-    kind: Literal["jwt", "api_key"]
+    kind: Literal["jwt", "api_key", "session"]
     expires_at: float | None = None
 
 
 _bearer = HTTPBearer(auto_error=False, bearerFormat="JWT", description="A user's access token.")
 _api_key = APIKeyHeader(name="X-API-Key", auto_error=False, description="A key of `upload-pipeline keys create`.")
+_cookie = APIKeyCookie(name=COOKIE, auto_error=False, description="A browser's anonymous session.")
 
 
 async def _current_principal(
@@ -41,6 +44,7 @@ async def _current_principal(
     resources: AppResources,
     bearer: Annotated[HTTPAuthorizationCredentials | None, Security(_bearer)],
     api_key: Annotated[str | None, Security(_api_key)],
+    cookie: Annotated[str | None, Security(_cookie)],
 ) -> Principal:
     # The first credentials that are there decide: a bad token beside a good key is no mistake to overlook.
     if bearer is not None:
@@ -55,10 +59,15 @@ async def _current_principal(
             )
         principal = Principal(found.user_id, found.roles, "api_key", found.expires_at)
     else:
-        raise PipelineError(
-            ErrorCode.UNAUTHENTICATED,
-            "Credentials are needed: `Authorization: Bearer <token>` or `X-API-Key: <key>`.",
-        )
+        session = await find_or_open_session(request, resources, cookie)
+        if session is None:
+            raise PipelineError(
+                ErrorCode.UNAUTHENTICATED,
+                "Credentials are needed: `Authorization: Bearer <token>` or `X-API-Key: <key>`. A browser gets a "
+                "session at `POST /api/ingestion/session`.",
+            )
+        require_same_site(request, resources.settings)
+        principal = Principal(session.user_id, frozenset(), "session", session.expires_at.timestamp())
     request.state.principal = principal
     log_fields.set({**log_fields.get(), "user_id": principal.user_id})
     return principal

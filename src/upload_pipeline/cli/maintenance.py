@@ -21,7 +21,7 @@ def register(app: typer.Typer) -> None:
 
 
 def maintenance_command(as_json: JsonOption = False) -> None:
-    """Tidy up once: what a crash left in the store, deletions cut short, lost workers, event partitions.
+    """Tidy up once: what a crash left in the store, deletions cut short, sessions long over, lost workers.
 
     Objects without a document are removed once they are older than ORPHAN_GRACE.
     """
@@ -38,6 +38,7 @@ def maintenance_command(as_json: JsonOption = False) -> None:
             ("Orphaned objects removed", f"{report.orphans_removed} ({size_text(report.orphan_bytes)})"),
             ("Unfinished writes removed", report.unfinished_writes_removed),
             ("Deletions finished", report.deletions_finished),
+            ("Sessions removed", f"{report.sessions_removed} ({report.session_documents_removed} documents to delete)"),
             ("Temporary files removed", report.scratch_removed),
             ("Lost workers forgotten", report.workers_forgotten),
             ("Event partitions made", report.partitions_made),
@@ -63,6 +64,7 @@ async def _maintain(settings: Settings) -> MaintenanceReport:
             open_store(settings.effective_storage_url),
             settings.home / "scratch",
             orphan_grace=timedelta(seconds=settings.orphan_grace),
+            session_grace=timedelta(seconds=settings.session_grace),
         )
     finally:
         await db.close()

@@ -69,6 +69,23 @@ async def take_tokens(db: Executor, buckets: Sequence[Bucket]) -> list[BucketSta
     ]
 
 
+async def pour_buckets(db: Executor, pairs: Sequence[tuple[Bucket, Bucket]]) -> None:
+    """Counts what was taken from the first bucket of each pair for the second one instead, down to none left.
+
+    Doing it twice is doing it once: the first bucket is full after.
+
+    Args:
+        db: as role `upload_worker`.
+        pairs: of the same limit and period each.
+    """
+    await db.fetchval(
+        "select upload_pipeline.pour_buckets($1, $2, $3)",
+        [source.name for source, _ in pairs],
+        [target.name for _, target in pairs],
+        [target.period for _, target in pairs],
+    )
+
+
 async def forget_full_buckets(db: Executor) -> int:
     """Removes rows of buckets that are full, 10,000 at most; how many."""
     return int(await db.fetchval("select upload_pipeline.forget_full_buckets()"))
