@@ -506,8 +506,6 @@ as $$
 declare
   v_user uuid;
 begin
-  -- jobs before the document, which takes them with it
-  perform from upload_pipeline.upload_jobs j where j.document_id = p_document_id order by j.job_id for update;
   delete from upload_pipeline.documents d
    where d.document_id = p_document_id and d.deleted_at is not null
   returning d.user_id into v_user;
