@@ -205,5 +205,6 @@ def test_migrations_use_the_workers_url_where_no_other_is_set() -> None:
 def test_bad_url_in_the_settings_is_refused_at_once(name: str) -> None:
     values: dict[str, Any] = {"database_url": "postgresql://w@h/d", name: "mysql://h"}
 
-    with pytest.raises(PipelineError, match="is not one of Postgres"):
+    with pytest.raises(PipelineError, match="is not one of Postgres") as caught:
         resolve_database(load_settings(_env_file=None, **values))
+    assert caught.value.message.startswith(f"UPLOAD_PIPELINE_{name.upper()} is not allowed: ")

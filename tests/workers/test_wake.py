@@ -173,3 +173,24 @@ async def test_freed_lane_is_taken_up_without_a_poll(world: ProbeWorld) -> None:
     await world.admin.execute("update upload_pipeline.lanes set max_in_flight = 1 where user_id = $1", user)
     async with world.worker(steps_of(advance), poll_min=3600.0, poll_max=3600.0):
         await world.until_all("done")
+
+
+async def test_worker_that_was_woken_and_found_nothing_looks_again_soon(world: ProbeWorld) -> None:
+    """What woke it may be in a lane that its claim passed over, since another had locked it."""
+    other = await connect(world.worker_url)
+    (job_id,) = await world.enqueue()
+    try:
+        async with world.admin.transaction():
+            await world.admin.execute("select from upload_pipeline.lanes for update")
+            async with world.worker(steps_of(), poll_min=0.2, poll_max=3600.0) as runner:
+                runner.poll._wait = 3600.0
+                await until_true(lambda: runner.poll._wait == 3600.0, "the worker to be idle")
+                await asyncio.sleep(0.3)
+                await other.execute("select pg_notify('upload_pipeline_jobs', 'default')")
+                await until_true(lambda: runner.poll._wait < 2, "the claim that found nothing")
+                await world.admin.execute("rollback")
+                job = await world.until_state(job_id, "done")
+                assert job["retry_count"] == 0
+                await world.admin.execute("begin")
+    finally:
+        await other.close()

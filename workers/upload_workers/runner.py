@@ -153,7 +153,7 @@ class Runner:
             if found:
                 self.poll.found_work()
             else:
-                await self._sleep(self.poll.next_wait())
+                await self._idle()
 
     async def _claim_round(self, leader: JobLeader, ttl: timedelta) -> bool:
         """Fills the free slots from each pool; True if there may be more to claim at once."""
@@ -218,11 +218,19 @@ class Runner:
         if not task.cancelled() and task.exception() is not None:
             log.error("leader_crashed", error=repr(task.exception()))
 
-    async def _sleep(self, seconds: float) -> None:
+    async def _idle(self) -> None:
+        if await self._sleep(self.poll.next_wait()):
+            # Woken, a claim may find nothing all the same: it passes over a lane that an enqueue or another claim has
+            # locked. What is in that lane is then found at the shortest wait, and not at the one of an idle worker.
+            self.poll.found_work()
+
+    async def _sleep(self, seconds: float) -> bool:
+        """Until woken, or so long; whether it was woken."""
         try:
             await asyncio.wait_for(self.wake.wait(), seconds)
         except TimeoutError:
-            return
+            return False
+        return True
 
     async def _watch_trust(self) -> None:
         while True:

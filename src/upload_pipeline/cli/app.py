@@ -20,6 +20,7 @@ from upload_pipeline.cli import (
     failures,
     ingest,
     jobs,
+    lanes,
     maintenance,
     migrate,
     search,
@@ -77,7 +78,7 @@ def root(
     """
 
 
-for _module in (ingest, search, jobs, documents, services, access, migrate, maintenance, doctor, database):
+for _module in (ingest, search, jobs, documents, services, access, lanes, migrate, maintenance, doctor, database):
     _module.register(app)
 
 

@@ -12,6 +12,7 @@ from uuid import uuid4
 
 from upload_pipeline.cli.failures import expected
 from upload_pipeline.cli.opening import INSUFFICIENT_PRIVILEGE
+from upload_pipeline.cli.unknown_settings import unknown_settings
 from upload_pipeline.errors import ErrorCode, PipelineError
 
 if TYPE_CHECKING:
@@ -57,7 +58,9 @@ class Finding:
 
 async def check_all(settings: Settings) -> list[Finding]:
     """Every check, in the order in which one stands on another."""
-    findings = [Finding("settings", True, f"every setting is allowed; local state in {settings.home}")]
+    findings = [Finding("settings", False, line) for line in unknown_settings()] or [
+        Finding("settings", True, f"every setting is allowed; local state in {settings.home}")
+    ]
     findings += await asyncio.to_thread(_check_database, settings)
     findings.append(await _guarded("storage", _check_storage, settings))
     if settings.clamd_url:

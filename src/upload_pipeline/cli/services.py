@@ -132,9 +132,8 @@ def _refused_start() -> Generator[None]:
 
 def _run_service(settings: Settings, url: str, *, concurrency: int | None, work: bool) -> None:
     from upload_pipeline.cli.event_loop import run
-    from upload_pipeline.logs import configure_logs
 
-    configure_logs(settings)
+    _begin_logs(settings)
     run(_serve_until_stopped(settings, url, concurrency=concurrency, work=work))
 
 
@@ -169,11 +168,21 @@ async def _serve_until_stopped(settings: Settings, url: str, *, concurrency: int
 
 def _work(settings: Settings, url: str, *, pools: list[str] | None, concurrency: int | None) -> None:
     from upload_pipeline.cli.event_loop import run
-    from upload_pipeline.logs import configure_logs
     from upload_workers.process import work_until_stopped
 
-    configure_logs(settings)
+    _begin_logs(settings)
     run(work_until_stopped(settings, url, pools=pools, concurrency=concurrency))
+
+
+def _begin_logs(settings: Settings) -> None:
+    import structlog
+
+    from upload_pipeline.cli.unknown_settings import unknown_settings
+    from upload_pipeline.logs import configure_logs
+
+    configure_logs(settings)
+    for line in unknown_settings():
+        structlog.get_logger(__name__).warning("unknown_setting", problem=line)
 
 
 def _without_secrets(settings: Settings) -> str:

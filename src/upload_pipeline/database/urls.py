@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 from upload_pipeline.database.connection import describe_url
 from upload_pipeline.database.embedded import ensure_embedded
+from upload_pipeline.errors import PipelineError
+from upload_pipeline.settings import ENV_PREFIX
 
 if TYPE_CHECKING:
     from upload_pipeline.settings import Settings
@@ -39,6 +41,10 @@ def resolve_database(settings: Settings) -> DatabaseUrls:
         return DatabaseUrls(admin=embedded.admin_url, worker=embedded.worker_url, embedded=True)
     worker = settings.database_url.get_secret_value()
     admin = settings.migration_database_url.get_secret_value() or worker
-    for url in (worker, admin):
-        describe_url(url)
+    for setting, url in (("DATABASE_URL", worker), ("MIGRATION_DATABASE_URL", admin)):
+        try:
+            describe_url(url)
+        except PipelineError as error:
+            message = f"{ENV_PREFIX}{setting} is not allowed: {error.message}"
+            raise PipelineError(error.code, message, {"setting": f"{ENV_PREFIX}{setting}"}) from None
     return DatabaseUrls(admin=admin, worker=worker, embedded=False)
