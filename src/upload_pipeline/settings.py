@@ -99,7 +99,7 @@ class Settings(BaseSettings):
         default=1000, ge=1, le=65_534, description="Entries of a batch's ZIP, folders and hidden files counted."
     )
     max_archive_ratio: float = Field(
-        default=200.0, ge=1, description="How many times as large as in the ZIP the files of a batch may become."
+        default=200.0, ge=1, description="How many times as large as in the ZIP a file of a batch may become."
     )
 
     # chunks

@@ -7,7 +7,7 @@ fails the batch.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Collection
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -79,12 +79,15 @@ class BatchFiles:
         """Files so far, refused ones too."""
         return len(self.files)
 
-    async def add_stream(self, filename: str, chunks: AsyncIterator[bytes]) -> None:
+    async def add_stream(
+        self, filename: str, chunks: AsyncIterator[bytes], *, file_faults: Collection[ErrorCode] = ()
+    ) -> None:
         """Takes the next file as it comes; returns when it is stored, and it is opened while the next one comes.
 
         Args:
             filename: as the sender named it.
             chunks: the bytes; what this raises comes out unchanged. Not read to the end where the file is refused.
+            file_faults: codes by which `chunks` itself says that this file is at fault, and not its sender.
 
         Raises:
             PipelineError: `BATCH_TOO_LARGE` at the file after the last that a batch may have; what fails the batch, of
@@ -97,7 +100,7 @@ class BatchFiles:
         try:
             file.staged = await self.stack.enter_async_context(staging)
         except PipelineError as error:
-            if source.failure is not None:
+            if source.failure is not None and error.code not in file_faults:
                 raise source.failure from None
             await self.refuse(file, error)
             return
