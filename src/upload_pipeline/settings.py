@@ -233,6 +233,9 @@ class Settings(BaseSettings):
     limit_uploads_per_minute: int = Field(
         default=10, ge=1, le=1_000_000, description="Upload requests of one user in a minute."
     )
+    limit_upload_tries_per_minute: int = Field(
+        default=10, ge=1, le=1_000_000, description="Times in a minute that the bytes of one announced file are sent."
+    )
     limit_status_reads_per_minute: int = Field(
         default=10, ge=1, le=1_000_000, description="Reads of one job's status in a minute."
     )

@@ -19,9 +19,10 @@ from upload_pipeline.api import (
     search,
     service_routes,
     sessions,
+    upload_bytes,
     uploads,
 )
-from upload_pipeline.api.body_limit import BodyLimit
+from upload_pipeline.api.body_limit import MAX_JSON_BYTES, BodyLimit
 from upload_pipeline.api.error_bodies import install_error_handlers
 from upload_pipeline.api.limits import within_limits
 from upload_pipeline.api.metrics import ServiceMetrics
@@ -48,11 +49,8 @@ ROUTERS: tuple[APIRouter, ...] = (
 )
 """The routers whose every route has a caller (`CurrentPrincipal`); they are counted by `within_limits`."""
 
-OPEN_ROUTERS: tuple[APIRouter, ...] = (document_bytes.router, service_routes.router)
+OPEN_ROUTERS: tuple[APIRouter, ...] = (document_bytes.router, upload_bytes.router, service_routes.router)
 """The routers that nobody signs in for: probes, and URLs that carry their own permission."""
-
-MAX_JSON_BYTES = 1024 * 1024
-"""Largest body that is read into memory: requests are small, and uploads are streamed."""
 
 _EXPOSED_HEADERS = (
     CORRELATION_HEADER,

@@ -12,13 +12,34 @@ from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 
 if TYPE_CHECKING:
+    from starlette.requests import Request
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+MAX_JSON_BYTES = 1024 * 1024
+"""Largest body that is read into memory: requests are small, and uploads are streamed."""
+
+
+async def read_body(request: Request, max_bytes: int = MAX_JSON_BYTES) -> bytes:
+    """The whole body, for a route that has no body model since it takes several kinds.
+
+    Raises:
+        HTTPException: 413.
+    """
+    announced = request.headers.get("content-length", "")
+    if announced.isdecimal() and int(announced) > max_bytes:
+        raise HTTPException(413)
+    data = bytearray()
+    async for chunk in request.stream():
+        data += chunk
+        if len(data) > max_bytes:
+            raise HTTPException(413)
+    return bytes(data)
 
 
 class BodyLimit:
     """Refuses a body that is too large, by its announced length or as it comes, for routes whose body FastAPI reads.
 
-    A route without a body model reads its body itself, in a stream, and has a bound of its own. Any body of which
+    A route without a body model reads its body itself and has a bound of its own. Any body of which
     nothing comes for `seconds` is given up.
     """
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING
+from uuid import UUID
 
 from fastapi import Request
 
@@ -15,6 +16,7 @@ from upload_pipeline.database.rate_limits import Bucket, count_open_jobs, take_t
 from upload_pipeline.errors import ErrorCode, PipelineError
 
 if TYPE_CHECKING:
+    from upload_pipeline.database.queue import Executor
     from upload_pipeline.settings import Settings
 
 UPLOAD_ROUTE = ("POST", "/api/v2/upload")
@@ -37,7 +39,26 @@ async def within_limits(request: Request, principal: CurrentPrincipal, resources
         cap = settings.limit_open_jobs
         if await count_open_jobs(resources.db, principal.user_id, cap) >= cap:
             raise _too_many_open_jobs(cap)
-    states = await take_tokens(resources.db, buckets)
+    await take(resources.db, *buckets)
+
+
+async def within_byte_limits(resources: AppResources, document_id: UUID) -> None:
+    """Counts a try to send the bytes of an announced file: its URL is the permission, so there is no caller to count.
+
+    Raises:
+        PipelineError: `RATE_LIMITED`.
+    """
+    limit = resources.settings.limit_upload_tries_per_minute
+    await take(resources.db, Bucket(f"upload-bytes:{document_id}", limit, timedelta(minutes=1)))
+
+
+async def take(db: Executor, *buckets: Bucket) -> None:
+    """Takes a token of each bucket, or of none.
+
+    Raises:
+        PipelineError: `RATE_LIMITED`, for the bucket that has to be waited for the longest.
+    """
+    states = await take_tokens(db, buckets)
     refusing = [state for state in states if not state.allowed]
     if refusing:
         raise rate_limited(max(refusing, key=lambda state: state.retry_after))

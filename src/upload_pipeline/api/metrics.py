@@ -51,7 +51,7 @@ class ServiceMetrics:
         )
         self._uploads = Counter(
             f"{_PREFIX}uploads",
-            "Uploads by how they were sent and what became of them.",
+            "Uploads by how they were sent (whole as multipart, announced as json, then their bytes) and the outcome.",
             ("mode", "outcome"),
             registry=self.registry,
         )
@@ -111,9 +111,8 @@ class ServiceMetrics:
         method = method if method in _METHODS else "other"
         self._requests.labels(method, route, str(status)).inc()
         self._seconds.labels(method, route).observe(seconds)
-        if (method, route) == ("POST", "/api/v2/upload"):
-            mode = "multipart" if content_type.startswith("multipart/") else "json"
-            outcome = {202: "accepted", 200: "duplicate", 0: "aborted"}.get(
+        if (mode := _upload_mode(method, route, content_type)) is not None:
+            outcome = {202: "accepted", 204: "accepted", 200: "duplicate", 0: "aborted"}.get(
                 status, "failed" if status >= 500 else "refused"
             )
             self._uploads.labels(mode, outcome).inc()
@@ -148,3 +147,11 @@ class ServiceMetrics:
         self._fenced.inc(happened.events.get("write_fenced", 0))
         for seconds in happened.claim_seconds:
             self._claims.observe(seconds)
+
+
+def _upload_mode(method: str, route: str, content_type: str) -> str | None:
+    if (method, route) == ("PUT", "/api/v2/upload/{document_id}/bytes"):
+        return "bytes"
+    if (method, route) != ("POST", "/api/v2/upload"):
+        return None
+    return "multipart" if content_type.lower().startswith("multipart/") else "json"

@@ -99,7 +99,6 @@ class UploadCompleted(BaseModel):
     """The job of an upload whose bytes are there."""
 
     model_config = ConfigDict(
-        from_attributes=True,
         json_schema_extra={
             "examples": [
                 {
@@ -114,7 +113,7 @@ class UploadCompleted(BaseModel):
     )
 
     document_id: UUID
-    job_id: UUID
-    stage: str
-    state: JobState
-    status_url: str
+    job_id: UUID | None = Field(description="Null, like what follows, where the document's jobs have been removed.")
+    stage: str | None
+    state: JobState | None
+    status_url: str | None
