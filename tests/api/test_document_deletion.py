@@ -54,6 +54,12 @@ asyncio.run(main(*sys.argv[1:]))
 """
 """Begins a deletion and stops before the first object goes."""
 
+WAITING = """
+from pg_stat_activity
+where query like '%finish_deletion%' and wait_event_type = 'Lock' and datname = current_database()
+"""
+"""The statement that removes a document's rows, held up by a lock."""
+
 
 @pytest.fixture
 async def service(database: Any, tmp_path: Path) -> AsyncIterator[LiveService]:
@@ -208,14 +214,9 @@ async def test_a_service_killed_between_objects_and_rows_leaves_what_maintenance
     )
     try:
         with pytest.raises(AssertionError, match="the service ended with -9"):
-            await kill_a_service_that_deletes(service, database, added)
+            await kill_a_service_that_deletes(service, admin, database, added)
         # Its statement, which waits for the lock, dies with it: else the server would go on with it by itself.
-        assert await admin.fetch(
-            """
-            select pg_terminate_backend(pid) from pg_stat_activity
-             where query like '%finish_deletion%' and wait_event_type = 'Lock' and datname = current_database()
-            """
-        )
+        assert await admin.fetch(f"select pg_terminate_backend(pid) {WAITING}")
     finally:
         await held.rollback()
         await holding.close()
@@ -229,14 +230,16 @@ async def test_a_service_killed_between_objects_and_rows_leaves_what_maintenance
     assert (await rows_left(admin, kept.document_id))["documents"] == 1
 
 
-async def kill_a_service_that_deletes(service: LiveService, database: Database, added: StoredDocument) -> None:
-    """Asks a service process to delete the document, and kills it when the objects are gone."""
+async def kill_a_service_that_deletes(
+    service: LiveService, admin: asyncpg.Connection, database: Database, added: StoredDocument
+) -> None:
+    """Asks a service process to delete the document, and kills it when it has come to the rows."""
     headers = {"Authorization": service.client(added.user_id).headers["Authorization"]}
     with service_process(database.worker_url, service.settings.home, lock_timeout="60") as other:
         async with httpx.AsyncClient(base_url=other.url, headers=headers) as client:
             asking = asyncio.create_task(client.delete(f"/api/v2/documents/{added.document_id}"))
             async with asyncio.timeout(50):
-                while [key for key in await objects_left(service.resources.store) if str(added.document_id) in key]:
+                while not await admin.fetch(f"select pid {WAITING}"):
                     await asyncio.sleep(0.01)
             other.process.kill()
             other.process.wait()
