@@ -16,7 +16,7 @@ import asyncpg
 import httpx
 import pytest
 
-from tests.api.document_rows import StoredDocument, add_document
+from tests.api.document_rows import StoredDocument, add_document, objects_left
 from tests.api.live_service import LiveService, new_user, running_service, service_settings
 from upload_pipeline.media_types import DOCX, HTML, PDF
 from upload_pipeline.storage.keys import markdown_key, raw_key
@@ -201,3 +201,23 @@ def memory() -> int:
     found = re.search(r"^VmRSS:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
     assert found is not None
     return int(found[1]) * 1024
+
+
+async def test_a_store_that_signs_gives_its_own_url(
+    database: Any, tmp_path: Path, admin: asyncpg.Connection, s3_bucket: str
+) -> None:
+    settings = service_settings(database.worker_url, tmp_path, storage_url=f"s3://{s3_bucket}/files")
+    async with running_service(settings) as service:
+        added = await add_document(
+            admin, service.resources.store, new_user(), filename="Grüße.pdf", media_type=PDF, content=b"%PDF-"
+        )
+        url = (await download(service, added))["download_url"]
+        assert not url.startswith(service.url)
+        async with httpx.AsyncClient() as anybody:
+            answer = await anybody.get(url)
+            assert (answer.status_code, answer.content) == (200, b"%PDF-")
+            assert answer.headers["Content-Type"] == PDF
+            assert answer.headers["Content-Disposition"].startswith('attachment; filename="Grue.pdf"')
+            assert (await anybody.get(url.replace(str(added.document_id), str(uuid4())))).status_code == 403
+        assert (await service.client(added.user_id).delete(f"/api/v2/documents/{added.document_id}")).status_code == 204
+        assert await objects_left(service.resources.store) == []
