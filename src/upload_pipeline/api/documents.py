@@ -80,7 +80,7 @@ async def list_documents(
         None if filename is None else unicodedata.normalize("NFC", filename),
         None if metadata is None else _containment(metadata),
     )
-    async with as_user(resources.db, principal.user_id) as connection:
+    async with as_user(resources.db, principal.user_id, by_index=True) as connection:
         # One more than asked for tells whether there are more.
         found = await user_documents.list_documents(connection, wanted, limit=limit + 1, before=before)
     page = found[:limit]
@@ -140,7 +140,7 @@ async def list_chunks(
     cursor: Annotated[ChunkCursor | None, Query(description="`next_cursor` of the page before.")] = None,
 ) -> ChunkPage:
     """What searches find: nothing before the document is searchable, the old ones while it is processed again."""
-    async with as_user(resources.db, principal.user_id) as connection:
+    async with as_user(resources.db, principal.user_id, by_index=True) as connection:
         found = await user_documents.list_chunks(
             connection, document_id, after=-1 if cursor is None else int(cursor), limit=limit + 1
         )

@@ -58,7 +58,7 @@ async def list_jobs(
     if batch_id is not None:
         # No job belongs to a batch yet.
         return JobPage(items=[], next_cursor=None)
-    async with as_user(resources.db, principal.user_id) as connection:
+    async with as_user(resources.db, principal.user_id, by_index=True) as connection:
         found = await user_jobs.list_jobs(
             connection,
             JobFilter(state, stage, pipeline, created_from, created_to),

@@ -16,8 +16,17 @@ class Pool(Protocol):
         """A connection, for as long as the context is open."""
 
 
+_BECOME = "select set_config('role', 'authenticated', true), set_config('request.jwt.claims', $1, true)"
+
+# A page is walked in the order of its index. Without statistics, or for a user who is not like the others, the planner
+# would rather read a whole user's rows and sort them, and that for each row of the page.
+_BY_INDEX = "".join(
+    f", set_config('enable_{method}', 'off', true)" for method in ("seqscan", "bitmapscan", "hashjoin", "mergejoin")
+)
+
+
 @asynccontextmanager
-async def as_user(pool: Pool, user_id: UUID, *, readonly: bool = True) -> AsyncGenerator[Any]:
+async def as_user(pool: Pool, user_id: UUID, *, readonly: bool = True, by_index: bool = False) -> AsyncGenerator[Any]:
     """A connection within a transaction in which the database itself decides what the user may see.
 
     The role and the claims end with the transaction, so a connection goes back as it came.
@@ -26,23 +35,25 @@ async def as_user(pool: Pool, user_id: UUID, *, readonly: bool = True) -> AsyncG
         pool: of role `upload_worker`.
         user_id: who asks.
         readonly: False for a verb that users may call themselves.
+        by_index: True for a page of a list, which then costs a page however many rows the user and the others have.
 
     Raises:
         asyncpg.PostgresError: as the statements in the block do; nothing is translated here.
     """
     async with pool.acquire() as connection, connection.transaction(readonly=readonly):
-        await become_user(connection, user_id)
+        await become_user(connection, user_id, by_index=by_index)
         yield connection
 
 
-async def become_user(connection: Any, user_id: UUID) -> None:
+async def become_user(connection: Any, user_id: UUID, *, by_index: bool = False) -> None:
     """Makes the rest of the connection's transaction the user's.
 
     Args:
         connection: within a transaction, as role `upload_worker`.
         user_id: who asks.
+        by_index: as for `as_user`.
     """
     await connection.fetchval(
-        "select set_config('role', 'authenticated', true), set_config('request.jwt.claims', $1, true)",
+        _BECOME + (_BY_INDEX if by_index else ""),
         json.dumps({"sub": str(user_id), "role": "authenticated"}),
     )
