@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
-from dataclasses import replace
-from datetime import UTC, datetime
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime, timedelta
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -21,8 +22,10 @@ from tests.api.job_rows import advance, claim
 from tests.api.live_service import LiveService, new_user, running_service, service_settings, token
 from upload_pipeline.api.app import create_app
 from upload_pipeline.database import queue
+from upload_pipeline.database.uploads import reserve_document
 from upload_pipeline.storage.keys import markdown_key, raw_key
 from upload_pipeline.storage.local_backend import LocalBackend
+from upload_pipeline.storage.signed_urls import Grant
 
 FIELDS = {
     "document_id",
@@ -39,6 +42,7 @@ FIELDS = {
     "created_at",
     "updated_at",
     "searchable_at",
+    "upload_deadline",
     "job",
 }
 TEXT = "# Grüße\n\nEin Text mit Umlauten — und 漢字.\n"
@@ -376,31 +380,101 @@ async def test_nothing_shows_a_document_whose_deletion_has_begun(
     assert (await client.post("/api/v2/search", json=asked)).json()["hits"] == []
 
 
+@dataclass(frozen=True)
+class Late(LocalBackend):
+    """A store in which something has happened before the first read."""
+
+    first: Callable[[], Awaitable[object]] | None = None
+
+    async def read(self, key: str, block_bytes: int) -> AsyncGenerator[bytes, None]:
+        if self.first is not None:
+            await self.first()
+        async for block in LocalBackend.read(self, key, block_bytes):
+            yield block
+
+
+@asynccontextmanager
+async def late_service(
+    service: LiveService, first: Callable[[], Awaitable[object]]
+) -> AsyncGenerator[httpx.AsyncClient]:
+    """The same service, called without a socket, on the same store where `first` happens before an object is read."""
+    store = service.resources.store
+    assert isinstance(store.backend, LocalBackend)
+    late = replace(service.resources, store=replace(store, backend=Late(store.backend.tree, first=first)))
+    transport = httpx.ASGITransport(create_app(service.settings, late))
+    async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
+        yield client
+
+
 @pytest.mark.parametrize("path", ["markdown", "bytes"])
 async def test_a_document_that_is_deleted_between_the_look_and_the_read_is_like_none(
     service: LiveService, admin: asyncpg.Connection, path: str
 ) -> None:
-    """The store answers only after somebody else has deleted the document."""
     user = new_user()
     store = service.resources.store
     added = await add_text(admin, store, await add_document(admin, store, user), TEXT)
-    url = (await service.client(user).get(f"/api/v2/documents/{added.document_id}/download")).json()["download_url"]
-    deletion = service.client(user).delete(f"/api/v2/documents/{added.document_id}")
+    document = f"/api/v2/documents/{added.document_id}"
+    url = (await service.client(user).get(f"{document}/download")).json()["download_url"]
 
-    class Late(LocalBackend):
-        async def read(self, key: str, block_bytes: int) -> Any:
-            assert (await deletion).status_code == 204
-            async for block in LocalBackend.read(self, key, block_bytes):
-                yield block
+    async def delete() -> None:
+        assert (await service.client(user).delete(document)).status_code == 204
 
-    assert isinstance(store.backend, LocalBackend)
-    late = replace(service.resources, store=replace(store, backend=Late(store.backend.tree)))
-    app = create_app(service.settings, late)
-    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://localhost") as client:
-        asked = url if path == "bytes" else f"/api/v2/documents/{added.document_id}/markdown"
+    async with late_service(service, delete) as client:
+        asked = url if path == "bytes" else f"{document}/markdown"
         answer = await client.get(asked, headers={"Authorization": f"Bearer {token(user)}", "Host": "localhost"})
     assert answer.status_code == 404
     assert answer.json()["error"]["code"] == "DOCUMENT_NOT_FOUND"
+
+
+async def test_a_text_that_is_replaced_between_the_look_and_the_read_is_the_new_one(
+    service: LiveService, admin: asyncpg.Connection
+) -> None:
+    user = new_user()
+    store = service.resources.store
+    added = await add_text(admin, store, await add_document(admin, store, user), TEXT)
+
+    async def process_again() -> None:
+        await add_text(admin, store, added, "New.\n")
+        await store.delete([markdown_key(user, added.document_id, sha256(TEXT.encode()).hexdigest())])
+
+    async with late_service(service, process_again) as client:
+        answer = await client.get(
+            f"/api/v2/documents/{added.document_id}/markdown", headers={"Authorization": f"Bearer {token(user)}"}
+        )
+    assert (answer.status_code, answer.text) == (200, "New.\n")
+    assert answer.headers["ETag"] == f'"{sha256(answer.content).hexdigest()}"'
+
+
+async def test_a_document_whose_bytes_are_awaited_is_shown_and_not_downloaded(
+    service: LiveService, admin: asyncpg.Connection
+) -> None:
+    user, document = new_user(), uuid4()
+    reserved = await reserve_document(
+        service.resources.db,
+        document_id=document,
+        user_id=user,
+        filename="later.pdf",
+        media_type="application/pdf",
+        file_bytes=1000,
+        file_sha256="a" * 64,
+        raw_key=raw_key(user, document),
+        window=timedelta(minutes=20),
+        metadata={},
+    )
+    client = service.client(user)
+    (shown,) = (await client.get("/api/v2/documents")).json()["items"]
+    assert datetime.fromisoformat(shown["upload_deadline"]) == reserved.deadline
+    assert shown["job"]["stage"] == "queued"
+    for path in ("download", "markdown"):
+        answer = await client.get(f"/api/v2/documents/{document}/{path}")
+        assert (answer.status_code, answer.json()["error"]["code"]) == (409, "DOCUMENT_NOT_READY")
+    assert (await client.get(f"/api/v2/documents/{document}/chunks")).json()["items"] == []
+    # A URL that was handed out for what came before gets nothing either.
+    grant = Grant("GET", document, raw_key(user, document), datetime.now(UTC) + timedelta(minutes=1))
+    signed = f"/api/v2/documents/{document}/bytes?token={service.resources.signer.sign(grant)}"
+    assert (await client.get(signed)).status_code == 404
+    assert (await client.delete(f"/api/v2/documents/{document}")).status_code == 204
+    assert await admin.fetchval("select count(*) from upload_pipeline.documents") == 0
 
 
 async def test_metadata_of_any_form_comes_back_as_it_went_in(service: LiveService, admin: asyncpg.Connection) -> None:

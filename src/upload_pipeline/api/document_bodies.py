@@ -37,6 +37,7 @@ DOCUMENT_EXAMPLE: dict[str, Any] = {
     "created_at": "2026-11-21T09:00:00.000000Z",
     "updated_at": "2026-11-21T09:00:07.250000Z",
     "searchable_at": "2026-11-21T09:00:07.250000Z",
+    "upload_deadline": None,
     "job": _JOB_EXAMPLE,
 }
 
@@ -86,6 +87,10 @@ class Document(BaseModel):
     created_at: datetime
     updated_at: datetime
     searchable_at: datetime | None = Field(description="Since when searches find it; null while they do not.")
+    upload_deadline: datetime | None = Field(
+        description="Until when its bytes may come; null once they are here. Until then size, sha256 and type are "
+        "what was announced."
+    )
     job: DocumentJob | None = Field(description="Its newest job; null where its jobs have been removed.")
 
 

@@ -112,21 +112,25 @@ async def read_markdown(
     request: Request, document_id: DocumentId, principal: CurrentPrincipal, resources: AppResources
 ) -> Response:
     """409 `DOCUMENT_NOT_READY` until the file has been parsed. `If-None-Match` has it sent only where it changed."""
-    document = await _owned_document(resources, principal.user_id, document_id)
-    if document.markdown_key is None:
-        raise _not_ready(document, "It has not been parsed yet")
-    tag = f'"{document.markdown_sha256}"'
-    headers = {"ETag": tag, "Cache-Control": "private, no-cache"}
-    if _names(request.headers.getlist("If-None-Match"), tag):
-        return Response(status_code=304, headers=headers)
-    try:
-        return await stream_object(resources.store, document.markdown_key, {**headers, "Content-Type": MARKDOWN_TYPE})
-    except PipelineError as error:
-        if error.code is not ErrorCode.OBJECT_MISSING:
-            raise
-        # Deleted since the look, or lost.
-        await _owned_document(resources, principal.user_id, document_id)
-        raise lost(document_id) from error
+    missing: str | None = None
+    while True:
+        document = await _owned_document(resources, principal.user_id, document_id)
+        if document.markdown_key is None:
+            raise _not_ready(document, "It has not been parsed yet")
+        if document.markdown_key == missing:
+            raise lost(document_id)
+        tag = f'"{document.markdown_sha256}"'
+        headers = {"ETag": tag, "Cache-Control": "private, no-cache"}
+        if _names(request.headers.getlist("If-None-Match"), tag):
+            return Response(status_code=304, headers=headers)
+        headers["Content-Type"] = MARKDOWN_TYPE
+        try:
+            return await stream_object(resources.store, document.markdown_key, headers)
+        except PipelineError as error:
+            if error.code is not ErrorCode.OBJECT_MISSING:
+                raise
+            # Lost; or since the look the document was deleted, or another text has taken the place of this one.
+            missing = document.markdown_key
 
 
 @router.get(
@@ -161,6 +165,8 @@ async def download_document(
 ) -> Download:
     """The URL needs no credentials and expires soon. 409 `DOCUMENT_NOT_READY` while the file's bytes are awaited."""
     document = await _owned_document(resources, principal.user_id, document_id)
+    if document.upload_deadline is not None:
+        raise _not_ready(document, "Its bytes have not come yet")
     life = timedelta(seconds=round(resources.settings.download_url_seconds))
     expires_at = datetime.now(UTC).replace(microsecond=0) + life
     signed = await resources.store.sign_get(

@@ -42,6 +42,7 @@ class UserDocument:
         raw_key: where its bytes are kept.
         markdown_key: where its text is kept; None, like `markdown_sha256` and `markdown_chars`, while there is none.
         searchable_at: since when it can be found; None while it cannot.
+        upload_deadline: until when its bytes may come; None once they are in the store.
         job: None where its jobs have been removed.
     """
 
@@ -61,6 +62,7 @@ class UserDocument:
     created_at: datetime
     updated_at: datetime
     searchable_at: datetime | None
+    upload_deadline: datetime | None
     job: LatestJob | None
 
 
@@ -121,8 +123,8 @@ with page as materialized (
    where {condition})
 select p.document_id, p.filename, p.media_type, p.file_bytes, p.file_sha256, p.metadata, p.raw_key, p.markdown_key,
        p.markdown_sha256, p.markdown_chars, p.page_count, p.chunk_count, p.warnings, p.created_at, p.updated_at,
-       p.searchable_at, p.job_id, p.pipeline, p.stage, p.state::text as state, s.progress::integer as progress,
-       o.error_code, o.error_message, o.error_details
+       p.searchable_at, p.upload_deadline, p.job_id, p.pipeline, p.stage, p.state::text as state,
+       s.progress::integer as progress, o.error_code, o.error_message, o.error_details
   from page p
   left join upload_pipeline.stages s on s.pipeline = p.pipeline and s.stage = p.stage
   left join upload_pipeline.job_outcomes o on o.job_id = p.job_id
@@ -191,14 +193,14 @@ async def is_being_deleted(db: Executor, document_id: UUID, user_id: UUID) -> bo
 
 
 async def find_file(db: Executor, document_id: UUID, raw_key: str) -> DocumentFile | None:
-    """A document's bytes, or None where it is gone, is being deleted, or keeps them elsewhere; runs as `upload_worker`.
+    """A document's bytes, or None where there are none, or it is gone or being deleted; runs as `upload_worker`.
 
     For URLs that carry their own permission, so nobody's row-level security says whose the document is.
     """
     row = await db.fetchrow(
         """
         select d.raw_key, d.filename, d.media_type, d.file_bytes from upload_pipeline.documents d
-         where d.document_id = $1 and d.raw_key = $2 and d.deleted_at is null
+         where d.document_id = $1 and d.raw_key = $2 and d.deleted_at is null and d.upload_deadline is null
         """,
         document_id,
         raw_key,
