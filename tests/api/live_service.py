@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -77,9 +77,12 @@ def service_settings(database_url: str, home: Path, **overrides: Any) -> Setting
 
 
 @asynccontextmanager
-async def running_service(settings: Settings) -> AsyncIterator[LiveService]:
-    """The service for as long as the context is open."""
-    async with open_resources(settings, settings.database_url.get_secret_value()) as resources:
+async def running_service(
+    settings: Settings, change: Callable[[Resources], Resources] = lambda resources: resources
+) -> AsyncIterator[LiveService]:
+    """The service for as long as the context is open; `change` lets a test put something in the way of a part."""
+    async with open_resources(settings, settings.database_url.get_secret_value()) as opened:
+        resources = change(opened)
         app = create_app(settings, resources)
         config = uvicorn.Config(app, host="127.0.0.1", port=0, log_config=None, lifespan="off", access_log=False)
         server = uvicorn.Server(config)

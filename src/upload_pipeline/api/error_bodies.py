@@ -121,9 +121,15 @@ def rate_limited(state: BucketState) -> PipelineError:
     )
 
 
-def error_response(error: PipelineError, correlation_id: str) -> Response:
-    """The answer for an error; its message and details only where the cause is not ours (a status below 500)."""
-    status = HTTP_STATUS[error.code]
+def error_response(error: PipelineError, correlation_id: str, status: int | None = None) -> Response:
+    """The answer for an error; its message and details only where the cause is not ours (a status below 500).
+
+    Args:
+        error: what went wrong.
+        correlation_id: of the request.
+        status: where a route's contract has another one than the code's.
+    """
+    status = status or HTTP_STATUS[error.code]
     sent: dict[str, str] = {}
     if status == 401:
         sent["WWW-Authenticate"] = "Bearer"

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from upload_pipeline.database.queue import Executor
     from upload_pipeline.settings import Settings
 
-UPLOAD_ROUTE = ("POST", "/api/v2/upload")
-STATUS_ROUTE = ("GET", "/api/v2/jobs/{job_id}")
+UPLOAD_ROUTES = frozenset({("POST", "/api/v2/upload"), ("POST", "/api/v1/policies/ingest")})
+STATUS_ROUTES = frozenset({("GET", "/api/v2/jobs/{job_id}"), ("GET", "/api/v1/policies/ingest/status/{job_id}")})
 
 OPEN_JOBS_RETRY_SECONDS = 60
 """What the cap on open jobs asks for: nobody knows when one ends, and within a minute some usually do."""
@@ -35,7 +35,7 @@ async def within_limits(request: Request, principal: CurrentPrincipal, resources
     settings = resources.settings
     route = (request.method, route_of(request.scope))
     buckets = _buckets(settings, route, str(principal.user_id), request.path_params)
-    if route == UPLOAD_ROUTE:
+    if route in UPLOAD_ROUTES:
         cap = settings.limit_open_jobs
         if await count_open_jobs(resources.db, principal.user_id, cap) >= cap:
             raise _too_many_open_jobs(cap)
@@ -75,9 +75,9 @@ def upload_buckets(settings: Settings, user: str) -> list[Bucket]:
 def _buckets(settings: Settings, route: tuple[str, str], user: str, path_params: dict[str, object]) -> list[Bucket]:
     method, path = route
     buckets = [Bucket(f"route:{user}:{method} {path}", settings.limit_requests_per_hour, timedelta(hours=1))]
-    if route == UPLOAD_ROUTE:
+    if route in UPLOAD_ROUTES:
         buckets.extend(upload_buckets(settings, user))
-    elif route == STATUS_ROUTE:
+    elif route in STATUS_ROUTES:
         # By user too, so that nobody else can use up the owner's.
         job = str(path_params["job_id"])[:40].lower()
         buckets.append(Bucket(f"status:{user}:{job}", settings.limit_status_reads_per_minute, timedelta(minutes=1)))

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import structlog
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
+from upload_pipeline.api.limits import UPLOAD_ROUTES
 from upload_pipeline.database.queue_metrics import read_depths, read_happened
 
 if TYPE_CHECKING:
@@ -152,6 +153,6 @@ class ServiceMetrics:
 def _upload_mode(method: str, route: str, content_type: str) -> str | None:
     if (method, route) == ("PUT", "/api/v2/upload/{document_id}/bytes"):
         return "bytes"
-    if (method, route) != ("POST", "/api/v2/upload"):
+    if (method, route) not in UPLOAD_ROUTES:
         return None
     return "multipart" if content_type.lower().startswith("multipart/") else "json"

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, aclosing, asynccontextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from upload_pipeline.api.error_bodies import invalid_field
@@ -27,64 +27,127 @@ if TYPE_CHECKING:
 MAX_METADATA_PART = 4 * MAX_METADATA_BYTES
 """The same metadata are longer where each character is escaped."""
 
-FORM_BYTES = MAX_METADATA_PART + 16 * 1024
-"""What a form has beside its file, at most: the metadata, boundaries and headers."""
+HEADERS_BYTES = 16 * 1024
+"""What a form has beside its parts, at most: boundaries and headers."""
+
+
+@dataclass(frozen=True, slots=True)
+class FormField:
+    """A part beside the file.
+
+    Attributes:
+        max_bytes: its limit.
+        read: makes a value of its bytes; raises `PipelineError` naming the field.
+    """
+
+    max_bytes: int
+    read: Callable[[bytes], Any]
+
+
+@dataclass(frozen=True, slots=True)
+class ReceivedForm:
+    """A form that has come whole.
+
+    Attributes:
+        staged: the file; metadata are still to be given to its arrival.
+        values: of the fields that the form has, by name.
+    """
+
+    staged: StagedFile
+    values: Mapping[str, Any]
 
 
 async def accept_form(
     request: Request, intake: Intake, *, user_id: UUID, correlation_id: str, max_bytes: int, seconds: float
 ) -> AcceptedDocument:
-    """Takes in the file of a form. Nothing is left of one that is refused, breaks off or does not end.
+    """Takes in the file of a form, with its metadata where there is a part `metadata`; otherwise as `receive_form`.
+
+    Raises:
+        PipelineError: `INVALID_METADATA`; and as `receive_form` and `accept_file` do.
+    """
+    async with receive_form(
+        request,
+        intake,
+        user_id=user_id,
+        correlation_id=correlation_id,
+        terms=Terms(max_bytes),
+        fields={"metadata": FormField(MAX_METADATA_PART, _metadata)},
+        seconds=seconds,
+    ) as form:
+        arrival = replace(form.staged.arrival, metadata=form.values.get("metadata", {}))
+        return await accept_staged(intake, replace(form.staged, arrival=arrival))
+
+
+@asynccontextmanager
+async def receive_form(
+    request: Request,
+    intake: Intake,
+    *,
+    user_id: UUID,
+    correlation_id: str,
+    terms: Terms,
+    fields: Mapping[str, FormField],
+    seconds: float,
+) -> AsyncGenerator[ReceivedForm]:
+    """Stages the file of a form while it comes. Nothing is left of one that is refused, breaks off or does not end.
+
+    Left by an exception, the file is removed; left otherwise it is the caller's, as `stage_stream` has it.
 
     Args:
-        request: whose body is the form: a part `file`, and perhaps a part `metadata`, in any order.
+        request: whose body is the form: a part `file` and perhaps some of the fields, in any order, each once.
         intake: takes the file.
         user_id: the owner.
         correlation_id: stands on every event and log line that follows.
-        max_bytes: largest file.
+        terms: what files are taken.
+        fields: what else the form may have, by name.
         seconds: that the whole body may take to come.
 
     Raises:
-        PipelineError: `INVALID_ARGUMENT` or `INVALID_METADATA` naming the part that is wrong; `REQUEST_TIMEOUT`; and
-            as `accept_file` does.
+        PipelineError: `INVALID_ARGUMENT` naming the part that is wrong; `REQUEST_TIMEOUT`; what a field's `read`
+            raises; and as `stage_stream` does.
     """
+    beside = sum(field.max_bytes for field in fields.values()) + HEADERS_BYTES
     announced = request.headers.get("content-length", "")
-    if announced.isdecimal() and int(announced) > max_bytes + FORM_BYTES:
+    if announced.isdecimal() and int(announced) > terms.max_bytes + beside:
         raise PipelineError(
             ErrorCode.FILE_TOO_LARGE,
-            f"The body has {int(announced)} bytes, and the limit of a file is {max_bytes}. Send a smaller file.",
-            {"max_bytes": max_bytes, "announced_bytes": int(announced)},
+            f"The body has {int(announced)} bytes, and the limit of a file is {terms.max_bytes}. Send a smaller file.",
+            {"max_bytes": terms.max_bytes, "announced_bytes": int(announced)},
         )
-    form = MultipartForm(request.headers["content-type"], request.stream(), max_bytes=max_bytes + FORM_BYTES)
+    form = MultipartForm(request.headers["content-type"], request.stream(), max_bytes=terms.max_bytes + beside)
 
     def stage(part: Part) -> AbstractAsyncContextManager[StagedFile]:
         arrival = check_arrival(_filename(part), user_id, {}, correlation_id, 0)
-        return stage_stream(intake, chunks=part.chunks(), arrival=arrival, terms=Terms(max_bytes))
+        return stage_stream(intake, chunks=part.chunks(), arrival=arrival, terms=terms)
 
     async with AsyncExitStack() as stack:
         async with ending_within(seconds):
-            staged, metadata = await _receive(form, stack, stage)
-        return await accept_staged(intake, replace(staged, arrival=replace(staged.arrival, metadata=metadata)))
+            received = await _receive(form, stack, stage, fields)
+        yield received
 
 
 async def _receive(
-    form: MultipartForm, stack: AsyncExitStack, stage: Callable[[Part], AbstractAsyncContextManager[StagedFile]]
-) -> tuple[StagedFile, dict[str, Any]]:
+    form: MultipartForm,
+    stack: AsyncExitStack,
+    stage: Callable[[Part], AbstractAsyncContextManager[StagedFile]],
+    fields: Mapping[str, FormField],
+) -> ReceivedForm:
     staged: StagedFile | None = None
-    metadata: dict[str, Any] | None = None
+    values: dict[str, Any] = {}
     async with aclosing(form.parts()) as parts:
         async for part in parts:
-            if (part.name == "file" and staged) or (part.name == "metadata" and metadata is not None):
+            if (part.name == "file" and staged) or part.name in values:
                 raise invalid_field(part.name, "there is more than one")
             if part.name == "file":
                 staged = await stack.enter_async_context(stage(part))
-            elif part.name == "metadata":
-                metadata = _metadata(await part.read(MAX_METADATA_PART))
+            elif (field := fields.get(part.name)) is not None:
+                values[part.name] = field.read(await part.read(field.max_bytes))
             else:
-                raise invalid_field(part.name, "there is no such part; the parts are file and metadata")
+                known = ", ".join(("file", *fields))
+                raise invalid_field(part.name, f"there is no such part; the parts are {known}")
     if staged is None:
         raise invalid_field("file", "it is missing")
-    return staged, metadata or {}
+    return ReceivedForm(staged, values)
 
 
 @asynccontextmanager

@@ -5,7 +5,7 @@ stage -> known bytes? -> opens? -> move to raw/… -> row, job and event in one 
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import Any
 from uuid import UUID
@@ -110,10 +110,23 @@ async def accept_staged(intake: Intake, staged: StagedFile) -> AcceptedDocument:
     if first is not None:
         await bring_back(intake, staged)
         return first
+    return await place_and_record(intake, staged, lambda: _make_document(intake, staged))
+
+
+async def place_and_record(
+    intake: Intake, staged: StagedFile, record: Callable[[], Awaitable[AcceptedDocument]]
+) -> AcceptedDocument:
+    """Opens a staged file, puts its bytes in place and makes its rows; where one of these fails nothing is left.
+
+    Args:
+        intake: as for `accept_file`.
+        staged: while what staged it is entered.
+        record: the statement that makes the rows; it may be repeated after a lost connection.
+    """
     await open_staged(intake, staged)
     try:
         await place(intake, staged)
-        accepted = await _make_document(intake, staged)
+        accepted = await until_answered(intake, record, f"accept {staged.arrival.filename!r}")
     except BaseException:
         await finish(withdraw(intake, staged))
         raise
@@ -123,20 +136,16 @@ async def accept_staged(intake: Intake, staged: StagedFile) -> AcceptedDocument:
 
 async def _make_document(intake: Intake, staged: StagedFile) -> AcceptedDocument:
     arrival = staged.arrival
-    return await until_answered(
-        intake,
-        lambda: documents.accept_document(
-            intake.db,
-            document_id=staged.document_id,
-            user_id=arrival.user_id,
-            filename=arrival.filename,
-            media_type=staged.media_type,
-            file_bytes=staged.size,
-            file_sha256=staged.sha256,
-            raw_key=staged.raw_key,
-            metadata=arrival.metadata,
-            priority=arrival.priority,
-            correlation_id=arrival.correlation_id,
-        ),
-        f"accept {arrival.filename!r}",
+    return await documents.accept_document(
+        intake.db,
+        document_id=staged.document_id,
+        user_id=arrival.user_id,
+        filename=arrival.filename,
+        media_type=staged.media_type,
+        file_bytes=staged.size,
+        file_sha256=staged.sha256,
+        raw_key=staged.raw_key,
+        metadata=arrival.metadata,
+        priority=arrival.priority,
+        correlation_id=arrival.correlation_id,
     )

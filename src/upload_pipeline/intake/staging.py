@@ -66,10 +66,12 @@ class Terms:
     Attributes:
         max_bytes: largest file, in bytes.
         media_types: which types; None: every one that the pipeline knows.
+        extensions: what a name must end in, in lower case with the dot; None: whatever the type allows.
     """
 
     max_bytes: int
     media_types: frozenset[str] | None = None
+    extensions: frozenset[str] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,6 +123,7 @@ async def stage_stream(
         PipelineError: `EMPTY_FILE`, `UNSUPPORTED_TYPE`, `TYPE_MISMATCH`, `ENCRYPTED`; and as `store_chunks` does.
             What `chunks` raises comes out unchanged.
     """
+    _require_extension(arrival.filename, terms)
     incoming = incoming_key(uuid4())
     async with removed_on_failure(intake.store, incoming):
         stored = await store_chunks(intake, incoming, chunks, filename=arrival.filename, max_bytes=terms.max_bytes)
@@ -136,6 +139,7 @@ async def stage_path(intake: Intake, *, path: Path, arrival: Arrival, terms: Ter
     Raises:
         PipelineError: `FILE_NOT_FOUND`, `FILE_UNREADABLE`, and as `stage_stream` does.
     """
+    _require_extension(arrival.filename, terms)
     measured = await measure(path, max_bytes=terms.max_bytes)
     media_type = _typed(arrival.filename, measured.head, measured.size, terms)
     incoming = incoming_key(uuid4())
@@ -244,6 +248,16 @@ async def _remove(store: ObjectStore, key: str) -> None:
         await store.delete([key])
     except PipelineError as error:
         log.warning("object_left_for_maintenance", key=key, error=str(error))
+
+
+def _require_extension(filename: str, terms: Terms) -> None:
+    if terms.extensions is not None and not filename.lower().endswith(tuple(terms.extensions)):
+        taken = sorted(terms.extensions)
+        raise PipelineError(
+            ErrorCode.UNSUPPORTED_TYPE,
+            f"The name of {filename!r} does not end in {' or '.join(taken)}. Send a file of that type, and name it so.",
+            {"filename": filename, "taken": taken},
+        )
 
 
 def _typed(filename: str, head: bytes, size: int, terms: Terms) -> str:
