@@ -10,6 +10,7 @@ from uuid import uuid4
 import asyncpg
 import psycopg
 import pytest
+import structlog
 from clamd_server import running_clamd
 from hypothesis import settings
 from postgres_servers import FAST, Database, remove_servers_of_dead_runs, temporary_home
@@ -23,6 +24,14 @@ from upload_pipeline.database.migrations import apply_migrations
 # A busy machine is no failure.
 settings.register_profile("patient", deadline=None)
 settings.load_profile("patient")
+
+# Tracebacks without local variables: with them one takes seconds.
+structlog.configure(
+    processors=[
+        structlog.processors.add_log_level,
+        structlog.dev.ConsoleRenderer(colors=False, exception_formatter=structlog.dev.plain_traceback),
+    ]
+)
 
 ROOT = Path(__file__).parents[1]
 CORPUS = ROOT.parent / "shared" / "corpus"

@@ -83,12 +83,17 @@ async def test_generated_requests_find_no_fault_and_no_undocumented_answer(
     owned = await add_document(admin, service.resources.store, user)
     await advance(admin, await claim(admin, owned.job_id), "embedded")
     await add_text(admin, service.resources.store, owned, "Text.", chunks=1)
+    await admin.execute(
+        "insert into upload_pipeline.policies values ($1, $2, 'insurer', 'product', '2026-01-31')",
+        owned.document_id,
+        user,
+    )
     made = await document(service)
     put_example(made, "job_id", str(owned.job_id))
     put_example(made, "document_id", str(owned.document_id))
     schema = schemathesis.openapi.from_dict(made)
     schema.config.base_url = service.url
-    headers = {"Authorization": f"Bearer {token(user)}"}
+    headers = {"Authorization": f"Bearer {token(user, app_metadata={'roles': ['ADMIN']})}"}
     chosen = [
         checks.not_a_server_error,
         schemathesis.checks.CHECKS.get_one("status_code_conformance"),
