@@ -159,6 +159,21 @@ def test_stuck_jobs_are_those_whose_lease_ran_out_or_whose_stage_lasts(
     assert "|chunking|" in line
 
 
+def test_announced_files_that_have_not_come_are_told(database: Any, admin: Connection, worker: Connection) -> None:
+    add_job(admin, worker)
+    awaited = add_job(admin, worker)
+    admin.execute(
+        """
+        update upload_pipeline.documents d set upload_deadline = now() + interval '1 hour', filename = 'awaited.md'
+          from upload_pipeline.upload_jobs j where j.document_id = d.document_id and j.job_id = %s
+        """,
+        [awaited],
+    )
+    (line,) = run(database, "awaited_uploads").splitlines()
+    assert str(awaited) in line
+    assert "awaited.md" in line
+
+
 def test_dead_letters_are_counted_and_named(database: Any, busy: UUID) -> None:
     output = run(database, "dead_letters")
     assert "PARSER_FAILED|parsing|1|" in output

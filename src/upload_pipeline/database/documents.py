@@ -134,7 +134,7 @@ async def find_duplicate(db: Executor, *, user_id: UUID, file_sha256: str) -> Ac
 
 async def load_document(db: Executor, document_id: UUID) -> Document | None:
     """A document's row as the steps read it, or None."""
-    # While bytes are awaited, only a new announcement of them writes the row.
+    # While bytes are awaited, only a new announcement of them writes the row, or a session's user who claims it.
     row = await db.fetchrow(
         """
         select document_id, user_id, filename, media_type, file_bytes, file_sha256, raw_key, page_count, markdown_key,
