@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import os
 import socket
 from pathlib import Path
@@ -9,8 +10,7 @@ from typing import Any
 import asyncpg
 import httpx
 import pytest
-from fastapi import Request
-from in_process import Api, open_api
+from in_process import Api, open_api, token
 from issuer import ISSUER, SECRET, USER
 from job_rows import add_job, claim
 from postgres_servers import Database
@@ -186,36 +186,42 @@ async def test_a_service_that_could_not_work_does_not_start(
     assert behind.code is ErrorCode.MIGRATIONS_PENDING
 
 
-async def test_a_service_that_stops_lets_open_requests_end_and_takes_no_more(
-    database: Database, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+async def test_a_service_that_stops_lets_uploads_end_and_takes_no_more(
+    database: Database, tmp_path: Path, admin: asyncpg.Connection
 ) -> None:
-    begun, go_on = asyncio.Event(), asyncio.Event()
+    begun, go_on = {"multipart": asyncio.Event(), "bytes": asyncio.Event()}, asyncio.Event()
+    head = {"Authorization": f"Bearer {token()}"}
+    text = b"words and words " * 20_000
+    announced = {"filename": "a.txt", "bytes_len": len(text), "mime": "text/plain"}
 
-    def app_with_a_slow_upload(*arguments: Any) -> Any:
-        app = create_app(*arguments)
-
-        async def upload(request: Request) -> int:
-            received = 0
-            async for part in request.stream():
-                received += len(part)
-                begun.set()
-            return received
-
-        app.add_api_route("/probe/upload", upload, methods=["POST"])
-        return app
-
-    async def parts() -> Any:
-        yield b"x" * 1000
+    async def slowly(data: bytes, name: str) -> Any:
+        yield data[:100_000]
+        begun[name].set()
         await go_on.wait()
-        yield b"x" * 1000
+        yield data[100_000:]
 
-    monkeypatch.setattr(server, "create_app", app_with_a_slow_upload)
-    async with asyncio.timeout(30), httpx.AsyncClient() as client:
+    async with asyncio.timeout(60), httpx.AsyncClient(timeout=30) as client:
         running = running_service(settings_of(database, tmp_path), database.worker_url)
         service = await running.__aenter__()
-        assert (await client.get(f"{service.url}/healthz")).status_code == 200
-        upload = asyncio.create_task(client.post(f"{service.url}/probe/upload", content=parts()))
-        await begun.wait()
+        digest = hashlib.sha256(text).hexdigest()
+        told = await client.post(f"{service.url}/api/v2/upload", headers=head, json={**announced, "sha256": digest})
+        form = (
+            b'--b\r\nContent-Disposition: form-data; name="file"; filename="b.txt"\r\n\r\nmore ' + text + b"\r\n--b--"
+        )
+        kind = {"Content-Type": "multipart/form-data; boundary=b"}
+        uploads = {
+            "multipart": client.post(
+                f"{service.url}/api/v2/upload", headers={**head, **kind}, content=slowly(form, "multipart")
+            ),
+            "bytes": client.put(
+                told.json()["upload_url"],
+                headers={"Content-Type": "text/plain", "Content-Length": str(len(text))},
+                content=slowly(text, "bytes"),
+            ),
+        }
+        sending = [asyncio.create_task(upload) for upload in uploads.values()]
+        for event in begun.values():
+            await event.wait()
         stopping = asyncio.create_task(running.__aexit__(None, None, None))
         while True:
             await asyncio.sleep(0.05)
@@ -226,9 +232,10 @@ async def test_a_service_that_stops_lets_open_requests_end_and_takes_no_more(
                 break
         assert not stopping.done()
         go_on.set()
-        answer = await upload
-        assert (answer.status_code, answer.json()) == (200, 2000)
+        answers = await asyncio.gather(*sending)
+        assert [answer.status_code for answer in answers] == [202, 204]
         await stopping
+    assert await admin.fetchval("select count(*) from upload_pipeline.documents where upload_deadline is null") == 2
 
 
 async def test_a_request_that_does_not_end_in_time_does_not_hold_up_the_stop(

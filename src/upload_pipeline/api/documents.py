@@ -91,7 +91,7 @@ async def list_documents(
 @router.get("/{document_id}", summary="A document and its newest job", responses=documented_errors(400, 401, 404, 429))
 async def read_document(document_id: DocumentId, principal: CurrentPrincipal, resources: AppResources) -> Document:
     """Until it is processed its job says where it stands: follow `GET /api/v2/jobs/{job_id}/events`."""
-    return Document.model_validate(await _owned_document(resources, principal.user_id, document_id))
+    return Document.model_validate(await owned_document(resources, principal.user_id, document_id))
 
 
 @router.get(
@@ -114,7 +114,7 @@ async def read_markdown(
     """409 `DOCUMENT_NOT_READY` until the file has been parsed. `If-None-Match` has it sent only where it changed."""
     missing: str | None = None
     while True:
-        document = await _owned_document(resources, principal.user_id, document_id)
+        document = await owned_document(resources, principal.user_id, document_id)
         if document.markdown_key is None:
             raise _not_ready(document, "It has not been parsed yet")
         if document.markdown_key == missing:
@@ -164,7 +164,7 @@ async def download_document(
     request: Request, document_id: DocumentId, principal: CurrentPrincipal, resources: AppResources
 ) -> Download:
     """The URL needs no credentials and expires soon. 409 `DOCUMENT_NOT_READY` while the file's bytes are awaited."""
-    document = await _owned_document(resources, principal.user_id, document_id)
+    document = await owned_document(resources, principal.user_id, document_id)
     if document.upload_deadline is not None:
         raise _not_ready(document, "Its bytes have not come yet")
     life = timedelta(seconds=round(resources.settings.download_url_seconds))
@@ -220,7 +220,12 @@ def no_such_document(document_id: UUID) -> PipelineError:
     )
 
 
-async def _owned_document(resources: Resources, user_id: UUID, document_id: UUID) -> UserDocument:
+async def owned_document(resources: Resources, user_id: UUID, document_id: UUID) -> UserDocument:
+    """A document of the user.
+
+    Raises:
+        PipelineError: `DOCUMENT_NOT_FOUND`, also where it is somebody else's.
+    """
     async with as_user(resources.db, user_id) as connection:
         document = await user_documents.find_document(connection, document_id)
     if document is None:

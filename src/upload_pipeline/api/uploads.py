@@ -9,7 +9,7 @@ from uuid import UUID
 from fastapi import APIRouter, Request, Response
 
 from upload_pipeline.api.announcements import read_announcement, sign_target
-from upload_pipeline.api.documents import DocumentId, no_such_document
+from upload_pipeline.api.documents import DocumentId, owned_document
 from upload_pipeline.api.error_bodies import documented_errors
 from upload_pipeline.api.multipart import MULTIPART
 from upload_pipeline.api.principals import CurrentPrincipal
@@ -18,8 +18,6 @@ from upload_pipeline.api.received_file import accept_form
 from upload_pipeline.api.request_context import CorrelationId
 from upload_pipeline.api.resources import AppResources, Resources
 from upload_pipeline.api.upload_bodies import Upload, UploadCompleted
-from upload_pipeline.database.as_user import as_user
-from upload_pipeline.database.user_documents import UserDocument, find_document
 from upload_pipeline.errors import ErrorCode, PipelineError
 from upload_pipeline.intake.receive import announce_upload
 from upload_pipeline.intake.reserve import reserve_upload
@@ -94,7 +92,7 @@ async def complete_upload(
 
     409 `OBJECT_MISSING` while the bytes are not there.
     """
-    document = await _owned_document(resources, principal.user_id, document_id)
+    document = await owned_document(resources, principal.user_id, document_id)
     if await resources.store.head(document.raw_key) is None:
         raise PipelineError(
             ErrorCode.OBJECT_MISSING,
@@ -103,7 +101,7 @@ async def complete_upload(
             {"document_id": str(document_id)},
         )
     await announce_upload(resources.intake, document_id=document_id)
-    job = (await _owned_document(resources, principal.user_id, document_id)).job
+    job = (await owned_document(resources, principal.user_id, document_id)).job
     return UploadCompleted(
         document_id=document_id,
         job_id=job.job_id if job else None,
@@ -163,11 +161,3 @@ async def _announce(request: Request, resources: Resources, user_id: UUID, corre
             "upload_expires_at": target.expires_at,
         }
     )
-
-
-async def _owned_document(resources: Resources, user_id: UUID, document_id: UUID) -> UserDocument:
-    async with as_user(resources.db, user_id) as connection:
-        document = await find_document(connection, document_id)
-    if document is None:
-        raise no_such_document(document_id)
-    return document
