@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import time
 from collections.abc import AsyncIterator
 from dataclasses import replace
+from datetime import timedelta
 
 import pytest
 from clamd_server import INFECTED, SIGNATURE, Conversation, misbehaving
 
 from upload_pipeline.errors import ErrorCode, PipelineError
 from upload_pipeline.intake.accept import accept_file, accept_path
+from upload_pipeline.intake.receive import receive_upload
+from upload_pipeline.intake.reserve import reserve_upload
 from upload_pipeline.storage.keys import raw_key
 from upload_pipeline.storage.virus_scan import VirusScanner
 
@@ -163,3 +167,30 @@ async def test_while_the_scanner_thinks_a_sender_who_leaves_leaves_nothing(intak
             await taking
     assert await traces.nothing()
     assert not list(intake.scratch.iterdir()) if intake.scratch.exists() else True
+
+
+async def test_announced_bytes_that_are_infected_are_refused_and_awaited_on(intake, user, traces, clamd_url):
+    def announced(data: bytes):
+        return {"file_bytes": len(data), "file_sha256": hashlib.sha256(data).hexdigest()}
+
+    reserved = await reserve_upload(
+        intake,
+        filename="words.txt",
+        media_type="text/plain",
+        user_id=user,
+        metadata={},
+        correlation_id="",
+        window=timedelta(minutes=20),
+        **announced(EVIL),
+    )
+
+    async def chunks() -> AsyncIterator[bytes]:
+        yield EVIL
+
+    with pytest.raises(PipelineError) as caught:
+        await receive_upload(
+            behind(intake, clamd_url), document_id=reserved.document_id, chunks=chunks(), **announced(EVIL)
+        )
+    assert caught.value.code is ErrorCode.MALWARE_FOUND
+    assert await traces.keys() == set()
+    assert await traces.db.fetchval("select upload_deadline is not null from upload_pipeline.documents")

@@ -22,6 +22,7 @@ from upload_pipeline.providers.embedding import open_embedder
 from upload_pipeline.providers.local_parser import LocalParser
 from upload_pipeline.settings import Settings
 from upload_pipeline.storage.store import ObjectStore, open_store
+from upload_pipeline.storage.virus_scan import open_scanner
 from upload_workers.bounded import bounded
 from upload_workers.health import health_endpoint
 from upload_workers.leases import LeaseKeeper, heartbeat_connection
@@ -92,7 +93,15 @@ async def running_worker(
         runner = Runner(
             worker_id,
             db,
-            StepContext(db, store, parser, embedder, settings, scratch),
+            StepContext(
+                db,
+                store,
+                parser,
+                embedder,
+                settings,
+                scratch,
+                open_scanner(settings.clamd_url, seconds=settings.clamd_timeout),
+            ),
             steps,
             await queue.load_steps(db),
             keeper,

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from upload_pipeline.providers.parsing import Parser
     from upload_pipeline.settings import Settings
     from upload_pipeline.storage.store import ObjectStore
+    from upload_pipeline.storage.virus_scan import VirusScanner
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +30,7 @@ class StepContext:
 
     Attributes:
         scratch: directory for temporary files of this process.
+        scanner: sees bytes that reached the store by themselves; None where there is none.
     """
 
     db: Executor
@@ -37,6 +39,7 @@ class StepContext:
     embedder: Embedder
     settings: Settings
     scratch: Path
+    scanner: VirusScanner | None = None
 
 
 class CommitVerb(Protocol):

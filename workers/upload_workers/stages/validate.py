@@ -6,14 +6,21 @@ Of a document whose bytes were only announced, the object may still be missing: 
     other bytes, older than the latest announcement  the same: they say nothing of it
     other bytes, newer                               CHECKSUM_MISMATCH
     the announced bytes                              whatever the time, the wait is over
+
+They may have come past intake, by a URL of the store, and so past its virus scanner: it sees them here. Infected ones
+are removed; while the scanner is away they wait, until the deadline.
 """
 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
+
+import structlog
 
 from upload_pipeline.database.documents import AwaitedBytes, Document
 from upload_pipeline.database.queue import ClaimedJob
@@ -21,8 +28,11 @@ from upload_pipeline.database.uploads import commit_validation
 from upload_pipeline.errors import ErrorCode, PipelineError
 from upload_pipeline.media_types import HEAD_BYTES, detect_media_type
 from upload_pipeline.storage.objects import ObjectInfo
+from upload_pipeline.storage.virus_scan import PIECE_BYTES
 from upload_workers.stages.source import document_of, local_copy, other_bytes
 from upload_workers.steps import Advance, Commit, Outcome, Snooze, StepContext
+
+log = structlog.get_logger(__name__)
 
 SHORTEST_WAIT = timedelta(seconds=1)
 LONGEST_WAIT = timedelta(seconds=30)
@@ -48,11 +58,15 @@ async def _look_for_bytes(document: Document, awaited: AwaitedBytes, context: St
         if found.size != document.file_bytes:
             raise other_bytes(document, found.size, None)
         async with local_copy(document, context) as path:
+            await _show_to_scanner(document, path, context)
             media_type = await _found_type(document, path)
             await context.parser.inspect(path, media_type)
     except PipelineError as error:
         if _is_not_theirs(error, found, awaited):
             return _not_there(document, awaited)
+        if error.code is ErrorCode.SCANNER_UNAVAILABLE and awaited.left > timedelta(0):
+            log.warning("scanner_awaited", error=error.message)
+            return _not_yet(awaited)
         raise
     return Commit(partial(commit_validation, media_type=media_type))
 
@@ -72,9 +86,37 @@ def _not_there(document: Document, awaited: AwaitedBytes) -> Snooze:
             "Announce the file again, and send its bytes to the new URL.",
             {"deadline": awaited.deadline.isoformat()},
         )
+    return _not_yet(awaited)
+
+
+def _not_yet(awaited: AwaitedBytes) -> Snooze:
     delay = min(max(awaited.waited / 2, SHORTEST_WAIT), LONGEST_WAIT)
     # The last look is the one at the deadline.
     return Snooze(min(delay, max(awaited.left, SHORTEST_WAIT)))
+
+
+async def _show_to_scanner(document: Document, path: Path, context: StepContext) -> None:
+    if context.scanner is None:
+        return
+    try:
+        async with context.scanner.scan(document.filename) as scan, aclosing(_blocks(path)) as blocks:
+            async for _ in scan.passing(blocks):
+                pass
+            await scan.verdict()
+    except PipelineError as error:
+        if error.code is ErrorCode.MALWARE_FOUND:
+            log.warning("malware_found", filename=document.filename, signature=error.details["signature"])
+            await context.store.delete([document.raw_key])
+        raise
+
+
+async def _blocks(path: Path) -> AsyncGenerator[bytes, None]:
+    file = await asyncio.to_thread(path.open, "rb")
+    try:
+        while block := await asyncio.to_thread(file.read, PIECE_BYTES):
+            yield block
+    finally:
+        await asyncio.to_thread(file.close)
 
 
 async def _found_type(document: Document, path: Path) -> str:
