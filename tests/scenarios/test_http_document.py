@@ -27,15 +27,17 @@ export function createClient() {
 }
 """
 BROWSER = """
-import { latestJob, follow, search } from "./document.mjs";
+import { readFile } from "node:fs/promises";
+import { upload, follow, search } from "./document.mjs";
 
-const job = await latestJob();
+const bytes = await readFile("samples/homeowners-policy.pdf");
+const job = await upload(new File([bytes], "homeowners-policy.pdf", { type: "application/pdf" }));
+const again = await upload(new File([bytes], "homeowners-policy.pdf", { type: "application/pdf" }));
 let state;
 await follow(job.job_id, (event, ended) => { if (ended) state = event.state; });
 const hits = await search("water damage");
-console.log(JSON.stringify({ state, files: hits.map((hit) => hit.filename) }));
+console.log(JSON.stringify({ state, duplicate: again.duplicate, files: hits.map((hit) => hit.filename) }));
 """
-INGEST = ["upload-pipeline", "ingest", "samples/homeowners-policy.pdf", "--no-wait"]
 
 
 @dataclass(frozen=True)
@@ -101,7 +103,6 @@ def test_the_commands_run_in_their_order(reader: Reader) -> None:
 
 
 def test_the_python_runs(reader: Reader) -> None:
-    reader.run(INGEST)
     told = reader.run([sys.executable, "-"], "\n".join(blocks("python")))
     assert "100 job_done" in told
     assert "homeowners-policy.pdf" in told
@@ -117,7 +118,7 @@ def test_the_javascript_runs(reader: Reader) -> None:
     (package / "index.js").write_text(STUB)
     (reader.folder / "document.mjs").write_text("\n".join(blocks("js")))
     (reader.folder / "browser.mjs").write_text(BROWSER)
-    reader.run(INGEST)
     told = json.loads(reader.run([node, "browser.mjs"]).splitlines()[-1])
     assert told["state"] == "done"
+    assert told["duplicate"] is True
     assert set(told["files"]) == {"homeowners-policy.pdf"}

@@ -31,6 +31,13 @@ _CORRELATION = {
     "schema": {"type": "string", "maxLength": 200},
     "example": "5c1d5f5a-4f0e-4a36-9c53-6f7d9c1f2b10",
 }
+_CORRELATION_PARAMETER = {
+    "name": "X-Correlation-ID",
+    "in": "header",
+    "required": False,
+    "description": "A name of your own for this request; without one it is given one.",
+    "schema": {"type": "string"},
+}
 _RETRY_AFTER = {"description": "Seconds to wait before trying again.", "schema": {"type": "integer"}, "example": 17}
 _LIMIT_HEADERS = {
     "X-RateLimit-Limit": {"description": "Requests that the limit allows.", "schema": {"type": "integer"}},
@@ -106,6 +113,7 @@ def _completed(document: dict[str, Any]) -> dict[str, Any]:
 
 
 def _complete(operation: dict[str, Any]) -> None:
+    operation.setdefault("parameters", []).append(_CORRELATION_PARAMETER)
     responses = operation["responses"]
     responses.pop("422", None)
     for status in (*_ALWAYS, 408) if "requestBody" in operation else _ALWAYS:
