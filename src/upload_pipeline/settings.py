@@ -236,6 +236,9 @@ class Settings(BaseSettings):
     limit_upload_tries_per_minute: int = Field(
         default=10, ge=1, le=1_000_000, description="Times in a minute that the bytes of one announced file are sent."
     )
+    limit_batch_files_per_day: int = Field(
+        default=1000, ge=1, le=1_000_000, description="Files of one user's batches in a day."
+    )
     limit_status_reads_per_minute: int = Field(
         default=10, ge=1, le=1_000_000, description="Reads of one job's status in a minute."
     )

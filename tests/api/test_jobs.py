@@ -12,6 +12,7 @@ from uuid import UUID, uuid4
 import asyncpg
 import pytest
 
+from tests.api.batch_rows import add_batch
 from tests.api.job_rows import add_job, advance, claim
 from tests.api.live_service import LiveService, new_user, running_service, service_settings
 from upload_pipeline.api.cursors import decode_cursor, encode_cursor
@@ -285,11 +286,20 @@ async def test_a_list_does_not_grow_dear_with_the_history(service: LiveService, 
         """
     )
     await admin.execute("analyze upload_pipeline.upload_jobs")
-    async with as_user(service.resources.db, user) as connection:
-        for _ in range(2):  # a session's first call reads the catalog
-            plan = await connection.fetchval(
-                f"explain (analyze, buffers, format json) {user_jobs._PAGE}", 51, 60.0, *[None] * 7
-            )
-    node = json.loads(plan)[0]["Plan"]
-    assert node["Actual Rows"] == 51
-    assert node["Shared Hit Blocks"] + node["Shared Read Blocks"] < 2_000
+    batch = await add_batch(service.resources.db, user)
+    await admin.execute(
+        """
+        insert into upload_pipeline.batch_members (batch_id, user_id, ordinal, filename, job_id)
+        select $1, user_id, seq, 'a.txt', job_id from upload_pipeline.upload_jobs order by created_at limit 40
+        """,
+        batch,
+    )
+    for query, more, shown in ((user_jobs._PAGE, [], 51), (user_jobs._BATCH_PAGE, [batch], 40)):
+        async with as_user(service.resources.db, user) as connection:
+            for _ in range(2):  # a session's first call reads the catalog
+                plan = await connection.fetchval(
+                    f"explain (analyze, buffers, format json) {query}", 51, 60.0, *[None] * 7, *more
+                )
+        node = json.loads(plan)[0]["Plan"]
+        assert node["Actual Rows"] == shown
+        assert node["Shared Hit Blocks"] + node["Shared Read Blocks"] < 2_000

@@ -13,6 +13,7 @@ import schemathesis
 from hypothesis import HealthCheck, Phase, settings
 from schemathesis import checks
 
+from tests.api.batch_rows import add_batch
 from tests.api.document_rows import add_document, add_text
 from tests.api.job_rows import advance, claim
 from tests.api.live_service import LiveService, new_user, running_service, service_settings, token
@@ -91,6 +92,7 @@ async def test_generated_requests_find_no_fault_and_no_undocumented_answer(
     made = await document(service)
     put_example(made, "job_id", str(owned.job_id))
     put_example(made, "document_id", str(owned.document_id))
+    put_example(made, "batch_id", str(await add_batch(service.resources.db, user)))
     schema = schemathesis.openapi.from_dict(made)
     schema.config.base_url = service.url
     headers = {"Authorization": f"Bearer {token(user, app_metadata={'roles': ['ADMIN']})}"}

@@ -14,6 +14,7 @@ import httpx
 import jwt
 import pytest
 
+from tests.api.batch_rows import add_batch
 from tests.api.job_rows import add_job, advance, claim
 from tests.api.live_service import SECRET, LiveService, new_user, running_service, service_settings, token
 
@@ -51,6 +52,11 @@ EXPECTED: dict[str, tuple[set[int], set[int]]] = {
     "POST /api/v1/policies/ingest": ({403}, {403, 415}),
     "GET /api/v1/policies/ingest/status/{job_id}": ({200}, {404}),
     "GET /api/v1/policies/{document_id}/graph": ({200}, {404}),
+    # a body that is none
+    "POST /api/v1/documents/ingest/batch": ({415}, {415}),
+    "GET /api/v1/documents/ingest/batch/{batch_id}/status": ({200}, {404}),
+    "POST /api/v1/documents/ingest/batch/{batch_id}/retry": ({200}, {404}),
+    "DELETE /api/v1/documents/ingest/batch/{batch_id}": ({200}, {404}),
 }
 """Routes of users. What is somebody else's is like what is not there."""
 
@@ -97,13 +103,15 @@ async def test_every_route_answers_every_caller_as_the_table_says(
     await admin.execute(
         "insert into upload_pipeline.policies values ($1, $2, 'insurer', 'product', '2026-01-31')", document, owner
     )
+    batch = await add_batch(service.resources.db, owner)
     client = service.client()
     made = (await client.get("/openapi.json")).json()
     routes = sorted(f"{method.upper()} {path}" for path, methods in made["paths"].items() for method in methods)
 
     async def ask(route: str, caller: str, *, real: bool = True) -> httpx.Response:
         method, path = route.split(" ")
-        named = {"job_id": job if real else uuid4(), "document_id": document if real else uuid4()}
+        owned = {"job_id": job, "document_id": document, "batch_id": batch}
+        named = {name: found if real else uuid4() for name, found in owned.items()}
         body = {"query": "anything"} if path.endswith("/search") else None
         return await client.request(
             method, path.format(**named), headers=credentials(caller, owner), json=body, follow_redirects=False

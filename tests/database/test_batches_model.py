@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 from uuid import UUID, uuid4
 
-from batch_rows import counts, failures, file_member, finish_job, make_batch, note, refused_member
+from batch_members import counts, failures, file_member, finish_job, make_batch, note, refused_member
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test

@@ -7,7 +7,7 @@ from uuid import UUID, uuid4
 
 import psycopg
 import pytest
-from batch_rows import counts, failures, file_member, finish_job, make_batch, note, overview, refused_member
+from batch_members import counts, failures, file_member, finish_job, make_batch, note, overview, refused_member
 from sessions import Connect, Connection
 from verbs import (
     await_lock_wait,

@@ -15,8 +15,10 @@ from uuid import UUID, uuid4
 import asyncpg
 import pytest
 from probe_world import ProbeWorld, until_true
+from structlog.testing import capture_logs
 
 from upload_pipeline.database import documents, queue
+from upload_pipeline.database.batches import RefusedFile, create_batch
 from upload_pipeline.errors import ErrorCode, PipelineError
 from upload_pipeline.storage.keys import markdown_key, parser_output_key, raw_key
 from upload_pipeline.storage.store import ObjectStore, open_store
@@ -266,3 +268,36 @@ async def test_all_whose_lease_ran_out_are_taken_back_in_one_round(
     )
     await work._reap()
     assert await world.admin.fetchval("select count(*) from upload_pipeline.upload_jobs where state = 'working'") == 0
+
+
+async def test_a_batch_that_is_over_is_told_once(
+    world: ProbeWorld, pool: asyncpg.Pool, store: ObjectStore, scratch: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(upkeep, "NOTE_INTERVAL", 0.01)
+    user, batch = uuid4(), uuid4()
+    refused = RefusedFile("empty.txt", "EMPTY_FILE", "It is empty.")
+    await create_batch(pool, batch_id=batch, user_id=user, files=[refused], warnings=[], correlation_id="c-9")
+    works = [
+        Upkeep(
+            pool,
+            store,
+            scratch,
+            lease_ttl=60,
+            maintenance_interval=60,
+            orphan_grace=60,
+            session_grace=60,
+            wake=lambda: None,
+        )
+        for _ in range(3)
+    ]
+    told = "select count(*) from upload_pipeline.events where code = 'batch_completed' and correlation_id = 'c-9'"
+    with capture_logs() as lines:
+        tasks = [asyncio.create_task(work.run()) for work in works]
+        await until_true(lambda: any(line["event"] == "batch_completed" for line in lines), "the batch to be noticed")
+        await asyncio.sleep(0.1)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+    (line,) = [line for line in lines if line["event"] == "batch_completed"]
+    assert (line["batch_id"], line["status"], line["total"], line["failed"]) == (batch, "failed", 1, 1)
+    assert await world.admin.fetchval(told) == 1

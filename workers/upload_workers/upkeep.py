@@ -1,6 +1,7 @@
 """Upkeep: what any worker does for all of them. There is no leader; each round is bounded and safe beside others.
 
 every second or so      due retries and snoozes become ready
+every two seconds       batches whose last file has come to its end are noted
 every quarter lease     jobs whose lease ran out are taken back
 MAINTENANCE_INTERVAL    event partitions, silent workers, deletions that a crash cut short, orphaned objects,
                         temporary files that a killed process left; sessions that are long over; how long the stages
@@ -23,6 +24,7 @@ from uuid import UUID
 import structlog
 
 from upload_pipeline.database import documents, queue
+from upload_pipeline.database.batches import note_completed_batches
 from upload_pipeline.database.deletion import finish_deletions
 from upload_pipeline.database.documents import DeletedDocument
 from upload_pipeline.database.queue import Executor
@@ -36,6 +38,7 @@ log = structlog.get_logger(__name__)
 T = TypeVar("T")
 
 PROMOTE_INTERVAL = 1.0
+NOTE_INTERVAL = 2.0
 BATCH = 100
 """Jobs that one statement promotes or takes back."""
 
@@ -148,6 +151,7 @@ class Upkeep:
         """Runs until cancelled."""
         await asyncio.gather(
             self._every(PROMOTE_INTERVAL, self._promote),
+            self._every(NOTE_INTERVAL, self._note_batches),
             self._every(self.lease_ttl / 4, self._reap),
             self._every(self.maintenance_interval, self._maintain),
         )
@@ -167,6 +171,20 @@ class Upkeep:
             promoted = await queue.promote_due(self.db, limit=BATCH)
             if promoted:
                 self.wake()
+
+    async def _note_batches(self) -> None:
+        for batch in await note_completed_batches(self.db):
+            log.info(
+                "batch_completed",
+                batch_id=batch.batch_id,
+                user_id=batch.user_id,
+                correlation_id=batch.correlation_id,
+                status=batch.status,
+                total=batch.total,
+                processed=batch.processed,
+                failed=batch.failed,
+                seconds=round(batch.seconds, 3),
+            )
 
     async def _reap(self) -> None:
         reaped = BATCH

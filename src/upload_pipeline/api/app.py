@@ -10,6 +10,7 @@ from starlette.middleware.cors import CORSMiddleware
 
 import upload_pipeline
 from upload_pipeline.api import (
+    batches,
     document_bytes,
     documents,
     history,
@@ -48,6 +49,7 @@ ROUTERS: tuple[APIRouter, ...] = (
     history.router,
     sessions.router,
     uploads.router,
+    batches.router,
 )
 """The routers whose every route has a caller (`CurrentPrincipal`); they are counted by `within_limits`."""
 

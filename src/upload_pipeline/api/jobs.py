@@ -55,13 +55,10 @@ async def list_jobs(
 ) -> JobPage:
     """Page by page: pass `next_cursor` as `cursor` until it is null. Jobs made meanwhile do not shift the pages."""
     before = decode_cursor(cursor) if cursor is not None else None
-    if batch_id is not None:
-        # No job belongs to a batch yet.
-        return JobPage(items=[], next_cursor=None)
     async with as_user(resources.db, principal.user_id, by_index=True) as connection:
         found = await user_jobs.list_jobs(
             connection,
-            JobFilter(state, stage, pipeline, created_from, created_to),
+            JobFilter(state, stage, pipeline, batch_id, created_from, created_to),
             # One more than asked for tells whether there are more.
             limit=limit + 1,
             before=before,

@@ -11,7 +11,7 @@ from fastapi import Request
 from upload_pipeline.api.error_bodies import rate_limited
 from upload_pipeline.api.principals import CurrentPrincipal
 from upload_pipeline.api.request_context import route_of
-from upload_pipeline.api.resources import AppResources
+from upload_pipeline.api.resources import AppResources, Resources
 from upload_pipeline.database.rate_limits import Bucket, count_open_jobs, take_tokens
 from upload_pipeline.errors import ErrorCode, PipelineError
 
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from upload_pipeline.settings import Settings
 
 UPLOAD_ROUTES = frozenset({("POST", "/api/v2/upload"), ("POST", "/api/v1/policies/ingest")})
+BATCH_ROUTE = ("POST", "/api/v1/documents/ingest/batch")
 STATUS_ROUTES = frozenset({("GET", "/api/v2/jobs/{job_id}"), ("GET", "/api/v1/policies/ingest/status/{job_id}")})
 
 OPEN_JOBS_RETRY_SECONDS = 60
@@ -35,7 +36,7 @@ async def within_limits(request: Request, principal: CurrentPrincipal, resources
     settings = resources.settings
     route = (request.method, route_of(request.scope))
     buckets = _buckets(settings, route, str(principal.user_id), request.path_params)
-    if route in UPLOAD_ROUTES:
+    if route in UPLOAD_ROUTES or route == BATCH_ROUTE:
         cap = settings.limit_open_jobs
         if await count_open_jobs(resources.db, principal.user_id, cap) >= cap:
             raise _too_many_open_jobs(cap)
@@ -72,11 +73,30 @@ def upload_buckets(settings: Settings, user: str) -> list[Bucket]:
     ]
 
 
+def batch_bucket(settings: Settings, user: str) -> Bucket:
+    """What each file of a user's batches takes a token from."""
+    return Bucket(f"batch-files-day:{user}", settings.limit_batch_files_per_day, timedelta(days=1))
+
+
+async def require_room_for_jobs(resources: Resources, user_id: UUID, count: int) -> None:
+    """Sees that a user may have so many open jobs more.
+
+    Raises:
+        PipelineError: `TOO_MANY_OPEN_JOBS`.
+    """
+    cap = resources.settings.limit_open_jobs
+    if await count_open_jobs(resources.db, user_id, cap) + count > cap:
+        raise _too_many_open_jobs(cap)
+
+
 def _buckets(settings: Settings, route: tuple[str, str], user: str, path_params: dict[str, object]) -> list[Bucket]:
     method, path = route
     buckets = [Bucket(f"route:{user}:{method} {path}", settings.limit_requests_per_hour, timedelta(hours=1))]
     if route in UPLOAD_ROUTES:
         buckets.extend(upload_buckets(settings, user))
+    elif route == BATCH_ROUTE:
+        # One request, and as many files as it has: batch_bucket.
+        buckets.append(upload_buckets(settings, user)[0])
     elif route in STATUS_ROUTES:
         # By user too, so that nobody else can use up the owner's.
         job = str(path_params["job_id"])[:40].lower()
@@ -87,7 +107,7 @@ def _buckets(settings: Settings, route: tuple[str, str], user: str, path_params:
 def _too_many_open_jobs(cap: int) -> PipelineError:
     return PipelineError(
         ErrorCode.TOO_MANY_OPEN_JOBS,
-        f"{cap} jobs of yours have not ended yet, and more are not taken. Wait until some are done, or cancel some.",
+        f"At most {cap} jobs of yours may be open, and this would be more. Wait until some are done, or cancel some.",
         {
             "limit": cap,
             "remaining": 0,

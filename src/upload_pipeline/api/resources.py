@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Annotated
@@ -17,6 +17,7 @@ from upload_pipeline.api.open_streams import OpenStreams
 from upload_pipeline.api.tokens import TokenVerifier, open_token_verifier
 from upload_pipeline.database.connection import connect, connection_options
 from upload_pipeline.database.pools import BoundedPool, open_pool
+from upload_pipeline.intake.admission import Admissions
 from upload_pipeline.intake.staging import Intake
 from upload_pipeline.providers.calls import MeasuredEmbedder, MeasuredParser, ProviderCalls
 from upload_pipeline.providers.embedding import Embedder, open_embedder
@@ -47,6 +48,7 @@ class Resources:
         signer: signs URLs of objects, where the store does not.
         job_feed: tells what is new of jobs that somebody watches.
         streams: counts the open streams of events.
+        admissions: lets large requests in while there is room.
         provider_calls: counts and times the calls of `embedder` and of the parser that `intake` opens files with.
     """
 
@@ -60,6 +62,7 @@ class Resources:
     signer: UrlSigner
     job_feed: JobFeed
     streams: OpenStreams
+    admissions: Admissions
     provider_calls: ProviderCalls
 
 
@@ -99,6 +102,8 @@ async def open_resources(settings: Settings, database_url: str) -> AsyncGenerato
                 told_interval=settings.sse_listening_interval,
             )
         )
+        admissions = Admissions(db, settings.max_concurrent_batch_bytes)
+        stack.push_async_callback(_end, asyncio.create_task(admissions.keep()))
         yield Resources(
             settings=settings,
             database_url=database_url,
@@ -118,8 +123,15 @@ async def open_resources(settings: Settings, database_url: str) -> AsyncGenerato
             signer=signer,
             job_feed=job_feed,
             streams=OpenStreams(of_a_user=settings.sse_streams_per_user, in_all=settings.sse_streams),
+            admissions=admissions,
             provider_calls=provider_calls,
         )
+
+
+async def _end(task: asyncio.Task[None]) -> None:
+    task.cancel()
+    with suppress(asyncio.CancelledError):
+        await task
 
 
 async def _close_pool(db: BoundedPool) -> None:

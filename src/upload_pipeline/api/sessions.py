@@ -12,7 +12,7 @@ from fastapi import APIRouter, Cookie, Request
 from pydantic import BaseModel, ConfigDict, Field
 
 from upload_pipeline.api.error_bodies import documented_errors
-from upload_pipeline.api.limits import upload_buckets
+from upload_pipeline.api.limits import batch_bucket, upload_buckets
 from upload_pipeline.api.principals import CurrentPrincipal
 from upload_pipeline.api.request_context import CorrelationId
 from upload_pipeline.api.resources import AppResources, Resources
@@ -21,9 +21,10 @@ from upload_pipeline.api.session_cookies import COOKIE, drop_cookie, token_sha25
 from upload_pipeline.database import queue, sessions
 from upload_pipeline.database.deletion import delete_document
 from upload_pipeline.database.documents import DeletedDocument
-from upload_pipeline.database.rate_limits import pour_buckets
+from upload_pipeline.database.rate_limits import Bucket, pour_buckets
 from upload_pipeline.database.sessions import Claim
 from upload_pipeline.errors import ErrorCode, PipelineError
+from upload_pipeline.settings import Settings
 from upload_pipeline.storage.document_objects import remove_document_objects
 
 log = structlog.get_logger(__name__)
@@ -153,6 +154,10 @@ def _require_no_other_site(request: Request, resources: Resources) -> None:
         require_same_site(request, resources.settings)
 
 
+def _buckets(settings: Settings, user_id: UUID) -> list[Bucket]:
+    return [*upload_buckets(settings, str(user_id)), batch_bucket(settings, str(user_id))]
+
+
 async def _claim(resources: Resources, known: str, user_id: UUID) -> Claim:
     settings = resources.settings
     try:
@@ -162,8 +167,8 @@ async def _claim(resources: Resources, known: str, user_id: UUID) -> Claim:
                 connection,
                 list(
                     zip(
-                        upload_buckets(settings, str(claim.user_id)),
-                        upload_buckets(settings, str(user_id)),
+                        _buckets(settings, claim.user_id),
+                        _buckets(settings, user_id),
                         strict=True,
                     )
                 ),

@@ -52,6 +52,7 @@ class JobFilter:
     """Which jobs a list shows; None does not restrict.
 
     Attributes:
+        batch_id: jobs of this batch.
         created_from: this moment or later.
         created_to: before this moment.
     """
@@ -59,6 +60,7 @@ class JobFilter:
     state: str | None = None
     stage: str | None = None
     pipeline: str | None = None
+    batch_id: UUID | None = None
     created_from: datetime | None = None
     created_to: datetime | None = None
 
@@ -137,9 +139,7 @@ _ONE = _STATUS.format(
 # The first bound is always there, so that a plan for any parameters, which Postgres may settle on at the sixth call,
 # begins in the index where the page begins. As `case` and not as `coalesce`, which is not taken for leakproof and so
 # would be asked only behind row-level security, of each row.
-_PAGE = _STATUS.format(
-    seconds="$2",
-    page="""
+_SELECTED = """
   select j.* from upload_pipeline.upload_jobs j
     join upload_pipeline.documents d on d.document_id = j.document_id
    where ($3::text is null or j.state = $3::text::upload_pipeline.job_state)
@@ -148,11 +148,18 @@ _PAGE = _STATUS.format(
      and ($6::timestamptz is null or j.created_at >= $6)
      and ($7::timestamptz is null or j.created_at < $7)
      and j.created_at <= case when $8::timestamptz is null then 'infinity' else $8 end
-     and ($8::timestamptz is null or j.created_at < $8 or j.job_id > $9)
+     and ($8::timestamptz is null or j.created_at < $8 or j.job_id > $9){batch}
    order by j.created_at desc, j.job_id
    limit $1
-""",
-)
+"""
+
+# A batch has few jobs: they are looked up by their ids, however many others the user has.
+_IN_BATCH = """
+     and j.job_id = any (array(select m.job_id from upload_pipeline.batch_members m where m.batch_id = $10))
+"""
+
+_PAGE = _STATUS.format(seconds="$2", page=_SELECTED.format(batch=""))
+_BATCH_PAGE = _STATUS.format(seconds="$2", page=_SELECTED.format(batch=_IN_BATCH))
 
 _EVENT_COLUMNS = """
 e.event_id, e.at, e.code::text as code, e.severity::text as severity, e.stage, e.payload,
@@ -218,7 +225,7 @@ async def list_jobs(
         default_seconds: as for `find_job`.
     """
     rows = await connection.fetch(
-        _PAGE,
+        _PAGE if wanted.batch_id is None else _BATCH_PAGE,
         limit,
         default_seconds,
         wanted.state,
@@ -227,6 +234,7 @@ async def list_jobs(
         wanted.created_from,
         wanted.created_to,
         *(before or (None, None)),
+        *(() if wanted.batch_id is None else (wanted.batch_id,)),
     )
     return [_status(row) for row in rows]
 

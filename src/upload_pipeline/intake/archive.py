@@ -11,7 +11,7 @@ import stat
 import struct
 import zipfile
 import zlib
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -68,11 +68,19 @@ async def receive_archive(intake: Intake, chunks: AsyncIterator[bytes], path: Pa
             await asyncio.to_thread(file.write, chunk)
 
 
-async def add_archive(files: BatchFiles, path: Path, limits: ArchiveLimits) -> list[str]:
+async def add_archive(
+    files: BatchFiles, path: Path, limits: ArchiveLimits, *, before_file: Callable[[], Awaitable[None]] | None = None
+) -> list[str]:
     """Adds the files of an archive to a batch.
 
     Left out, with a warning: hidden files and what systems add (`__MACOSX`). Failed members: encrypted entries, links,
     and entries that are damaged or compressed in another way than by deflate.
+
+    Args:
+        files: of the batch.
+        path: of the archive.
+        limits: of the archive.
+        before_file: asked before each file; what it raises refuses the batch.
 
     Returns:
         The warnings.
@@ -91,6 +99,8 @@ async def add_archive(files: BatchFiles, path: Path, limits: ArchiveLimits) -> l
             raise too_many_files(len(entries))
         expanding = _Expanding(archive, limits)
         for entry in entries:
+            if before_file is not None:
+                await before_file()
             name = display_name(entry.filename)
             refusal = _refusal(entry, name)
             if refusal is not None:
