@@ -60,34 +60,36 @@ async def post(service: LiveService, user: UUID, body: bytes, **headers: str) ->
     return await service.client(user).post(UPLOAD, content=body, headers=given)
 
 
-@pytest.mark.parametrize("kind", ["pdf", "docx", "txt", "md", "html"])
-async def test_a_file_becomes_a_document_with_a_job(service: LiveService, traces: Traces, kind: str) -> None:
-    user, data = new_user(), make_document(kind, 1)
-    answer = await service.client(user, **{"X-Correlation-ID": "order-66"}).post(
-        UPLOAD,
-        files={"file": (f"../claims/Räumung.{kind}", data)},
-        data={"metadata": json.dumps({"tags": ["a"], "department": "claims"})},
-    )
-    assert answer.status_code == 202
-    told = answer.json()
-    row = await traces.document()
-    document = ids.document_id(user, hashlib.sha256(data).hexdigest())
-    assert told == {
-        "document_id": str(document),
-        "job_id": str(row["job_id"]),
-        "duplicate": False,
-        "status_url": f"{service.url}/api/v2/jobs/{row['job_id']}",
-        "upload_url": None,
-        "upload_method": None,
-        "upload_headers": None,
-        "upload_expires_at": None,
-    }
-    assert (row["document_id"], row["user_id"], row["filename"]) == (document, user, f"Räumung.{kind}")
-    assert (row["stage"], row["state"], row["correlation_id"]) == ("queued", "queued", "order-66")
-    assert json.loads(row["metadata"]) == {"tags": ["a"], "department": "claims"}
-    assert await traces.keys() == {raw_key(user, document)}
-    assert await traces.files() == [f"storage/{raw_key(user, document)}"]
-    assert (await service.client(user).get(told["status_url"])).json()["document_id"] == str(document)
+async def test_a_file_of_each_kind_becomes_a_document_with_a_job(service: LiveService, traces: Traces) -> None:
+    kept = set()
+    for kind in ("pdf", "docx", "txt", "md", "html"):
+        user, data = new_user(), make_document(kind, 1)
+        answer = await service.client(user, **{"X-Correlation-ID": "order-66"}).post(
+            UPLOAD,
+            files={"file": (f"../claims/Räumung.{kind}", data)},
+            data={"metadata": json.dumps({"tags": ["a"], "department": "claims"})},
+        )
+        assert answer.status_code == 202
+        told = answer.json()
+        document = ids.document_id(user, hashlib.sha256(data).hexdigest())
+        row = await traces.document(user)
+        assert told == {
+            "document_id": str(document),
+            "job_id": str(row["job_id"]),
+            "duplicate": False,
+            "status_url": f"{service.url}/api/v2/jobs/{row['job_id']}",
+            "upload_url": None,
+            "upload_method": None,
+            "upload_headers": None,
+            "upload_expires_at": None,
+        }
+        assert (row["document_id"], row["filename"]) == (document, f"Räumung.{kind}")
+        assert (row["stage"], row["state"], row["correlation_id"]) == ("queued", "queued", "order-66")
+        assert json.loads(row["metadata"]) == {"tags": ["a"], "department": "claims"}
+        kept.add(raw_key(user, document))
+        assert (await service.client(user).get(told["status_url"])).json()["document_id"] == str(document)
+    assert await traces.keys() == kept
+    assert set(await traces.files()) == {f"storage/{key}" for key in kept}
 
 
 async def test_the_same_bytes_again_are_the_first_document(service: LiveService, traces: Traces) -> None:
@@ -179,17 +181,16 @@ REFUSED: dict[str, tuple[bytes, int, str, str]] = {
 }
 
 
-@pytest.mark.parametrize("case", REFUSED)
 async def test_a_form_that_is_none_is_refused_with_its_field_named_and_nothing_left(
-    service: LiveService, traces: Traces, case: str
+    service: LiveService, traces: Traces
 ) -> None:
-    body, status, code, field = REFUSED[case]
-    for content in (body, chunked(body)):
-        answer = await post(service, new_user(), content)  # type: ignore[arg-type]
-        error = answer.json()["error"]
-        assert (answer.status_code, error["code"]) == (status, code), error
-        assert [item["field"] for item in error["details"]["fields"]] == [field]
-        assert await traces.nothing()
+    for case, (body, status, code, field) in REFUSED.items():
+        for content in (body, chunked(body)):
+            answer = await post(service, new_user(), content)  # type: ignore[arg-type]
+            error = answer.json()["error"]
+            assert (answer.status_code, error["code"]) == (status, code), (case, error)
+            assert [item["field"] for item in error["details"]["fields"]] == [field], case
+            assert await traces.nothing(), case
 
 
 async def chunked(body: bytes, size: int = 97) -> AsyncIterator[bytes]:
@@ -203,31 +204,29 @@ async def test_a_header_without_a_boundary_is_named(service: LiveService, traces
     assert await traces.nothing()
 
 
-@pytest.mark.parametrize("kind", ["", "text/plain", "application/x-www-form-urlencoded", "multipart/mixed; boundary=b"])
-async def test_another_type_of_body_is_told_which_are_taken(service: LiveService, traces: Traces, kind: str) -> None:
-    answer = await post(service, new_user(), form_body(FILE), **{"Content-Type": kind})
-    error = answer.json()["error"]
-    assert (answer.status_code, error["code"]) == (415, "UNSUPPORTED_TYPE")
-    assert error["details"]["taken"] == ["multipart/form-data", "application/json"]
+async def test_another_type_of_body_is_told_which_are_taken(service: LiveService, traces: Traces) -> None:
+    for kind in ("", "text/plain", "application/x-www-form-urlencoded", "multipart/mixed; boundary=b"):
+        answer = await post(service, new_user(), form_body(FILE), **{"Content-Type": kind})
+        error = answer.json()["error"]
+        assert (answer.status_code, error["code"]) == (415, "UNSUPPORTED_TYPE"), kind
+        assert error["details"]["taken"] == ["multipart/form-data", "application/json"]
     assert await traces.nothing()
 
 
-@pytest.mark.parametrize(
-    ("filename", "data", "status", "code"),
-    [
-        ("empty.txt", b"", 400, "EMPTY_FILE"),
-        ("picture.png", b"\x89PNG\r\n\x1a\n" + b"\0" * 100, 415, "UNSUPPORTED_TYPE"),
-        ("picture.pdf", b"\x89PNG\r\n\x1a\n" + b"\0" * 100, 415, "TYPE_MISMATCH"),
-        ("broken.pdf", b"%PDF-1.7\nnothing more", 400, "CORRUPT_FILE"),
-    ],
-)
 async def test_a_file_that_cannot_be_processed_is_refused_with_nothing_left(
-    service: LiveService, traces: Traces, filename: str, data: bytes, status: int, code: str
+    service: LiveService, traces: Traces
 ) -> None:
-    answer = await post(service, new_user(), form_body((disposition("file", filename), data)))
-    assert (answer.status_code, answer.json()["error"]["code"]) == (status, code)
-    assert await traces.nothing()
-    assert await traces.uploads_counted() == {("multipart", "refused"): 1}
+    picture = b"\x89PNG\r\n\x1a\n" + b"\0" * 100
+    for filename, data, status, code in (
+        ("empty.txt", b"", 400, "EMPTY_FILE"),
+        ("picture.png", picture, 415, "UNSUPPORTED_TYPE"),
+        ("picture.pdf", picture, 415, "TYPE_MISMATCH"),
+        ("broken.pdf", b"%PDF-1.7\nnothing more", 400, "CORRUPT_FILE"),
+    ):
+        answer = await post(service, new_user(), form_body((disposition("file", filename), data)))
+        assert (answer.status_code, answer.json()["error"]["code"]) == (status, code)
+        assert await traces.nothing(), filename
+    assert await traces.uploads_counted() == {("multipart", "refused"): 4}
 
 
 async def test_an_announced_body_that_is_too_large_is_refused_before_it_comes(
@@ -284,33 +283,35 @@ async def test_the_limit_is_that_of_the_file_alone(
         assert await traces.nothing()
 
 
-@pytest.mark.parametrize("sent", [0, 10, 90, 100_000])
 async def test_a_client_that_goes_away_leaves_nothing(
-    service: LiveService, traces: Traces, sent: int, capsys: pytest.CaptureFixture[str]
+    service: LiveService, traces: Traces, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    async with connected(service.url) as connection:
-        await connection.start("POST", UPLOAD, **sender(new_user()), Content_Length="200000")
-        await connection.send(form_body((FILE[0], b"word " * 30_000))[:sent])
-        if sent > 90:
-            while not await traces.files():
-                await asyncio.sleep(0.01)
-        else:
-            await asyncio.sleep(0.05)
-    async with asyncio.timeout(10):
-        while await traces.uploads_counted() != {("multipart", "aborted"): 1}:
-            await asyncio.sleep(0.05)
-    assert await traces.nothing()
+    for gone, sent in enumerate((0, 10, 90, 100_000), 1):
+        async with connected(service.url) as connection:
+            await connection.start("POST", UPLOAD, **sender(new_user()), Content_Length="200000")
+            await connection.send(form_body((FILE[0], b"word " * 30_000))[:sent])
+            if sent > 90:
+                while not await traces.files():
+                    await asyncio.sleep(0.01)
+            else:
+                await asyncio.sleep(0.05)
+        async with asyncio.timeout(10):
+            while await traces.uploads_counted() != {("multipart", "aborted"): gone}:
+                await asyncio.sleep(0.05)
+        assert await traces.nothing()
     assert "request_failed" not in "".join(capsys.readouterr())
 
 
-@pytest.mark.parametrize("sent", [0, 90, 100_000])
-async def test_a_client_that_stops_sending_is_let_go(service: LiveService, traces: Traces, sent: int) -> None:
-    async with connected(service.url) as connection:
-        await connection.start("POST", UPLOAD, **sender(new_user()), Content_Length="200000")
-        await connection.send(form_body((FILE[0], b"word " * 30_000))[:sent])
-        answer = await connection.answer()
-        assert (answer.status, answer.error["code"]) == (408, "REQUEST_TIMEOUT")
-        assert await connection.closed()
+async def test_a_client_that_stops_sending_is_let_go(service: LiveService, traces: Traces) -> None:
+    async def stop_after(sent: int) -> None:
+        async with connected(service.url) as connection:
+            await connection.start("POST", UPLOAD, **sender(new_user()), Content_Length="200000")
+            await connection.send(form_body((FILE[0], b"word " * 30_000))[:sent])
+            answer = await connection.answer()
+            assert (answer.status, answer.error["code"]) == (408, "REQUEST_TIMEOUT")
+            assert await connection.closed()
+
+    await asyncio.gather(*(stop_after(sent) for sent in (0, 90, 100_000)))
     assert await traces.nothing()
 
 
@@ -340,6 +341,22 @@ async def test_where_clients_reach_the_service_is_a_setting(
     async with running_service(settings) as service:
         told = (await post(service, new_user(), form_body(FILE))).json()
         assert told["status_url"] == f"https://api.example.com/docs-in/api/v2/jobs/{told['job_id']}"
+
+
+async def test_a_sender_that_asks_first_is_told_before_it_sends(service: LiveService, traces: Traces) -> None:
+    body = form_body(FILE)
+    async with connected(service.url) as connection:
+        await connection.start(
+            "POST", UPLOAD, **sender(new_user()), Content_Length=str(MAX_BYTES * 9), Expect="100-continue"
+        )
+        assert too_large(await connection.answer())
+    async with connected(service.url) as connection:
+        await connection.start(
+            "POST", UPLOAD, **sender(new_user()), Content_Length=str(len(body)), Expect="100-continue"
+        )
+        assert (await connection.answer()).status == 100
+        await connection.send(body)
+        assert (await connection.answer()).status == 202
 
 
 async def test_nobody_sends_without_credentials(service: LiveService, traces: Traces) -> None:

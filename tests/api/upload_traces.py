@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from dataclasses import dataclass
 from typing import Any
+from uuid import UUID
 
 import asyncpg
 
@@ -35,11 +36,13 @@ class Traces:
         )
         return count
 
-    async def document(self) -> asyncpg.Record:
-        """The only document with its only job."""
+    async def document(self, user: UUID | None = None) -> asyncpg.Record:
+        """The only document (of a user) with its only job."""
         (row,) = await self.admin.fetch(
             "select d.*, j.job_id, j.stage, j.state, j.correlation_id "
-            "from upload_pipeline.documents d left join upload_pipeline.upload_jobs j using (document_id)"
+            "from upload_pipeline.documents d left join upload_pipeline.upload_jobs j using (document_id) "
+            "where d.user_id = coalesce($1, d.user_id)",
+            user,
         )
         return row
 
