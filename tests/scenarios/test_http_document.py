@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import pytest
 
@@ -76,6 +77,7 @@ def reader(database: Any, tmp_path: Path) -> Iterator[Reader]:
                 "PATH": path,
                 "API": service.url,
                 "TOKEN": token(LOCAL_USER_ID),
+                "MANAGER": token(uuid4(), app_metadata={"roles": ["FP_MANAGER"]}),
                 "UPLOAD_PIPELINE_HOME": str(world.home),
                 "UPLOAD_PIPELINE_DATABASE_URL": database.worker_url,
             }
@@ -100,6 +102,12 @@ def test_the_commands_run_in_their_order(reader: Reader) -> None:
     assert 'event: end\ndata: {"state":"done"}' in told
     assert "homeowners-policy.pdf, page" in told
     assert '"stage":"chunking"' in told
+    assert '"status": "completed"' in told
+    assert "Home Plus: " in told
+    graph = (reader.folder / "home-plus.graphml").read_text(encoding="utf-8")
+    created = re.search(r'"nodes_created": (\d+),\s+"edges_created": (\d+)', told)
+    assert created is not None
+    assert (graph.count("<node "), graph.count("<edge ")) == (int(created[1]), int(created[2]))
 
 
 def test_the_python_runs(reader: Reader) -> None:
