@@ -33,7 +33,8 @@ begin
       (document_id, user_id, filename, media_type, file_bytes, file_sha256, raw_key, metadata, created_at, updated_at)
     values (p_document_id, p_user_id, p_filename, p_media_type, p_file_bytes, p_file_sha256, p_raw_key, p_metadata,
             v_now, v_now)
-    on conflict (user_id, file_sha256) do nothing;
+    -- of any index: told one, a rival that has only just begun breaks the others
+    on conflict do nothing;
     if found then
       perform upload_pipeline.record_event('document_accepted', p_user_id => p_user_id, p_document_id => p_document_id,
         p_correlation_id => p_correlation_id,
@@ -49,6 +50,7 @@ begin
     end if;
     v_document := upload_pipeline.lock_awaited(p_user_id, p_file_sha256);
     exit when v_document.document_id is not null;
+    perform upload_pipeline.check_no_stranger(p_document_id, p_user_id);
   end loop;
 
   if v_document.raw_key <> p_raw_key then

@@ -39,6 +39,21 @@ begin
 end
 $$;
 
+-- Raises UP003 where a document of this id is another user's: a session's that was claimed while this was on its way.
+create function upload_pipeline.check_no_stranger(p_document_id uuid, p_user_id uuid)
+returns void
+language plpgsql
+security definer
+set search_path = ''
+as $$
+begin
+  if exists (select from upload_pipeline.documents d where d.document_id = p_document_id and d.user_id <> p_user_id) then
+    raise exception 'document % belongs to another user by now', p_document_id
+      using errcode = 'UP003', hint = 'Send the file as that user.';
+  end if;
+end
+$$;
+
 -- A document's latest job, locked; null where it has none.
 create function upload_pipeline.lock_latest_job(p_document_id uuid)
 returns upload_pipeline.upload_jobs
@@ -141,7 +156,8 @@ begin
        updated_at)
     values (p_document_id, p_user_id, p_filename, p_media_type, p_file_bytes, p_file_sha256, p_raw_key, p_metadata,
             v_deadline, v_now, v_now)
-    on conflict (user_id, file_sha256) do nothing
+    -- of any index: told one, a rival that has only just begun breaks the others
+    on conflict do nothing
     returning d.* into v_document;
     v_made := found;
     exit when v_made;
@@ -154,6 +170,7 @@ begin
     end if;
     v_document := upload_pipeline.lock_awaited(p_user_id, p_file_sha256);
     exit when v_document.document_id is not null;
+    perform upload_pipeline.check_no_stranger(p_document_id, p_user_id);
   end loop;
 
   if not v_made then

@@ -220,7 +220,8 @@ begin
            coalesce(a.metadata, '{}'), v_now, v_now
       from asked a
      order by a.document_id
-    on conflict (user_id, file_sha256) do nothing
+    -- of any index: told one, a rival that has only just begun breaks the others
+    on conflict do nothing
     returning document_id
   ), accepted as materialized (
     select a.* from made d join asked a on a.document_id = d.document_id

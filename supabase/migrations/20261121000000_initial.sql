@@ -1539,7 +1539,8 @@ begin
       (document_id, user_id, filename, media_type, file_bytes, file_sha256, raw_key, metadata, created_at, updated_at)
     values (p_document_id, p_user_id, p_filename, p_media_type, p_file_bytes, p_file_sha256, p_raw_key, p_metadata,
             v_now, v_now)
-    on conflict (user_id, file_sha256) do nothing;
+    -- of any index: told one, a rival that has only just begun breaks the others
+    on conflict do nothing;
     if found then
       perform upload_pipeline.record_event('document_accepted', p_user_id => p_user_id, p_document_id => p_document_id,
         p_correlation_id => p_correlation_id,
@@ -1555,6 +1556,7 @@ begin
     end if;
     v_document := upload_pipeline.lock_awaited(p_user_id, p_file_sha256);
     exit when v_document.document_id is not null;
+    perform upload_pipeline.check_no_stranger(p_document_id, p_user_id);
   end loop;
 
   if v_document.raw_key <> p_raw_key then
@@ -2107,6 +2109,21 @@ begin
 end
 $$;
 
+-- Raises UP003 where a document of this id is another user's: a session's that was claimed while this was on its way.
+create function upload_pipeline.check_no_stranger(p_document_id uuid, p_user_id uuid)
+returns void
+language plpgsql
+security definer
+set search_path = ''
+as $$
+begin
+  if exists (select from upload_pipeline.documents d where d.document_id = p_document_id and d.user_id <> p_user_id) then
+    raise exception 'document % belongs to another user by now', p_document_id
+      using errcode = 'UP003', hint = 'Send the file as that user.';
+  end if;
+end
+$$;
+
 -- A document's latest job, locked; null where it has none.
 create function upload_pipeline.lock_latest_job(p_document_id uuid)
 returns upload_pipeline.upload_jobs
@@ -2209,7 +2226,8 @@ begin
        updated_at)
     values (p_document_id, p_user_id, p_filename, p_media_type, p_file_bytes, p_file_sha256, p_raw_key, p_metadata,
             v_deadline, v_now, v_now)
-    on conflict (user_id, file_sha256) do nothing
+    -- of any index: told one, a rival that has only just begun breaks the others
+    on conflict do nothing
     returning d.* into v_document;
     v_made := found;
     exit when v_made;
@@ -2222,6 +2240,7 @@ begin
     end if;
     v_document := upload_pipeline.lock_awaited(p_user_id, p_file_sha256);
     exit when v_document.document_id is not null;
+    perform upload_pipeline.check_no_stranger(p_document_id, p_user_id);
   end loop;
 
   if not v_made then
@@ -2936,7 +2955,8 @@ begin
            coalesce(a.metadata, '{}'), v_now, v_now
       from asked a
      order by a.document_id
-    on conflict (user_id, file_sha256) do nothing
+    -- of any index: told one, a rival that has only just begun breaks the others
+    on conflict do nothing
     returning document_id
   ), accepted as materialized (
     select a.* from made d join asked a on a.document_id = d.document_id
@@ -4069,7 +4089,7 @@ begin
        -- inner parts of the verbs, and what only the schema's owner may do
        and p.proname not in ('new_job_id', 'wake_lanes', 'check_step', 'prepare_restart', 'drop_event_partitions',
                              'notify_watchers', 'settle_batch_members', 'wake_job', 'lock_awaited', 'lock_latest_job',
-                             'look_for_upload', 'resume_upload_job', 'move_session_documents')
+                             'check_no_stranger', 'look_for_upload', 'resume_upload_job', 'move_session_documents')
   loop
     execute format('grant execute on function %s to upload_worker, service_role', v_function);
   end loop;

@@ -76,6 +76,7 @@ CALLERS = {
             "wake_job",
             "lock_awaited",
             "lock_latest_job",
+            "check_no_stranger",
             "look_for_upload",
             "resume_upload_job",
         )

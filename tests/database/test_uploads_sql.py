@@ -463,3 +463,27 @@ def test_words_at_once_about_one_document_take_turns(
         assert one.result(timeout=10)
     assert document_row(worker).upload_deadline is None
     assert value(worker, "select count(*) from upload_pipeline.upload_jobs") == 1
+
+
+def test_the_first_words_about_one_file_at_once_never_fail(worker: Connection, connect: Connect) -> None:
+    """Each round meets a file that nobody knows yet: whoever is second anywhere finds what the first has made."""
+    others = [connect() for _ in range(4)]
+    for _ in range(40):
+        user = uuid4()
+        words = [
+            in_background(say, db, user) for db, say in zip(others, (reserve, accept, reserve, accept), strict=True)
+        ]
+        assert len({word.result(timeout=10).job_id for word in words}) == 1
+    assert value(worker, "select count(*) from upload_pipeline.upload_jobs") == 40
+
+
+@pytest.mark.parametrize("say", [reserve, accept])
+def test_a_document_of_the_same_id_that_is_now_anothers_is_in_the_way(
+    admin: Connection, worker: Connection, user: UUID, reserved: Any, say: Any
+) -> None:
+    admin.execute("update upload_pipeline.documents set user_id = %s", [uuid4()])
+    before = everything(worker)
+    with pytest.raises(psycopg.Error, match="another user") as error:
+        say(worker, user)
+    assert error.value.sqlstate == "UP003"
+    assert everything(worker) == before
