@@ -24,10 +24,15 @@ SIGNATURE = "UploadPipeline.Test.Harmless.UNOFFICIAL"
 STREAM_MAX_BYTES = 4 * 1024 * 1024
 
 
+def clamd_program() -> str | None:
+    """Where clamd is; daemons are not on everybody's path."""
+    return shutil.which("clamd", path="/usr/sbin:/usr/local/sbin:/usr/bin:/usr/local/bin")
+
+
 @contextmanager
 def running_clamd(folder: Path, *, max_file_bytes: int = STREAM_MAX_BYTES) -> Iterator[str]:
     """A clamd on a socket in a folder with a short path; its URL."""
-    program = shutil.which("clamd", path="/usr/sbin:/usr/local/sbin:/usr/bin:/usr/local/bin")
+    program = clamd_program()
     if program is None:
         pytest.skip("clamd is not installed (Debian: clamav-daemon)")
     (folder / "signatures").mkdir()

@@ -3402,12 +3402,13 @@ begin
     from upload_pipeline.accept_document(p_document_id, p_user_id, p_filename, p_media_type, p_file_bytes, p_file_sha256,
       p_raw_key, p_metadata || v_said, p_priority, p_correlation_id) a;
   if v_answer.duplicate then
-    -- Holds the document until the end: a deletion waits, or was here first, and then there is nothing to become a policy.
+    -- Holds the document until the end: a deletion or a new owner waits, or was here first, and then there is nothing of
+    -- this user's to become a policy.
     update upload_pipeline.documents d
        set metadata = d.metadata || v_said, updated_at = upload_pipeline.now()
-     where d.document_id = v_answer.document_id and d.deleted_at is null;
+     where d.document_id = v_answer.document_id and d.user_id = p_user_id and d.deleted_at is null;
     if not found then
-      raise exception 'document % with the same bytes is being deleted', v_answer.document_id
+      raise exception 'document % with the same bytes is gone, or going', v_answer.document_id
         using errcode = 'UP003', hint = 'Send the file again in a moment.';
     end if;
   end if;

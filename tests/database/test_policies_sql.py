@@ -149,6 +149,31 @@ def test_a_deletion_that_comes_in_between_makes_it_wait_and_then_refuses(
     assert value(admin, "select count(*) from upload_pipeline.policies") == 0
 
 
+def test_a_document_that_awaits_these_bytes_has_them_and_becomes_a_policy(
+    worker: Connection, admin: Connection
+) -> None:
+    digest = sha256(b"bytes").hexdigest()
+    document = uuid5(USER, digest)
+    reserved = worker.execute(
+        """
+        select * from upload_pipeline.reserve_document(%s, %s, 'a.pdf', 'application/pdf', 5, %s, %s, '20 minutes',
+          '{"a": 1}')
+        """,
+        [document, USER, digest, f"raw/{document}"],
+    ).fetchone()
+    assert reserved is not None
+    made = accept(worker)
+    assert (made.document_id, made.job_id, made.duplicate) == (document, reserved.job_id, False)
+    assert policy(admin) == (USER, *SAID, in_metadata(SAID))
+    assert value(admin, "select upload_deadline from upload_pipeline.documents") is None
+
+
+def test_a_policy_goes_with_its_document_to_a_new_owner(worker: Connection, admin: Connection) -> None:
+    accept(worker)
+    admin.execute("update upload_pipeline.documents set user_id = %s", [user_number(2)])
+    assert policy(admin) == (user_number(2), *SAID, in_metadata(SAID))
+
+
 def test_two_at_once_make_one_document_and_one_policy(worker: Connection, admin: Connection, connect: Connect) -> None:
     first, second = connect(), connect()
     first.execute("begin")

