@@ -14,6 +14,7 @@ from typer.core import TyperGroup
 
 from upload_pipeline.cli import (
     access,
+    batches,
     database,
     doctor,
     documents,
@@ -78,7 +79,20 @@ def root(
     """
 
 
-for _module in (ingest, search, jobs, documents, services, access, lanes, migrate, maintenance, doctor, database):
+for _module in (
+    ingest,
+    search,
+    jobs,
+    batches,
+    documents,
+    services,
+    access,
+    lanes,
+    migrate,
+    maintenance,
+    doctor,
+    database,
+):
     _module.register(app)
 
 

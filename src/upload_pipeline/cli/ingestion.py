@@ -21,9 +21,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 from uuid import UUID, uuid4
 
+from upload_pipeline.cli.batch_intake import take_batch
 from upload_pipeline.cli.failures import INTERRUPTED, expected
 from upload_pipeline.cli.opening import open_database
 from upload_pipeline.cli.worker_beside import WorkerBeside
+from upload_pipeline.database.batches import note_batch
 from upload_pipeline.database.connection import connection_options
 from upload_pipeline.database.listings import JobProgress, job_progress
 from upload_pipeline.database.pools import open_pool
@@ -49,12 +51,13 @@ ENDED = frozenset({"done", "deadletter", "cancelled", "refused"})
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """What is to be taken in, for whom, and whether to stay until it is done."""
+    """What is to be taken in, for whom, and whether to stay until it is done; with a mapping, as one batch."""
 
     files: Sequence[Path]
     user_id: UUID
     metadata: Mapping[str, Any]
     wait: bool
+    mapping: Path | None = None
 
 
 @dataclass(slots=True)
@@ -74,6 +77,7 @@ class FileRun:
     progress: int = 0
     document_id: UUID | None = None
     job_id: UUID | None = None
+    batch_id: UUID | None = None
     duplicate: bool = False
     chunks: int | None = None
     retry_count: int = 0
@@ -86,6 +90,7 @@ class FileRun:
     def as_json(self) -> dict[str, Any]:
         """The line of `--json`."""
         return {
+            **({} if self.batch_id is None else {"batch_id": self.batch_id}),
             "path": str(self.path),
             "document_id": self.document_id,
             "job_id": self.job_id,
@@ -119,6 +124,7 @@ class Ingestion:
     begun: float
     seconds: float = 0.0
     interrupted: bool = False
+    batch_id: UUID | None = None
     by_job: dict[UUID, list[FileRun]] = field(default_factory=dict)
 
     @property
@@ -186,12 +192,14 @@ async def ingest(settings: Settings, request: Request, display: Display) -> Inge
             min_free_bytes=settings.min_free_bytes,
             scanner=open_scanner(settings.clamd_url, seconds=settings.clamd_timeout),
         )
-        async with _intakes(intake, request, run) as taking:
+        async with _intakes(intake, settings, request, run) as taking:
             await _follow(db, run, taking, worker, display, stop)
         if stop.is_set() and worker is not None:
             await worker.stop()
             # The steps that it let finish may have been the last ones of their jobs.
             await _look(db, run, worker, display)
+        if run.batch_id is not None:
+            await note_batch(db, run.batch_id)
     run.interrupted = stop.is_set() and run.open_count > 0
     run.seconds = time.monotonic() - run.begun
     return run
@@ -224,13 +232,17 @@ def _stop_requested(deadline: float, display: Display) -> Iterator[asyncio.Event
 
 
 @asynccontextmanager
-async def _intakes(intake: Intake, request: Request, run: Ingestion) -> AsyncIterator[asyncio.Future[Any]]:
-    """The intake of all files, a few at a time; cancelled when left."""
+async def _intakes(
+    intake: Intake, settings: Settings, request: Request, run: Ingestion
+) -> AsyncIterator[asyncio.Future[Any]]:
+    """The intake of all files, a few at a time or together as a batch; cancelled when left."""
     waiting = iter(run.files)
     correlation_id = f"ingest-{uuid4()}"
-    tasks = asyncio.gather(
-        *(_take_in(intake, request, run, waiting, correlation_id) for _ in range(min(INTAKES, len(run.files))))
-    )
+    if request.mapping is not None:
+        intakes = [take_batch(intake, settings, request, run, correlation_id)]
+    else:
+        intakes = [_take_in(intake, request, run, waiting, correlation_id) for _ in range(min(INTAKES, len(run.files)))]
+    tasks = asyncio.gather(*intakes)
     try:
         yield tasks
     finally:

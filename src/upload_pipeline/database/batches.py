@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+from uuid import UUID
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from datetime import datetime
-    from uuid import UUID
 
     from upload_pipeline.database.queue import Executor
 
@@ -218,7 +218,10 @@ async def find_batch(connection: Executor, batch_id: UUID, *, default_seconds: f
 def batch_status(row: dict[str, Any]) -> BatchStatus:
     """The status that a row of `BATCH_COLUMNS`, with or without an estimate, tells."""
     told = row["failed_members"]
-    failed = [FailedMember(**one) for one in (json.loads(told) if isinstance(told, str) else told)]
+    failed = [
+        FailedMember(one["filename"], one["error"], one["code"], UUID(one["job_id"]) if one["job_id"] else None)
+        for one in (json.loads(told) if isinstance(told, str) else told)
+    ]
     return BatchStatus(
         **{
             "estimated_completion_at": None,

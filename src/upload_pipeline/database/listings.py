@@ -11,7 +11,9 @@ from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
-from psycopg.rows import class_row
+from psycopg.rows import class_row, dict_row
+
+from upload_pipeline.database.batches import BATCH_COLUMNS, BatchStatus, batch_status
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -198,6 +200,16 @@ def list_documents(connection: Connection[Any], *, user_id: UUID | None = None, 
             {"user": user_id, "limit": limit},
         )
         return cursor.fetchall()
+
+
+def find_batch(connection: Connection[Any], batch_id: UUID) -> BatchStatus | None:
+    """How far a batch is, without an estimate, or None."""
+    with connection.cursor(row_factory=dict_row) as cursor:
+        row = cursor.execute(
+            f"select {BATCH_COLUMNS} from upload_pipeline.batch_overview o where o.batch_id = %s",  # noqa: S608
+            [batch_id],
+        ).fetchone()
+    return batch_status(row) if row else None
 
 
 async def job_progress(db: Executor, job_ids: Sequence[UUID]) -> dict[UUID, JobProgress]:
