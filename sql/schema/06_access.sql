@@ -141,6 +141,10 @@ declare
   v_steps   interval[];
   v_allowed boolean;
 begin
+  -- Every request of every user comes by here. What a crash of the server may forget is the last fraction of a second of
+  -- taken tokens; waiting for the disk is not worth that. It holds for the caller's transaction.
+  perform set_config('synchronous_commit', 'off', true);
+
   -- Rounded down to the microsecond, so that n steps are never longer than the period and n tokens are n.
   select array_agg(floor(extract(epoch from a.period) * 1000000 / a.tokens) * interval '1 microsecond' order by a.place)
     into v_steps
