@@ -49,9 +49,30 @@ create table upload_pipeline.processing_records (
 
 create index processing_records_session on upload_pipeline.processing_records (session_id) where session_id is not null;
 
--- claim_session, clean_session: what has happened to a document itself, and what to neither a document nor a job of a
--- user's; what has happened to jobs is found by them
-create index events_document on upload_pipeline.events (document_id, user_id) where job_id is null;
+-- claim_session, clean_session: what has happened to a user's documents themselves, and batches; what has happened to jobs
+-- is found by them
+create index events_of_no_job on upload_pipeline.events (user_id) where job_id is null;
+
+-- Of a session's document that goes, for whatever reason, the audit trail keeps what happened and not to whom: its jobs go
+-- with it, and afterwards nobody could find their events.
+create function upload_pipeline.forget_session_document()
+returns trigger
+language plpgsql
+security definer
+set search_path = ''
+as $$
+begin
+  if exists (select from upload_pipeline.sessions s where s.user_id = old.user_id) then
+    update upload_pipeline.events e set user_id = null, correlation_id = ''
+     where e.user_id = old.user_id
+       and e.job_id in (select j.job_id from upload_pipeline.upload_jobs j where j.document_id = old.document_id);
+  end if;
+  return old;
+end
+$$;
+
+create trigger forget_session_document before delete on upload_pipeline.documents
+  for each row execute function upload_pipeline.forget_session_document();
 
 create function upload_pipeline.open_session(p_token_sha256 text, p_life interval)
 returns table (session_id uuid, user_id uuid, expires_at timestamptz)
@@ -199,9 +220,8 @@ begin
    where e.job_id = any (v_jobs) and e.user_id = v_session.user_id;
   update upload_pipeline.events e set user_id = v_session.claimed_by
    where e.job_id is null and e.user_id = v_session.user_id
-     and e.document_id in (select c.document_id from upload_pipeline.claimed_documents c where c.session_id = p_session_id);
-  update upload_pipeline.events e set user_id = v_session.claimed_by
-   where e.document_id is null and e.job_id is null and e.user_id = v_session.user_id;
+     and (e.document_id is null
+          or e.document_id in (select c.document_id from upload_pipeline.claimed_documents c where c.session_id = p_session_id));
   update upload_pipeline.batches b set user_id = v_session.claimed_by where b.user_id = v_session.user_id;
   for v_lanes in
     select j.pool from upload_pipeline.upload_jobs j
@@ -307,8 +327,6 @@ begin
              h.error_code, upload_pipeline.now()
         from upload_pipeline.upload_history h where h.document_id = v_document
       on conflict (document_id) do nothing;
-      update upload_pipeline.events e set user_id = null, correlation_id = ''
-       where e.job_id in (select j.job_id from upload_pipeline.upload_jobs j where j.document_id = v_document);
       v_count := v_count + 1;
     end loop;
   end if;
@@ -318,10 +336,7 @@ begin
     return;
   end if;
   update upload_pipeline.events e set user_id = null, correlation_id = ''
-   where e.job_id is null
-     and e.document_id in (select r.document_id from upload_pipeline.processing_records r where r.session_id = p_session_id);
-  update upload_pipeline.events e set user_id = null, correlation_id = ''
-   where e.job_id is null and e.document_id is null and e.user_id = v_session.user_id;
+   where e.job_id is null and e.user_id = v_session.user_id;
   delete from upload_pipeline.batches b where b.user_id = v_session.user_id;
   delete from upload_pipeline.lanes l
    where l.user_id = v_session.user_id and l.pool in (select s.pool from upload_pipeline.stages s);

@@ -62,7 +62,8 @@ begin
        -- inner parts of the verbs, and what only the schema's owner may do
        and p.proname not in ('new_job_id', 'wake_lanes', 'check_step', 'prepare_restart', 'drop_event_partitions',
                              'notify_watchers', 'settle_batch_members', 'wake_job', 'lock_awaited', 'lock_latest_job',
-                             'check_no_stranger', 'look_for_upload', 'resume_upload_job', 'move_session_documents')
+                             'check_no_stranger', 'look_for_upload', 'resume_upload_job', 'move_session_documents',
+                             'forget_session_document')
   loop
     execute format('grant execute on function %s to upload_worker, service_role', v_function);
   end loop;

@@ -70,6 +70,7 @@ CALLERS = {
             "check_step",
             "prepare_restart",
             "drop_event_partitions",
+            "forget_session_document",
             "move_session_documents",
             "notify_watchers",
             "settle_batch_members",

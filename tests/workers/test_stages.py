@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from sample_documents import KINDS, Kind, make_document
 
-from upload_pipeline.database import documents, queue
+from upload_pipeline.database import documents, queue, sessions
 from upload_pipeline.database.connection import connection_options
 from upload_pipeline.database.documents import load_document
 from upload_pipeline.database.pools import open_pool
@@ -428,3 +428,38 @@ async def test_vectors_are_those_of_the_texts(open_line: OpenLine) -> None:
     assert np.abs(stored - expected).max() < 1e-3
     document = await load_document(line.context.db, line.document)
     assert document is not None
+
+
+async def test_a_job_whose_session_is_claimed_at_any_moment_ends_done_and_its_deletion_leaves_no_object(
+    open_line: OpenLine,
+) -> None:
+    """At each stage the step is run, the session claimed before its outcome is written, and the step run again."""
+    for number, stage in enumerate(PATH[:-1]):
+        line = await open_line("md", f"# Report {number}\n\nWater damage is covered up to 1,500 USD.\n".encode())
+        user, session = uuid4(), f"{number:064x}"
+        db, store = line.context.db, line.context.store
+        await line.admin.execute(
+            "insert into upload_pipeline.sessions (user_id, token_sha256, expires_at) values ($1, $2, now() + '1 h')",
+            USER,
+            session,
+        )
+        job = await line.run_to(await line.claim(), stage)
+        await STEPS[job.pipeline, job.stage](job, line.context)
+        claimed = await sessions.claim_session(db, session, user)
+        assert claimed.documents == (line.document,), stage
+        await line.run_to(job, "embedded")
+        row = await line.admin.fetchrow("select * from upload_pipeline.upload_history")
+        assert (row["user_id"], row["status"]) == (user, "completed"), stage
+        for table in ("document_chunks", "document_nodes", "document_edges", "job_outcomes", "events"):
+            owners = await line.admin.fetch(
+                f"select distinct user_id from upload_pipeline.{table} where user_id is not null"
+            )
+            assert [row["user_id"] for row in owners] == [user], (stage, table)
+
+        deleted = await documents.begin_deletion(db, line.document)
+        assert deleted is not None
+        await remove_document_objects(store, document_id=deleted.document_id, raw_key=deleted.raw_key)
+        assert [info.key async for info in store.list()] == [], stage
+        await documents.finish_deletion(db, line.document)
+        await line.admin.execute("delete from upload_pipeline.sessions")
+        await line.admin.execute("delete from upload_pipeline.events")
