@@ -80,6 +80,14 @@ class TestRealClamd:
 
         assert await asyncio.gather(*map(one, range(40))) == [number % 3 != 0 for number in range(40)]
 
+    async def test_a_verdict_that_comes_at_once_is_a_verdict(self, scanner: VirusScanner) -> None:
+        """clamd may have answered and hung up before the sender has seen its last byte go."""
+        started = time.monotonic()
+        for _ in range(300):
+            await scanned(scanner, b"x")
+            if time.monotonic() - started > 3:
+                break
+
     async def test_what_the_source_raises_comes_out_and_clamd_goes_on(self, scanner: VirusScanner) -> None:
         async def breaking_off() -> AsyncIterator[bytes]:
             yield b"half"

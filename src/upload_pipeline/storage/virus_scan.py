@@ -131,7 +131,8 @@ class Scan:
         try:
             async with asyncio.timeout(self.scanner.seconds):
                 await _send_all(self.connected, struct.pack("!I", len(piece)))
-                await _send_all(self.connected, piece)
+                if piece:  # behind the end clamd may have answered and hung up, and even sending nothing fails then
+                    await _send_all(self.connected, piece)
         except TimeoutError as error:
             raise _unavailable(self.scanner, f"it reads no further within {self.scanner.seconds:g} s") from error
         except OSError as error:
