@@ -4043,7 +4043,7 @@ select d.document_id, d.user_id, d.filename, d.file_bytes, d.media_type, d.creat
        case when j.state in ('deadletter', 'cancelled')
             then coalesce(o.error_message, case j.state when 'cancelled' then 'The job was cancelled. Retry it to go on.'
                                                         else 'The job failed.' end) end as error_message,
-       d.upload_deadline is null as stored
+       d.raw_key, d.upload_deadline is null as stored
   from upload_pipeline.documents d
   left join upload_pipeline.upload_jobs j
     on j.document_id = d.document_id and j.pipeline = 'document'

@@ -23,7 +23,7 @@ from upload_pipeline.database.history import HistoryFilter, HistorySort, list_hi
 from upload_pipeline.stages import JobState, Stage, shown_status
 
 PATH = "/api/ingestion/history"
-FIELDS = {"id", "filename", "file_size", "mime_type", "status", "uploaded_at", "completed_at", "error"}
+FIELDS = {"id", "filename", "file_size", "mime_type", "status", "uploaded_at", "completed_at", "error", "download_url"}
 START = datetime(2026, 3, 1, 12, tzinfo=UTC)
 
 
@@ -269,6 +269,18 @@ async def test_a_row_that_does_not_validate_is_left_out_and_logged(
     assert page["total"] == 4
     said = [line for line in capsys.readouterr().out.splitlines() if "history_row_left_out" in line]
     assert len(said) == 3
+
+
+async def test_the_bytes_are_fetched_by_the_url_once_they_have_come(
+    service: LiveService, admin: asyncpg.Connection
+) -> None:
+    user = new_user()
+    client = service.client(user)
+    await client.post("/api/v2/upload", files={"file": ("note.txt", b"what was sent", "text/plain")})
+    url = (await ask(service, user))["items"][0]["download_url"]
+    assert (await service.client().get(url)).content == b"what was sent"
+    await admin.execute("update upload_pipeline.documents set upload_deadline = now() + interval '1 minute'")
+    assert (await ask(service, user))["items"][0]["download_url"] is None
 
 
 async def test_deleted_documents_are_not_told(service: LiveService, admin: asyncpg.Connection) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
+from hashlib import sha256
 from http.cookies import SimpleCookie
 from pathlib import Path
 from typing import Any
@@ -254,6 +255,35 @@ async def test_a_user_takes_a_session_over_once_and_may_ask_again(
     assert (await signed_in.post(f"{SESSION}/claim", headers=cookie)).json() == told
     other = await service.client(new_user()).post(f"{SESSION}/claim", headers=cookie)
     assert (other.status_code, other.json()["error"]["code"]) == (409, "INVALID_STATE")
+
+
+async def test_bytes_that_were_announced_by_the_session_still_come_once_it_is_claimed(
+    service: LiveService, admin: asyncpg.Connection
+) -> None:
+    client, user = await opened(service), new_user()
+    content = b"# Announced\n\nby nobody, sent by somebody.\n"
+    announced = {
+        "filename": "late.md",
+        "bytes_len": len(content),
+        "mime": "text/markdown",
+        "sha256": sha256(content).hexdigest(),
+    }
+    answer = await client.post(UPLOAD, json=announced)
+    assert answer.status_code == 202, answer.text
+    told = answer.json()
+    assert (await client.post(f"{SESSION}/claim", headers=bearer(user))).json()["moved"] == 1
+    # the URL names the public address, which a proxy would lead here
+    url = told["upload_url"].replace("https://api.example.com", service.url)
+    put = await service.client().put(url, content=content, headers=told["upload_headers"])
+    assert put.status_code < 300, put.text
+    row = await admin.fetchrow("select user_id, upload_deadline, raw_key from upload_pipeline.documents")
+    assert (row["user_id"], row["upload_deadline"]) == (user, None)
+    assert await service.resources.store.get_bytes(row["raw_key"], 1000) == content
+    # and the same bytes again are the same document's, though its id does not follow from this user
+    again = await service.client(user).post(UPLOAD, json=announced)
+    assert (again.json()["document_id"], again.json()["duplicate"]) == (told["document_id"], True)
+    assert (await send(service.client(user), content.decode(), "again.md")).json()["duplicate"]
+    assert [info.key async for info in service.resources.store.list()] == [row["raw_key"]]
 
 
 async def test_what_is_no_claim(service: LiveService) -> None:

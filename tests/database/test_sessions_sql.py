@@ -8,7 +8,7 @@ from uuid import UUID, uuid4
 
 import psycopg
 import pytest
-from batch_rows import file_member, make_batch, overview, refused_member
+from batch_members import file_member, make_batch, overview, refused_member
 from session_verbs import (
     claim_session,
     clean_sessions,

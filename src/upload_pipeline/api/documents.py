@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import unicodedata
-from datetime import UTC, datetime, timedelta
 from typing import Annotated, Any
 from uuid import UUID
 
@@ -13,10 +12,10 @@ from starlette.responses import StreamingResponse
 
 from upload_pipeline.api.cursors import decode_cursor, encode_cursor
 from upload_pipeline.api.document_bodies import MARKDOWN_EXAMPLE, Chunk, ChunkPage, Document, DocumentPage, Download
+from upload_pipeline.api.download_urls import download_url
 from upload_pipeline.api.error_bodies import documented_errors
 from upload_pipeline.api.object_streams import stream_object
 from upload_pipeline.api.principals import CurrentPrincipal
-from upload_pipeline.api.public_urls import public_url
 from upload_pipeline.api.request_context import CorrelationId
 from upload_pipeline.api.resources import AppResources, Resources
 from upload_pipeline.database import user_documents
@@ -28,7 +27,6 @@ from upload_pipeline.errors import ErrorCode, PipelineError
 from upload_pipeline.intake.metadata import check_metadata
 from upload_pipeline.stages import JobState
 from upload_pipeline.storage.document_objects import remove_document_objects
-from upload_pipeline.storage.signed_urls import Grant
 
 router = APIRouter(prefix="/api/v2/documents", tags=["documents"])
 
@@ -167,16 +165,14 @@ async def download_document(
     document = await owned_document(resources, principal.user_id, document_id)
     if document.upload_deadline is not None:
         raise _not_ready(document, "Its bytes have not come yet")
-    life = timedelta(seconds=round(resources.settings.download_url_seconds))
-    expires_at = datetime.now(UTC).replace(microsecond=0) + life
-    signed = await resources.store.sign_get(
-        document.raw_key, filename=document.filename, media_type=document.media_type, expires_in=life
+    url, expires_at = await download_url(
+        request,
+        resources,
+        document_id=document_id,
+        raw_key=document.raw_key,
+        filename=document.filename,
+        media_type=document.media_type,
     )
-    if signed is not None:
-        url = signed.url
-    else:
-        token = resources.signer.sign(Grant("GET", document_id, document.raw_key, expires_at))
-        url = public_url(request, resources.settings, f"/api/v2/documents/{document_id}/bytes?token={token}")
     return Download(
         download_url=url,
         expires_at=expires_at,

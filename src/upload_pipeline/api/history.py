@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 from uuid import UUID
 
 import structlog
-from fastapi import APIRouter, Query
+from fastapi import APIRouter, Query, Request
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from upload_pipeline.api.download_urls import download_url
 from upload_pipeline.api.error_bodies import documented_errors
 from upload_pipeline.api.jobs import Moment
 from upload_pipeline.api.principals import CurrentPrincipal
@@ -42,6 +43,7 @@ _ITEM: dict[str, Any] = {
     "uploaded_at": "2026-11-21T09:00:00.000000Z",
     "completed_at": "2026-11-21T09:00:07.250000Z",
     "error": None,
+    "download_url": "https://api.example.com/api/v2/documents/0b2f1c1e-6c0e-5d0a-8f57-0f5d1c2b3a49/bytes?token=…",
 }
 
 
@@ -67,6 +69,10 @@ class HistoryItem(BaseModel):
     uploaded_at: Moment
     completed_at: Moment | None = Field(description="When its processing ended, well or not; null until then.")
     error: HistoryError | None = Field(description="Of a file that `failed`; null otherwise.")
+    download_url: str | None = Field(
+        default=None,
+        description="By which the bytes are fetched without credentials, for some minutes; null until they have come.",
+    )
 
     @model_validator(mode="after")
     def _whole(self) -> Self:
@@ -95,6 +101,7 @@ class HistoryPage(BaseModel):
 
 @router.get("/history", summary="Your uploads and what became of them", responses=documented_errors(400, 401, 429))
 async def list_uploads(
+    request: Request,
     principal: CurrentPrincipal,
     resources: AppResources,
     page: Annotated[int, Query(ge=1, le=MAX_PAGE, description="From 1.")] = 1,
@@ -133,7 +140,20 @@ async def list_uploads(
             sort=HistorySort(sort.removeprefix("-")),
             descending=sort.startswith("-"),
         )
-    items = [item for item in map(_item, found.rows) if item is not None]
+    items = []
+    for row in found.rows:
+        item = _item(row)
+        if item is not None:
+            if row.stored:
+                item.download_url, _ = await download_url(
+                    request,
+                    resources,
+                    document_id=row.document_id,
+                    raw_key=row.raw_key,
+                    filename=row.filename,
+                    media_type=row.media_type,
+                )
+            items.append(item)
     return HistoryPage(items=items, page=page, page_size=page_size, total=found.total)
 
 

@@ -55,6 +55,8 @@ class HistoryRow:
         status: one of `stages.ShownStatus`.
         completed_at: when its processing ended, well or not.
         error_code: of a failure; None otherwise.
+        raw_key: where the bytes lie.
+        stored: whether they have come.
     """
 
     document_id: UUID
@@ -66,6 +68,8 @@ class HistoryRow:
     completed_at: datetime | None
     error_code: str | None
     error_message: str | None
+    raw_key: str
+    stored: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +102,7 @@ with matching as {materialized} (
   select m.document_id from matching m order by {order_in_matching} limit $1 offset $2
 )
 select t.total, h.document_id, h.filename, h.file_bytes, h.media_type, h.status, h.uploaded_at, h.completed_at,
-       h.error_code, h.error_message
+       h.error_code, h.error_message, h.raw_key, h.stored
   from (select count(*) as total from matching) t
   left join (page p cross join lateral (
     select u.* from upload_pipeline.upload_history u where u.document_id = p.document_id) h) on true
