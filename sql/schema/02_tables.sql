@@ -280,6 +280,11 @@ create table upload_pipeline.document_chunks (
   constraint document_chunks_live check (not live or embedding is not null)
 );
 
+-- search_chunks looks at the words of every chunk of a user: they stand in the row itself, and the text, of which a search
+-- reads ten, out of line. Measured with 20,000 chunks of 2,000 characters: 10,000 blocks a search instead of 64,000.
+alter table upload_pipeline.document_chunks alter column search_vector set storage main;
+alter table upload_pipeline.document_chunks set (toast_tuple_target = 4096);
+
 -- a document shows each place in it once
 create unique index document_chunks_place on upload_pipeline.document_chunks (document_id, ordinal) where live;
 -- the foreign key to documents, and the old set when a new one takes its place

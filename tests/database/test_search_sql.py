@@ -186,3 +186,41 @@ def test_a_search_reads_the_callers_chunks_and_not_the_others(admin: Connection,
                 """,
             )[0]["Plan"]
     assert plan["Shared Hit Blocks"] + plan["Shared Read Blocks"] < 300
+
+
+def test_the_words_of_usual_chunks_are_read_in_the_row_and_at_the_first_look(
+    admin: Connection, library: dict[str, UUID]
+) -> None:
+    """400 chunks of 2,000 characters each: less than a block for each, where words out of line take three more."""
+    admin.execute(
+        """
+        insert into upload_pipeline.document_chunks
+          (chunk_id, document_id, user_id, ordinal, text, chunk_sha256, chunker, start_offset, end_offset, heading_path,
+           section_ids, embed_model, embedding, live)
+        select gen_random_uuid(), %s, %s, i + 10, t.text, repeat('a', 64), 'c', 0, 4, '{}', '{}', 'm3', '[1,0,0]', true
+          from generate_series(1, 400) i
+         cross join lateral (select string_agg(md5((i * 1000 + w)::text), ' ') as text from generate_series(1, 60) w) t
+        """,
+        [library["ships"], USER],
+    )
+    with admin.transaction(force_rollback=True):
+        admin.execute("set local role authenticated")
+        admin.execute("select set_config('request.jwt.claims', %s, true)", [json.dumps({"sub": str(USER)})])
+        for _ in range(2):
+            plan = value(
+                admin,
+                """
+                explain (analyze, buffers, format json)
+                select * from upload_pipeline.search_chunks('apple', '[1,0,0]'::text::extensions.vector, 'm3')
+                """,
+            )[0]["Plan"]
+    assert plan["Shared Hit Blocks"] + plan["Shared Read Blocks"] < 600
+
+
+def test_a_query_of_very_many_words_weighs_each_of_them(admin: Connection, library: dict[str, UUID]) -> None:
+    words = " ".join(f"w{i}x" for i in range(1200))
+    assert search(admin, words, None, p_mode="text") == []
+    assert set(names(library, search(admin, f"{words} it's-an/apple.html rigging", None, p_mode="text"))) >= {"sail"}
+    alone = search(admin, "rigging apples", None, p_mode="text")
+    among = search(admin, f"rigging {words} apples", None, p_mode="text")
+    assert [(hit.chunk_id, hit.score) for hit in among] == [(hit.chunk_id, hit.score) for hit in alone]
