@@ -46,7 +46,7 @@ ISSUER = "https://bench.invalid/auth/v1"
 INTAKES = 4
 """Files on their way in at once without HTTP, as in the terminal."""
 
-LOOK_SECONDS = 0.05
+LOOK_SECONDS = 0.25
 
 
 def main(arguments: list[str]) -> None:

@@ -82,7 +82,7 @@ class BatchStatus:
     Attributes:
         status: `in_progress`, `completed`, `partial_failure` or `failed`.
         failed_members: in the order of the files.
-        estimated_completion_at: of the last job; None where none is open.
+        estimated_completion_at: of the last files; None where none is open.
         completed_at: when the last file came to its end.
         seconds: from the batch's beginning to its completion, or to now.
     """
@@ -191,13 +191,17 @@ o.completed_at, extract(epoch from coalesce(o.completed_at, upload_pipeline.now(
 """
 """What `batch_status` reads, from `upload_pipeline.batch_overview o`; all but the estimate."""
 
+ESTIMATED = 5
+"""Open files, the last ones, by which a batch is estimated: all of them would cost more and say the same."""
+
 _STATUS = f"""
 select {BATCH_COLUMNS},
        case when o.open > 0 then (
          select max(e.estimated_completion_at)
            from upload_pipeline.estimate_jobs(array(
                   select m.job_id from upload_pipeline.batch_member_overview m
-                   where m.batch_id = o.batch_id and m.outcome = 'open'), $2) e) end as estimated_completion_at
+                   where m.batch_id = o.batch_id and m.outcome = 'open'
+                   order by m.ordinal desc limit {ESTIMATED}), $2) e) end as estimated_completion_at
   from upload_pipeline.batch_overview o
  where o.batch_id = $1
 """  # noqa: S608 - the columns are a constant
