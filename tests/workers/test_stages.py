@@ -29,7 +29,7 @@ from upload_pipeline.settings import load_settings
 from upload_pipeline.stages import DOCUMENT_STAGES, Stage
 from upload_pipeline.storage.document_objects import remove_document_objects
 from upload_pipeline.storage.keys import markdown_prefix, parser_output_key, raw_key
-from upload_pipeline.storage.store import open_store
+from upload_pipeline.storage.store import ObjectStore, open_store
 from upload_pipeline.text.normalise import NormalisedMarkdown, normalise_markdown
 from upload_workers.pipelines import STEPS
 from upload_workers.stages import check_markdown
@@ -370,6 +370,65 @@ async def test_document_that_is_deleted_under_way_is_named_and_its_job_fenced(op
     with pytest.raises(asyncpg.PostgresError) as fenced:
         await queue.fail_job(line.context.db, job.lease, code="X", message="x", retryable=True)
     assert fenced.value.sqlstate == queue.LEASE_LOST
+
+
+class DeletingStore:
+    """A store before whose next writing something happens; after it the writer may be cancelled."""
+
+    def __init__(self, inner: ObjectStore, before: Callable[[], Awaitable[None]], cancel: bool) -> None:
+        self._inner, self._before, self._cancel = inner, before, cancel
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._inner, name)
+
+    async def put_bytes(self, key: str, data: bytes) -> None:
+        await self._before()
+        await self._inner.put_bytes(key, data)
+        if self._cancel:
+            task = asyncio.current_task()
+            assert task is not None
+            task.cancel()
+            await asyncio.Event().wait()
+
+
+@pytest.mark.parametrize("cancelled", [False, True])
+@pytest.mark.parametrize("stage", ["parsing", "parsed"])
+async def test_text_that_is_stored_after_the_document_was_deleted_is_taken_out_again(
+    open_line: OpenLine, stage: str, cancelled: bool
+) -> None:
+    line = await open_line("md")
+    job = await line.run_to(await line.claim(), stage)
+    db, store = line.context.db, line.context.store
+
+    async def delete() -> None:
+        deleted = await documents.begin_deletion(db, line.document)
+        assert deleted is not None
+        await remove_document_objects(store, document_id=deleted.document_id, raw_key=deleted.raw_key)
+        await documents.finish_deletion(db, line.document)
+
+    deleting: Any = DeletingStore(store, delete, cancelled)
+    late = replace(line, context=replace(line.context, store=deleting))
+    with pytest.raises(asyncio.CancelledError if cancelled else asyncpg.PostgresError):
+        await asyncio.create_task(late.run(job))
+    assert [info.key async for info in store.list()] == []
+
+
+async def test_text_of_a_document_that_is_uploaded_anew_stays(open_line: OpenLine) -> None:
+    line = await open_line("md")
+    job = await line.run_to(await line.claim(), "parsing")
+    db, store = line.context.db, line.context.store
+    text_key = parser_output_key(USER, line.document)
+
+    async def delete_and_upload() -> None:
+        assert await documents.begin_deletion(db, line.document) is not None
+        await documents.finish_deletion(db, line.document)
+        await open_line("md")
+
+    deleting: Any = DeletingStore(store, delete_and_upload, False)
+    late = replace(line, context=replace(line.context, store=deleting))
+    with pytest.raises(asyncpg.PostgresError):
+        await late.run(job)
+    assert text_key in [info.key async for info in store.list()]
 
 
 async def test_embedder_is_asked_in_batches_and_only_for_what_is_not_there_yet(open_line: OpenLine) -> None:

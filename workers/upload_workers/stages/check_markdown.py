@@ -10,7 +10,7 @@ from upload_pipeline.database.documents import commit_markdown
 from upload_pipeline.database.queue import ClaimedJob
 from upload_pipeline.storage.keys import markdown_key, parser_output_key, uploader_of
 from upload_pipeline.text.normalise import NormalisedMarkdown, check_text, normalise_markdown
-from upload_workers.stages.source import MARKDOWN_LIMIT, document_of
+from upload_workers.stages.source import MARKDOWN_LIMIT, document_of, store_text
 from upload_workers.steps import Commit, Outcome, StepContext
 
 
@@ -28,7 +28,7 @@ async def check_markdown(job: ClaimedJob, context: StepContext) -> Outcome:
     normalised, encoded = await asyncio.to_thread(normalise)
     digest = sha256(encoded).hexdigest()
     key = markdown_key(uploader, document.document_id, digest)
-    await context.store.put_bytes(key, encoded)
+    await store_text(document, key, encoded, context)
     return Commit(
         partial(
             commit_markdown,

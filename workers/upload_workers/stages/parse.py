@@ -7,7 +7,7 @@ from functools import partial
 from upload_pipeline.database.documents import commit_parse
 from upload_pipeline.database.queue import ClaimedJob
 from upload_pipeline.storage.keys import parser_output_key, uploader_of
-from upload_workers.stages.source import document_of, local_copy
+from upload_workers.stages.source import document_of, local_copy, store_text
 from upload_workers.steps import Commit, Outcome, StepContext
 
 
@@ -17,7 +17,7 @@ async def parse(job: ClaimedJob, context: StepContext) -> Outcome:
     async with local_copy(document, context) as path:
         parsed = await context.parser.parse(path, document.media_type)
     key = parser_output_key(uploader_of(document.raw_key), document.document_id)
-    await context.store.put_bytes(key, parsed.markdown.encode("utf-8", "replace"))
+    await store_text(document, key, parsed.markdown.encode("utf-8", "replace"), context)
     return Commit(
         partial(
             commit_parse,
