@@ -48,6 +48,8 @@ async def test_the_stream_tells_the_history_then_what_happens_and_ends_with_the_
     assert told[-1].event == "end"
     assert told[-1].data == {"state": "done"}
     assert told[-2].data["progress"] == 100
+    listed = (await service.client(user).get(f"/api/v2/jobs/{job}/events")).json()["items"]
+    assert [frame.data for frame in told[:-1]] == listed
     assert service.resources.job_feed.watchers == 0
 
 

@@ -167,8 +167,26 @@ async def test_the_status_of_one_job_is_read_ten_times_a_minute(
         assert [(await api.get(path, OTHER)).status_code for _ in range(3)] == [404, 404, 429]
         answers = [(await api.get(path)).status_code for _ in range(3)]
         assert answers == [200, 200, 429]
-        assert (await api.get(f"/api/v2/jobs/{str(jobs[0]).upper()}")).status_code == 429
+        for spelling in (str(jobs[0]).upper(), jobs[0].hex, f"{{{jobs[0]}}}", jobs[0].urn):
+            assert (await api.get(f"/api/v2/jobs/{spelling}")).status_code == 429, spelling
         assert (await api.get(f"/api/v2/jobs/{jobs[1]}")).status_code == 200
+
+
+async def test_who_has_as_many_open_jobs_as_may_be_starts_no_ended_one_again(
+    database: Database, tmp_path: Path, admin: asyncpg.Connection
+) -> None:
+    async with open_api(database, tmp_path, limit_open_jobs=2) as api:
+        first, second = [await add_job(admin, USER) for _ in range(2)]
+        headers = {"Authorization": f"Bearer {token()}"}
+        assert (await api.client.post(f"/api/v2/jobs/{first}/cancel", headers=headers)).status_code == 200
+        third = await add_job(admin, USER)
+        refused = await api.client.post(f"/api/v2/jobs/{first}/retry", headers=headers)
+        assert refused.status_code == 429
+        assert refused.json()["error"]["code"] == "TOO_MANY_OPEN_JOBS"
+        assert (await api.client.post(f"/api/v2/jobs/{third}/cancel", headers=headers)).status_code == 200
+        again = await api.client.post(f"/api/v2/jobs/{first}/retry", headers=headers)
+        assert (again.status_code, again.json()["state"]) == (200, "queued")
+        assert (await api.get(f"/api/v2/jobs/{second}")).json()["state"] == "queued"
 
 
 async def test_uploads_are_counted_by_the_minute_by_the_day_and_by_the_jobs_that_are_open(

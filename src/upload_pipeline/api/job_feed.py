@@ -13,7 +13,6 @@ is a number: the id of the last event it was sent. One that falls behind what is
 from __future__ import annotations
 
 import asyncio
-import json
 from collections import deque
 from collections.abc import AsyncGenerator, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
@@ -22,8 +21,8 @@ from typing import TYPE_CHECKING
 from uuid import UUID
 
 import structlog
-from fastapi.encoders import jsonable_encoder
 
+from upload_pipeline.api.job_bodies import Event
 from upload_pipeline.api.watched_jobs import WatchedJobs
 from upload_pipeline.database.failures import DATABASE_FAILURES
 from upload_pipeline.database.job_watches import EVENT_CHANNEL, job_ids_of
@@ -303,13 +302,6 @@ async def running_feed(
         await feed.forget()
 
 
-def event_object(event: JobEvent) -> dict[str, object]:
-    """An event as JSON has it."""
-    encoded: dict[str, object] = jsonable_encoder(event)
-    return encoded
-
-
 def event_frame(event: JobEvent) -> bytes:
-    """An event as a frame of `text/event-stream` (WHATWG HTML, section 9.2)."""
-    data = json.dumps(event_object(event), ensure_ascii=False, separators=(",", ":"))
-    return f"id: {event.event_id}\ndata: {data}\n\n".encode("utf-8", "replace")
+    """An event as a frame of `text/event-stream` (WHATWG HTML, section 9.2); its data as the list of events has it."""
+    return f"id: {event.event_id}\ndata: {Event.model_validate(event).model_dump_json()}\n\n".encode()

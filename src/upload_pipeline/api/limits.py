@@ -23,6 +23,11 @@ UPLOAD_ROUTES = frozenset({("POST", "/api/v2/upload"), ("POST", "/api/v1/policie
 BATCH_ROUTE = ("POST", "/api/v1/documents/ingest/batch")
 STATUS_ROUTES = frozenset({("GET", "/api/v2/jobs/{job_id}"), ("GET", "/api/v1/policies/ingest/status/{job_id}")})
 
+RETRY_ROUTES = frozenset(
+    {("POST", "/api/v2/jobs/{job_id}/retry"), ("POST", "/api/v1/documents/ingest/batch/{batch_id}/retry")}
+)
+"""What opens jobs again that had ended."""
+
 OPEN_JOBS_RETRY_SECONDS = 60
 """What the cap on open jobs asks for: nobody knows when one ends, and within a minute some usually do."""
 
@@ -36,7 +41,7 @@ async def within_limits(request: Request, principal: CurrentPrincipal, resources
     settings = resources.settings
     route = (request.method, route_of(request.scope))
     buckets = _buckets(settings, route, str(principal.user_id), request.path_params)
-    if route in UPLOAD_ROUTES or route == BATCH_ROUTE:
+    if route in UPLOAD_ROUTES | RETRY_ROUTES or route == BATCH_ROUTE:
         cap = settings.limit_open_jobs
         if await count_open_jobs(resources.db, principal.user_id, cap) >= cap:
             raise _too_many_open_jobs(cap)
@@ -99,9 +104,17 @@ def _buckets(settings: Settings, route: tuple[str, str], user: str, path_params:
         buckets.append(upload_buckets(settings, user)[0])
     elif route in STATUS_ROUTES:
         # By user too, so that nobody else can use up the owner's.
-        job = str(path_params["job_id"])[:40].lower()
+        job = _one_spelling(str(path_params["job_id"]))
         buckets.append(Bucket(f"status:{user}:{job}", settings.limit_status_reads_per_minute, timedelta(minutes=1)))
     return buckets
+
+
+def _one_spelling(job_id: str) -> str:
+    """An id as it is counted: a UUID can be written without dashes, in braces, as a URN, and is the same one."""
+    try:
+        return str(UUID(job_id))
+    except ValueError:
+        return "none"
 
 
 def _too_many_open_jobs(cap: int) -> PipelineError:
