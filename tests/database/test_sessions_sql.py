@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import random
+import threading
 from typing import Any
 from uuid import UUID, uuid4
 
@@ -23,6 +25,8 @@ from session_verbs import (
 )
 from sessions import Connect, Connection
 from verbs import (
+    STAGES,
+    advance_many,
     advance_to,
     await_lock_wait,
     claim,
@@ -353,6 +357,64 @@ def test_sessions_with_the_same_files_are_claimed_by_one_user_at_once(
     assert sum(len(answer.documents) for answer in answers) == 20
     assert sum(len(answer.duplicates) for answer in answers) == 20
     assert set(owners(admin).values()) == {USER}
+
+
+@pytest.mark.slow
+def test_claims_among_busy_workers_lose_nothing_and_lock_nobody_out(
+    admin: Connection, worker: Connection, connect: Connect
+) -> None:
+    """Workers lead jobs on in groups while their documents change hands and go; a deadlock would end a thread."""
+    stop = threading.Event()
+    tokens: list[str] = []
+
+    def work(db: Connection, number: int) -> int:
+        done = 0
+        while not stop.is_set() or claimable():
+            leases = claim(db, 4)
+            place = {lease.job_id: STAGES.index(lease.stage) for lease in leases}
+            fences = {lease.job_id: lease.lease_token for lease in leases}
+            while place:
+                asked = [
+                    (job, fences[job], STAGES[here], STAGES[here + 1], True)
+                    for job, here in random.Random(number + done).sample(sorted(place.items()), len(place))
+                ]
+                moved = advance_many(db, asked)
+                place = {
+                    job: here + 1 for job, here in place.items() if job in moved and STAGES[here + 1] != STAGES[-1]
+                }
+                done += len(moved)
+        return done
+
+    def claimable() -> bool:
+        return bool(
+            value(admin, "select count(*) from upload_pipeline.upload_jobs where state in ('queued', 'working')")
+        )
+
+    def visit(db: Connection, number: int) -> None:
+        chance = random.Random(number)
+        for _ in range(40):
+            token = f"{number} {uuid4()}"
+            session = open_session(db, token)
+            for content in chance.sample("abcdefghij", 5):
+                upload(db, session.user_id, content)
+            tokens.append(token)
+            for _ in range(2):
+                claim_session(db, token, USER)
+            unwanted = chance.choice([*owners(db), uuid4()])
+            db.execute("select upload_pipeline.begin_deletion(%s)", [unwanted])
+            finish_deletions(db)
+
+    workers = [in_background(work, connect(), number) for number in range(3)]
+    visitors = [in_background(visit, connect(), number) for number in range(3)]
+    for visitor in visitors:
+        visitor.result(120)
+    stop.set()
+    assert sum(busy.result(60) for busy in workers) >= 10
+    for token in tokens:
+        assert claim_session(worker, token, USER).remaining == 0
+    assert set(owners(admin).values()) == {USER}
+    stuck = "select count(*) from upload_pipeline.upload_jobs where state not in ('done', 'cancelled', 'queued')"
+    assert value(admin, stuck) == 0
 
 
 def test_a_document_stays_while_the_users_own_is_being_deleted(
