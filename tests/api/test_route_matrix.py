@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import AsyncIterator
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 from uuid import UUID, uuid4
@@ -17,11 +18,13 @@ import pytest
 from tests.api.batch_rows import add_batch
 from tests.api.job_rows import add_job, advance, claim
 from tests.api.live_service import SECRET, LiveService, new_user, running_service, service_settings, token
+from upload_pipeline.api.session_cookies import COOKIE, make_token
+from upload_pipeline.database import sessions
 
 NOBODIES = ("anonymous", "expired", "wrong audience", "alg none", "algorithm swap", "service token", "anon token")
 """Callers without good credentials: 401 from each route of users."""
 
-STRANGERS = ("other user", "other organisation's user", "other user with roles")
+STRANGERS = ("other user", "other organisation's user", "other user with roles", "browser with a session")
 """Users who own nothing here."""
 
 EXPECTED: dict[str, tuple[set[int], set[int]]] = {
@@ -35,8 +38,8 @@ EXPECTED: dict[str, tuple[set[int], set[int]]] = {
     "GET /api/ingestion/history": ({200}, {200}),
     "POST /api/ingestion/session": ({200}, {200}),
     "DELETE /api/ingestion/session": ({204}, {204}),
-    # without a cookie there is nothing to claim
-    "POST /api/ingestion/session/claim": ({400}, {400}),
+    # without a cookie there is nothing to claim, and with nothing else nobody who claims
+    "POST /api/ingestion/session/claim": ({400}, {400, 401}),
     # a body that is none
     "POST /api/v2/upload": ({400, 415}, {400, 415}),
     # the document came by no upload that waits
@@ -113,9 +116,13 @@ async def test_every_route_answers_every_caller_as_the_table_says(
         owned = {"job_id": job, "document_id": document, "batch_id": batch}
         named = {name: found if real else uuid4() for name, found in owned.items()}
         body = {"query": "anything"} if path.endswith("/search") else None
-        return await client.request(
-            method, path.format(**named), headers=credentials(caller, owner), json=body, follow_redirects=False
-        )
+        if caller == "browser with a session":
+            made = make_token()
+            await sessions.open_session(service.resources.db, made.token_sha256, timedelta(hours=1))
+            headers = {"Cookie": f"{COOKIE}={made.token}", "Origin": service.url}
+        else:
+            headers = credentials(caller, owner)
+        return await client.request(method, path.format(**named), headers=headers, json=body, follow_redirects=False)
 
     # what changes something comes last, and the owner last of all
     for route in sorted(routes, key=lambda route: (route.startswith("DELETE"), not route.startswith("GET"))):
