@@ -22,6 +22,8 @@ create table upload_pipeline.sessions (
 
 -- sessions_to_clean: those that were over first
 create index sessions_over on upload_pipeline.sessions (least(expires_at, ended_at, claimed_at), session_id);
+-- sessions_to_clean: those that may have got documents since; no more than a grace time has claims
+create index sessions_claimed on upload_pipeline.sessions (claimed_at) where claimed_at is not null;
 
 -- What a claim has done with each document of a session: moved, or given up for the one with the same bytes that the user
 -- had. It outlives the documents, so that a claim that is asked again answers the same.
@@ -273,7 +275,7 @@ begin
 end
 $$;
 
--- Sessions that have been over for longer than p_grace, the first ones first, behind the one named.
+-- Sessions that have been over for longer than p_grace, and claimed ones that have a document left, as many of each.
 create function upload_pipeline.sessions_to_clean(p_grace interval, p_limit integer default 100)
 returns table (session_id uuid)
 language sql
@@ -281,15 +283,21 @@ stable
 security definer
 set search_path = ''
 as $$
-  select s.session_id from upload_pipeline.sessions s
-   where least(s.expires_at, s.ended_at, s.claimed_at) < upload_pipeline.now() - p_grace
-   order by least(s.expires_at, s.ended_at, s.claimed_at), s.session_id limit p_limit
+  (select s.session_id from upload_pipeline.sessions s
+    where least(s.expires_at, s.ended_at, s.claimed_at) < upload_pipeline.now() - p_grace
+    order by least(s.expires_at, s.ended_at, s.claimed_at), s.session_id limit p_limit)
+  union
+  (select s.session_id from upload_pipeline.sessions s
+    where s.claimed_at is not null
+      and exists (select from upload_pipeline.documents d where d.user_id = s.user_id and d.deleted_at is null)
+    limit p_limit)
 $$;
 
--- Cleans a session that is over. Of one that was claimed the documents that came late follow. Of any other the documents go
--- (their deletion begins here; who removes objects ends it), and a record without an owner stays of each. Once there is no
--- document left the session goes too, and with it whatever tells whose the records were. Returns how many deletions have
--- begun, and whether the session is gone. A session that another call holds is being cleaned there.
+-- Cleans a session that is over. Of one that was claimed the documents that came late follow, whenever this is called. Of any
+-- other, once it has been over for p_grace, the documents go (their deletion begins here; who removes objects ends it), and a
+-- record without an owner stays of each. After p_grace, once there is no document left, the session goes too, and with it
+-- whatever tells whose the records were. Returns how many deletions have begun, and whether the session is gone. A session
+-- that another call holds is being cleaned there.
 create function upload_pipeline.clean_session(p_session_id uuid, p_grace interval)
 returns table (documents integer, removed boolean)
 language plpgsql
@@ -304,7 +312,7 @@ declare
 begin
   select s.* into v_session from upload_pipeline.sessions s
    where s.session_id = p_session_id
-     and least(s.expires_at, s.ended_at, s.claimed_at) < upload_pipeline.now() - p_grace
+     and (s.claimed_at is not null or least(s.expires_at, s.ended_at) < upload_pipeline.now() - p_grace)
      for update skip locked;
   if not found then
     return query select 0, false;
@@ -331,7 +339,8 @@ begin
     end loop;
   end if;
 
-  if exists (select from upload_pipeline.documents d where d.user_id = v_session.user_id) then
+  if least(v_session.expires_at, v_session.ended_at, v_session.claimed_at) >= upload_pipeline.now() - p_grace
+     or exists (select from upload_pipeline.documents d where d.user_id = v_session.user_id) then
     return query select v_count, false;
     return;
   end if;

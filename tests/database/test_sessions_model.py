@@ -244,11 +244,11 @@ def make_machine(admin: Connection, db: Connection) -> type[RuleBasedStateMachin
             removed = begun = 0
             for session in list(self.world.sessions):
                 over = session.expires if session.over is None else min(session.over, session.expires)
-                if over >= self.world.clock - GRACE:
-                    continue
                 if session.claimed_by is not None:
                     self.world.move(session)
-                else:
+                if over >= self.world.clock - GRACE:
+                    continue
+                if session.claimed_by is None:
                     for one in self.world.documents:
                         if one.owner == session.user and not one.hidden:
                             self.world.hide(one)

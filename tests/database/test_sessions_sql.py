@@ -520,9 +520,11 @@ def test_what_came_late_to_a_claimed_session_follows_by_itself(admin: Connection
     session = open_session(worker, "t")
     claim_session(worker, "t", USER)
     late = upload(worker, session.user_id, "late")
+    assert clean_sessions(worker) == (0, 0)
+    assert owners(admin) == {late.document_id: USER}
+    assert claim_session(worker, "t", USER).documents == [late.document_id]
     set_clock(worker, DAY + 1)
     assert clean_sessions(worker) == (1, 0)
-    assert owners(admin) == {late.document_id: USER}
     assert value(admin, "select count(*) from upload_pipeline.processing_records") == 0
     assert traces(admin, session.user_id) == {}
 

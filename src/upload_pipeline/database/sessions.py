@@ -91,6 +91,8 @@ async def claim_session(db: Executor, token_sha256: str, user_id: UUID) -> Claim
 async def clean_sessions(db: Executor, grace: timedelta, *, limit: int = 100) -> tuple[int, int]:
     """Cleans sessions that have been over for longer than `grace`, each in a transaction of its own.
 
+    Documents that came to a claimed session late follow the others at once.
+
     Returns:
         How many sessions are gone, and of how many documents the deletion has begun.
     """
