@@ -62,6 +62,7 @@ returns trigger
 language plpgsql
 security definer
 set search_path = ''
+set enable_seqscan = off
 as $$
 begin
   if exists (select from upload_pipeline.sessions s where s.user_id = old.user_id) then
@@ -152,6 +153,7 @@ returns void
 language plpgsql
 security definer
 set search_path = ''
+set enable_seqscan = off
 as $$
 declare
   v_session   upload_pipeline.sessions;
@@ -282,6 +284,7 @@ language sql
 stable
 security definer
 set search_path = ''
+set enable_seqscan = off
 as $$
   (select s.session_id from upload_pipeline.sessions s
     where least(s.expires_at, s.ended_at, s.claimed_at) < upload_pipeline.now() - p_grace
@@ -303,6 +306,7 @@ returns table (documents integer, removed boolean)
 language plpgsql
 security definer
 set search_path = ''
+set enable_seqscan = off
 as $$
 #variable_conflict use_column
 declare

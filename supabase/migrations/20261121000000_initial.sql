@@ -3630,6 +3630,7 @@ returns trigger
 language plpgsql
 security definer
 set search_path = ''
+set enable_seqscan = off
 as $$
 begin
   if exists (select from upload_pipeline.sessions s where s.user_id = old.user_id) then
@@ -3720,6 +3721,7 @@ returns void
 language plpgsql
 security definer
 set search_path = ''
+set enable_seqscan = off
 as $$
 declare
   v_session   upload_pipeline.sessions;
@@ -3850,6 +3852,7 @@ language sql
 stable
 security definer
 set search_path = ''
+set enable_seqscan = off
 as $$
   (select s.session_id from upload_pipeline.sessions s
     where least(s.expires_at, s.ended_at, s.claimed_at) < upload_pipeline.now() - p_grace
@@ -3871,6 +3874,7 @@ returns table (documents integer, removed boolean)
 language plpgsql
 security definer
 set search_path = ''
+set enable_seqscan = off
 as $$
 #variable_conflict use_column
 declare
