@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import signal
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +14,7 @@ from uuid import UUID, uuid4
 
 import asyncpg
 import httpx
+import psutil
 import pytest
 
 from tests.api.live_service import token
@@ -119,6 +121,35 @@ def test_batches_from_request_to_search(plain: World) -> None:
         ("scan.pdf", "CORRUPT_FILE"),
         ("empty.txt", "EMPTY_FILE"),
     ]
+
+
+def test_a_batch_goes_through_without_being_held_in_memory(plain: World) -> None:
+    block = b"The tree fell on the shed during the storm, and nobody was hurt.\n" * 1000
+
+    def body() -> Iterator[bytes]:
+        for n in range(5):
+            yield b'--b\r\nContent-Disposition: form-data; name="files"; filename="%d.txt"\r\n\r\nfile %d\n' % (n, n)
+            yield from [block] * 300
+            yield b"\r\n"
+        yield b"--b--\r\n"
+
+    with service_process(plain.worker_url, plain.home) as service, client_of(service.url, uuid4()) as client:
+        process, peak, over = psutil.Process(service.process.pid), 0, threading.Event()
+        before = process.memory_info().rss
+
+        def watch() -> None:
+            nonlocal peak
+            while not over.wait(0.02):
+                peak = max(peak, process.memory_info().rss)
+
+        watching = threading.Thread(target=watch)
+        watching.start()
+        answer = client.post(BATCH, content=body(), headers={"Content-Type": "multipart/form-data; boundary=b"})
+        over.set()
+        watching.join()
+        assert (answer.status_code, answer.json()["total_documents"]) == (202, 5)
+    # 97 MB have gone through
+    assert peak - before < 30_000_000
 
 
 async def test_a_batch_of_forty_survives_kills_of_the_service_and_of_workers(world: World) -> None:
