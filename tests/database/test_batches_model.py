@@ -229,7 +229,7 @@ def test_batches_do_as_their_model_does(admin: Connection, worker: Connection) -
     run_state_machine_as_test(
         make_machine(admin, worker),
         settings=settings(
-            max_examples=80,
+            max_examples=50,
             stateful_step_count=30,
             deadline=None,
             suppress_health_check=list(HealthCheck),
