@@ -16,7 +16,8 @@ begin
   foreach v_table in array array[
     'stages', 'embedding_models', 'documents', 'upload_jobs', 'job_outcomes', 'lanes', 'events', 'document_chunk_buffer',
     'document_vector_buffer', 'document_chunks', 'document_nodes', 'document_edges', 'workers',
-    'stage_durations', 'policies', 'batches', 'batch_members', 'processing_records']
+    'stage_durations', 'policies', 'batches', 'batch_members', 'processing_records', 'provider_budgets',
+    'provider_reservations']
   loop
     execute format('create policy %I on upload_pipeline.%I for select to upload_worker using (true)', v_table || '_worker', v_table);
     execute format('grant select on upload_pipeline.%I to upload_worker, service_role', v_table);
@@ -63,7 +64,7 @@ begin
        and p.proname not in ('new_job_id', 'wake_lanes', 'check_step', 'prepare_restart', 'drop_event_partitions',
                              'notify_watchers', 'settle_batch_members', 'wake_job', 'lock_awaited', 'lock_latest_job',
                              'check_no_stranger', 'look_for_upload', 'resume_upload_job', 'move_session_documents',
-                             'forget_session_document')
+                             'forget_session_document', 'lock_budget')
   loop
     execute format('grant execute on function %s to upload_worker, service_role', v_function);
   end loop;

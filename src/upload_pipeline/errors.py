@@ -48,6 +48,7 @@ class ErrorCode(StrEnum):
     PARSE_MEMORY = "PARSE_MEMORY"
     PARSE_CRASHED = "PARSE_CRASHED"
     EMBED_FAILED = "EMBED_FAILED"
+    REQUEST_OVER_BUDGET = "REQUEST_OVER_BUDGET"
     # jobs
     LEASE_LOST = "LEASE_LOST"
     STAGE_TIMEOUT = "STAGE_TIMEOUT"
@@ -128,6 +129,7 @@ HTTP_STATUS: dict[ErrorCode, int] = {
     ErrorCode.PARSE_MEMORY: 400,
     ErrorCode.PARSE_CRASHED: 400,
     ErrorCode.EMBED_FAILED: 503,
+    ErrorCode.REQUEST_OVER_BUDGET: 400,
     ErrorCode.LEASE_LOST: 409,
     ErrorCode.STAGE_TIMEOUT: 503,
     ErrorCode.WORKER_LOST: 503,

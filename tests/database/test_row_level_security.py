@@ -44,6 +44,8 @@ READERS = {
     "sessions": set(),
     "claimed_documents": set(),
     "processing_records": {"upload_worker", "service_role"},
+    "provider_budgets": {"upload_worker", "service_role"},
+    "provider_reservations": {"upload_worker", "service_role"},
     "rate_limits": set(),
     "job_watches": set(),
     "batches": {"authenticated", "upload_worker", "service_role"},
@@ -71,6 +73,7 @@ CALLERS = {
             "prepare_restart",
             "drop_event_partitions",
             "forget_session_document",
+            "lock_budget",
             "move_session_documents",
             "notify_watchers",
             "settle_batch_members",
@@ -124,6 +127,7 @@ CALLERS = {
             "forget_full_buckets",
             "forget_lost_watches",
             "forget_lost_workers",
+            "freeze_budget",
             "list_api_keys",
             "max_retries",
             "note_api_key_use",
@@ -144,12 +148,14 @@ CALLERS = {
             "renew_admissions",
             "renew_leases",
             "retry_batch",
+            "reserve_calls",
             "reserve_document",
             "retry_delay",
             "retry_job",
             "revoke_api_key",
             "sessions_to_clean",
             "set_lane_cap",
+            "settle_calls",
             "size_class",
             "snooze_job",
             "take_tokens",
@@ -210,6 +216,7 @@ def filled(admin: Connection, worker: Connection) -> Connection:
         values (gen_random_uuid(), 'a.txt', 1, 'text/plain', now(), 'completed')
         """
     )
+    worker.execute("select * from upload_pipeline.reserve_calls(%s, 'p', repeat('a', 8), 'm', 1, 1)", [uuid4()])
     for user in (OWNER, STRANGER):
         document = add_document(admin, user)
         enqueue(worker, document, user)
