@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime
@@ -174,6 +175,8 @@ async def test_a_list_is_restricted_by_each_filter(service: LiveService, admin: 
         ({"limit": "101"}, "limit"),
         ({"state": "broken"}, "state"),
         ({"created_from": "yesterday"}, "created_from"),
+        ({"created_from": "2026"}, "created_from"),
+        ({"created_to": "-1.5"}, "created_to"),
         ({"created_from": "9999-12-31T23:59:59-23:00"}, "created_from"),
         ({"cursor": "AAAA"}, "cursor"),
         ({"cursor": "é"}, "cursor"),
@@ -220,6 +223,19 @@ async def test_retry_starts_ended_jobs_and_refuses_others_with_their_state(
     restarted = await client.post(f"/api/v2/jobs/{job}/retry", json={"from_stage": "parsing"})
     assert restarted.status_code == 200
     assert restarted.json() == {"job_id": str(job), "stage": "parsing", "state": "queued"}
+
+
+async def test_of_many_that_retry_at_once_one_does_and_the_others_learn_the_state_that_is(
+    service: LiveService, admin: asyncpg.Connection
+) -> None:
+    user = new_user()
+    client = service.client(user)
+    for _ in range(3):
+        job = await add_job(admin, user)
+        assert (await client.post(f"/api/v2/jobs/{job}/cancel")).json()["state"] == "cancelled"
+        answers = await asyncio.gather(*(client.post(f"/api/v2/jobs/{job}/retry") for _ in range(8)))
+        refused = [answer.json()["error"]["details"]["state"] for answer in answers if answer.status_code != 200]
+        assert refused == ["queued"] * 7
 
 
 async def test_cancel_stops_a_job_once_and_says_what_it_found(service: LiveService, admin: asyncpg.Connection) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import asyncpg
 import pytest
 from fastapi import Request
-from in_process import Api, open_api
+from in_process import Api, open_api, token
 from postgres_servers import Database
 
 from upload_pipeline.errors import HTTP_STATUS, ErrorCode, PipelineError
@@ -38,10 +38,19 @@ async def test_what_does_not_validate_names_its_fields(api: Api) -> None:
     assert [field["field"] for field in error["details"]["fields"]] == ["number", "size"]
 
 
+async def test_a_body_that_is_no_json_is_named(api: Api) -> None:
+    headers = {"Authorization": f"Bearer {token()}", "Content-Type": "application/json"}
+    answer = await api.client.post("/api/v2/search", headers=headers, content=b'{"query": ')
+    assert answer.status_code == 400
+    assert [field["field"] for field in answer.json()["error"]["details"]["fields"]] == ["body"]
+
+
 @pytest.mark.parametrize(
     ("method", "path", "status", "code"),
     [
         ("GET", "/nowhere", 404, "NOT_FOUND"),
+        ("GET", "/api/v2/jobs/", 404, "NOT_FOUND"),
+        ("POST", "/api/v2/upload/", 404, "NOT_FOUND"),
         ("DELETE", "/healthz", 405, "METHOD_NOT_ALLOWED"),
         ("GET", "/api/v2/jobs", 401, "UNAUTHENTICATED"),
     ],
@@ -162,4 +171,4 @@ async def test_one_line_is_written_of_each_request(api: Api, capsys: pytest.Capt
 async def test_the_description_of_the_api_is_valid_json(api: Api) -> None:
     document = json.loads((await api.client.get("/openapi.json")).text)
     assert {"/healthz", "/readyz", "/metrics"} <= document["paths"].keys()
-    assert document["components"]["securitySchemes"].keys() == {"HTTPBearer", "APIKeyHeader"}
+    assert document["components"]["securitySchemes"].keys() == {"HTTPBearer", "APIKeyHeader", "APIKeyCookie"}

@@ -82,6 +82,9 @@ def create_app(settings: Settings, resources: Resources) -> FastAPI:
         version=upload_pipeline.__version__,
         # A client made from the OpenAPI document calls its functions by these.
         generate_unique_id_function=lambda route: route.name,
+        # A path with a slash too many is no path of ours. A redirect would name the scheme that this process is called
+        # by, and so have clients behind a proxy repeat their credentials without TLS.
+        redirect_slashes=False,
         middleware=[
             Middleware(UnreadBodies),
             Middleware(RequestContext, metrics=metrics),

@@ -169,15 +169,19 @@ async def _on_pipeline_error(request: Request, error: Exception) -> Response:
 
 async def _on_validation_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)  # noqa: S101 - registered for this class
-    fields = [
-        {"field": ".".join(str(part) for part in item["loc"][1:]) or str(item["loc"][0]), "problem": item["msg"]}
-        for item in error.errors()
-    ]
+    fields = [_field(item) for item in error.errors()]
     named = "; ".join(f"{item['field']}: {item['problem']}" for item in fields[:5])
     return error_response(
         PipelineError(ErrorCode.INVALID_ARGUMENT, f"The request does not validate: {named}.", {"fields": fields}),
         request.state.correlation_id,
     )
+
+
+def _field(item: dict[str, Any]) -> dict[str, str]:
+    source, *path = item["loc"]
+    if item["type"] == "json_invalid":  # its path is the place of the character where JSON ends
+        return {"field": str(source), "problem": item["msg"]}
+    return {"field": ".".join(str(part) for part in path) or str(source), "problem": item["msg"]}
 
 
 async def _on_http_exception(request: Request, error: Exception) -> Response:

@@ -8,7 +8,7 @@ from uuid import UUID
 
 import asyncpg
 from fastapi import APIRouter, Body, Path, Query
-from pydantic import AfterValidator
+from pydantic import AfterValidator, BeforeValidator
 
 from upload_pipeline.api.cursors import decode_cursor, encode_cursor
 from upload_pipeline.api.error_bodies import documented_errors
@@ -28,6 +28,13 @@ MAX_PAGE = 100
 JobId = Annotated[UUID, Path(description="Of a job of yours.", examples=["6f1d6a3e-3b1c-4a53-9f44-9d3d0a2c7a11"])]
 
 
+def _written_out(value: object) -> object:
+    """A bare number would be taken for seconds since 1970, and a year for the first hour of that."""
+    if isinstance(value, str) and value.strip().lstrip("+-").replace(".", "", 1).isdecimal():
+        raise ValueError("a time as 2026-11-21T09:00:00Z (RFC 3339) is needed")
+    return value
+
+
 def _in_utc(moment: datetime) -> datetime:
     """A time without a zone is one of UTC, as all times here; what Postgres cannot hold is refused."""
     try:
@@ -36,7 +43,7 @@ def _in_utc(moment: datetime) -> datetime:
         raise ValueError("out of range") from error
 
 
-Moment = Annotated[datetime, AfterValidator(_in_utc)]
+Moment = Annotated[datetime, BeforeValidator(_written_out), AfterValidator(_in_utc)]
 Name = Annotated[str, Query(max_length=100, pattern=r"^[a-z][a-z0-9_]*$")]
 
 
@@ -85,11 +92,11 @@ async def retry_job(
     request: Annotated[RetryRequest | None, Body()] = None,
 ) -> JobRestarted:
     """Of a job that is `deadletter` or `cancelled`; with `from_stage` also of one that is `done`. Else 409."""
-    job = await _owned_job(resources, principal.user_id, job_id)
+    await _owned_job(resources, principal.user_id, job_id)
     try:
         restarted = await queue.retry_job(resources.db, job_id, from_stage=request.from_stage if request else None)
     except asyncpg.PostgresError as error:
-        raise _refused(error, job) from error
+        raise _refused(error, await _owned_job(resources, principal.user_id, job_id)) from error
     return JobRestarted.model_validate(restarted)
 
 
