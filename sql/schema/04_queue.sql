@@ -771,8 +771,14 @@ $$;
 
 -- Starts an ended job again, at p_from_stage or where it stopped. Of `deadletter` and `cancelled`; of `done` only with
 -- a stage. With p_force also of a live job: the token is raised, so that a worker still busy with it is fenced off.
--- What it makes anew is dropped from the buffers (prepare_restart); vectors of chunks that do not change are kept.
-create function upload_pipeline.retry_job(p_job_id uuid, p_from_stage text default null, p_force boolean default false)
+-- What it makes anew is dropped from the buffers (prepare_restart); vectors of chunks that do not change are kept. What
+-- follows is told under `p_correlation_id` where that is given.
+create function upload_pipeline.retry_job(
+  p_job_id         uuid,
+  p_from_stage     text default null,
+  p_force          boolean default false,
+  p_correlation_id text default null
+)
 returns table (job_id uuid, stage text, state upload_pipeline.job_state)
 language plpgsql
 security definer
@@ -822,7 +828,7 @@ begin
     update upload_pipeline.upload_jobs j
        set stage = v_target.stage, pool = v_target.pool, state = 'queued', retry_count = 0, cancel_requested = false,
            lease_token = j.lease_token + 1, worker_id = null, lease_expires_at = null, run_at = v_now, updated_at = v_now,
-           finished_at = null
+           finished_at = null, correlation_id = coalesce(p_correlation_id, j.correlation_id)
      where j.job_id = p_job_id;
   exception when unique_violation then
     -- one was enqueued or started again since the look above
@@ -832,7 +838,7 @@ begin
   delete from upload_pipeline.job_outcomes o where o.job_id = p_job_id;
   insert into upload_pipeline.events (at, code, user_id, document_id, job_id, stage, lease_token, correlation_id, payload)
   values (v_now, 'job_restarted', v_job.user_id, v_job.document_id, p_job_id, v_target.stage, v_job.lease_token + 1,
-          v_job.correlation_id, jsonb_build_object('from_state', v_job.state, 'from_stage', v_job.stage));
+          coalesce(p_correlation_id, v_job.correlation_id), jsonb_build_object('from_state', v_job.state, 'from_stage', v_job.stage));
   perform upload_pipeline.wake_lanes(v_target.pool, array[v_job.user_id]);
   return query select p_job_id, v_target.stage, 'queued'::upload_pipeline.job_state;
 end
@@ -840,7 +846,7 @@ $$;
 
 -- Stops a job: at once where nobody works on it; a working one at its next step boundary or heartbeat. Of an ended
 -- job: nothing changes, and its state comes back.
-create function upload_pipeline.cancel_job(p_job_id uuid)
+create function upload_pipeline.cancel_job(p_job_id uuid, p_correlation_id text default null)
 returns table (job_id uuid, state upload_pipeline.job_state, cancel_requested boolean)
 language plpgsql
 security definer
@@ -857,7 +863,7 @@ begin
   end if;
   if v_job.state in ('queued', 'retryable', 'working') and not v_job.cancel_requested then
     update upload_pipeline.upload_jobs j
-       set cancel_requested = true, updated_at = v_now,
+       set cancel_requested = true, updated_at = v_now, correlation_id = coalesce(p_correlation_id, j.correlation_id),
            state = case when j.state = 'working' then j.state else 'cancelled' end,
            finished_at = case when j.state = 'working' then null else v_now end
      where j.job_id = p_job_id

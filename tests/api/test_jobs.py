@@ -225,6 +225,27 @@ async def test_retry_starts_ended_jobs_and_refuses_others_with_their_state(
     assert restarted.json() == {"job_id": str(job), "stage": "parsing", "state": "queued"}
 
 
+async def test_what_follows_from_a_request_carries_its_correlation_id(
+    service: LiveService, admin: asyncpg.Connection
+) -> None:
+    user = new_user()
+    client = service.client(user)
+    job = await add_job(admin, user)
+    for verb in ("cancel", "retry"):
+        answer = await client.post(f"/api/v2/jobs/{job}/{verb}", headers={"X-Correlation-ID": f"my-{verb}"})
+        assert answer.headers["X-Correlation-ID"] == f"my-{verb}"
+    await advance(admin, await claim(admin, job), "job_validated")
+    told = await admin.fetch(
+        "select code::text, correlation_id from upload_pipeline.events where job_id = $1 order by event_id", job
+    )
+    assert [(row["code"], row["correlation_id"]) for row in told[1:]] == [
+        ("job_cancelled", "my-cancel"),
+        ("job_restarted", "my-retry"),
+        ("job_claimed", "my-retry"),
+        ("job_advanced", "my-retry"),
+    ]
+
+
 async def test_of_many_that_retry_at_once_one_does_and_the_others_learn_the_state_that_is(
     service: LiveService, admin: asyncpg.Connection
 ) -> None:

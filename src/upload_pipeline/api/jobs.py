@@ -14,6 +14,7 @@ from upload_pipeline.api.cursors import decode_cursor, encode_cursor
 from upload_pipeline.api.error_bodies import documented_errors
 from upload_pipeline.api.job_bodies import Job, JobCancelled, JobPage, JobRestarted, RetryRequest
 from upload_pipeline.api.principals import CurrentPrincipal
+from upload_pipeline.api.request_context import CorrelationId
 from upload_pipeline.api.resources import AppResources, Resources
 from upload_pipeline.database import queue, user_jobs
 from upload_pipeline.database.as_user import as_user
@@ -89,26 +90,34 @@ async def retry_job(
     job_id: JobId,
     principal: CurrentPrincipal,
     resources: AppResources,
+    correlation_id: CorrelationId,
     request: Annotated[RetryRequest | None, Body()] = None,
 ) -> JobRestarted:
     """Of a job that is `deadletter` or `cancelled`; with `from_stage` also of one that is `done`. Else 409."""
     await _owned_job(resources, principal.user_id, job_id)
     try:
-        restarted = await queue.retry_job(resources.db, job_id, from_stage=request.from_stage if request else None)
+        restarted = await queue.retry_job(
+            resources.db,
+            job_id,
+            from_stage=request.from_stage if request else None,
+            correlation_id=correlation_id,
+        )
     except asyncpg.PostgresError as error:
         raise _refused(error, await _owned_job(resources, principal.user_id, job_id)) from error
     return JobRestarted.model_validate(restarted)
 
 
 @router.post("/{job_id}/cancel", summary="Stop a job", responses=documented_errors(400, 401, 404, 409, 429))
-async def cancel_job(job_id: JobId, principal: CurrentPrincipal, resources: AppResources) -> JobCancelled:
+async def cancel_job(
+    job_id: JobId, principal: CurrentPrincipal, resources: AppResources, correlation_id: CorrelationId
+) -> JobCancelled:
     """A waiting job stops at once, a working one at its next step or heartbeat; cancelling twice is cancelling once.
 
     Of a job that has ended otherwise: 409 with its state.
     """
     job = await _owned_job(resources, principal.user_id, job_id)
     try:
-        state, requested = await queue.cancel_job(resources.db, job_id)
+        state, requested = await queue.cancel_job(resources.db, job_id, correlation_id=correlation_id)
     except asyncpg.PostgresError as error:
         raise _refused(error, job) from error
     if state in (JobState.DONE, JobState.DEADLETTER):

@@ -217,25 +217,46 @@ async def release_jobs(db: Executor, leases: Sequence[Lease]) -> dict[UUID, str]
     return {row["job_id"]: row["state"] for row in rows}
 
 
-async def retry_job(db: Executor, job_id: UUID, *, from_stage: str | None) -> Transition:
+async def retry_job(
+    db: Executor, job_id: UUID, *, from_stage: str | None, correlation_id: str | None = None
+) -> Transition:
     """Starts an ended job again, where it stands or at an earlier stage.
+
+    Args:
+        db: as role `upload_worker`.
+        job_id: of the job.
+        from_stage: where it starts; None: where it stands.
+        correlation_id: of the request, for all that follows; None: the job keeps the one that it has.
 
     Raises:
         asyncpg.PostgresError: SQLSTATE UP002 (no such job), UP003 (its state does not allow it), UP004 (the stage).
     """
     row = await db.fetchrow(
-        "select job_id, stage, state::text as state from upload_pipeline.retry_job($1, $2)", job_id, from_stage
+        """
+        select job_id, stage, state::text as state
+          from upload_pipeline.retry_job($1, $2, p_correlation_id => $3)
+        """,
+        job_id,
+        from_stage,
+        correlation_id,
     )
     return Transition(**row)
 
 
-async def cancel_job(db: Executor, job_id: UUID) -> tuple[str, bool]:
+async def cancel_job(db: Executor, job_id: UUID, *, correlation_id: str | None = None) -> tuple[str, bool]:
     """Stops a job: at once where nobody works on it. Returns its state, and whether it was ever asked to stop.
+
+    Args:
+        db: as role `upload_worker`.
+        job_id: of the job.
+        correlation_id: of the request, for all that follows; None: the job keeps the one that it has.
 
     Raises:
         asyncpg.PostgresError: SQLSTATE UP002 where there is no such job.
     """
-    row = await db.fetchrow("select state::text as state, cancel_requested from upload_pipeline.cancel_job($1)", job_id)
+    row = await db.fetchrow(
+        "select state::text as state, cancel_requested from upload_pipeline.cancel_job($1, $2)", job_id, correlation_id
+    )
     return row["state"], row["cancel_requested"]
 
 
