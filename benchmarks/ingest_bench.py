@@ -142,7 +142,7 @@ async def _measure(
 
 
 async def _bare(parser: LocalParser, paths: list[Path], settings: Settings) -> float:
-    embedder = open_embedder(settings.embedder)
+    embedder = open_embedder(settings.embedder, settings)
     await embedder.embed(["loaded before the clock starts"])
     began = time.perf_counter()
     for path in paths:

@@ -48,6 +48,9 @@ class ErrorCode(StrEnum):
     PARSE_MEMORY = "PARSE_MEMORY"
     PARSE_CRASHED = "PARSE_CRASHED"
     EMBED_FAILED = "EMBED_FAILED"
+    EMBED_REJECTED = "EMBED_REJECTED"
+    EMBED_QUOTA = "EMBED_QUOTA"
+    EMBED_DENIED = "EMBED_DENIED"
     REQUEST_OVER_BUDGET = "REQUEST_OVER_BUDGET"
     # jobs
     LEASE_LOST = "LEASE_LOST"
@@ -90,6 +93,8 @@ RETRYABLE: frozenset[ErrorCode] = frozenset(
         ErrorCode.SCANNER_UNAVAILABLE,
         ErrorCode.PARSE_TIMEOUT,
         ErrorCode.EMBED_FAILED,
+        ErrorCode.EMBED_QUOTA,
+        ErrorCode.EMBED_DENIED,
         ErrorCode.STAGE_TIMEOUT,
         ErrorCode.WORKER_LOST,
         ErrorCode.DOCUMENT_NOT_READY,
@@ -129,6 +134,9 @@ HTTP_STATUS: dict[ErrorCode, int] = {
     ErrorCode.PARSE_MEMORY: 400,
     ErrorCode.PARSE_CRASHED: 400,
     ErrorCode.EMBED_FAILED: 503,
+    ErrorCode.EMBED_REJECTED: 400,
+    ErrorCode.EMBED_QUOTA: 503,
+    ErrorCode.EMBED_DENIED: 503,
     ErrorCode.REQUEST_OVER_BUDGET: 400,
     ErrorCode.LEASE_LOST: 409,
     ErrorCode.STAGE_TIMEOUT: 503,

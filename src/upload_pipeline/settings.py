@@ -55,7 +55,31 @@ class Settings(BaseSettings):
 
     # what does the work
     parser: Literal["local"] = Field(default="local", description="Who turns files into Markdown.")
-    embedder: Literal["local"] = Field(default="local", description="Who turns text into vectors.")
+    embedder: Literal["local", "openai"] = Field(default="local", description="Who turns text into vectors.")
+
+    # OpenAI, or a server that speaks as it does
+    openai_api_key: SecretStr = Field(
+        default=SecretStr(""), description="Key of the account that pays, where EMBEDDER is `openai`."
+    )
+    openai_base_url: str = Field(
+        default="https://api.openai.com/v1",
+        pattern=r"^https?://[^/@\s]+(/\S*)?$",
+        description="The API with its version; regions and compatible servers have their own.",
+    )
+    openai_model: str = Field(
+        default="text-embedding-3-small", min_length=1, max_length=200, description="Model, as the API names it."
+    )
+    openai_dimensions: int = Field(
+        default=0, ge=0, le=16_000, description="Length of its vectors; 0: as the model gives them, where it is known."
+    )
+    openai_concurrency: int = Field(default=4, ge=1, le=100, description="Requests of one worker at once.")
+    openai_timeout: float = Field(default=60.0, gt=0, le=600, description="Seconds that one request may take.")
+    openai_requests_per_minute: int = Field(
+        default=0, ge=0, description="Requests in a minute, of all workers; 0: as many as the provider says."
+    )
+    openai_tokens_per_minute: int = Field(
+        default=0, ge=0, description="Tokens in a minute, of all workers; 0: as many as the provider says."
+    )
 
     # limits
     max_file_bytes: int = Field(default=25 * 1024 * 1024, gt=0, description="Largest file that intake takes.")

@@ -68,18 +68,18 @@ def assert_unit_rows(vectors: np.ndarray, count: int) -> None:
 
 
 def test_the_local_embedder_is_opened_by_name_and_states_its_facts() -> None:
-    embedder: Embedder = open_embedder("local")
+    embedder: Embedder = open_embedder("local", Settings())
     assert embedder.facts == EmbeddingModel(name="wordllama-256", provider="local", dimensions=256)
     assert (embedder.model, embedder.dimensions) == ("wordllama-256", 256)
 
 
-@pytest.mark.parametrize("name", ["", "openai", "LOCAL", "local "])
+@pytest.mark.parametrize("name", ["", "OpenAI", "LOCAL", "local "])
 def test_an_unknown_name_is_refused_with_the_names_that_are_allowed(name: str) -> None:
     with pytest.raises(PipelineError) as caught:
-        open_embedder(name)
+        open_embedder(name, Settings())
     assert caught.value.code is ErrorCode.SETTING_INVALID
     assert repr(name) in caught.value.message
-    assert caught.value.details["allowed"] == ["local"]
+    assert caught.value.details["allowed"] == ["local", "openai"]
 
 
 def test_the_setting_allows_exactly_the_embedders_there_are() -> None:
@@ -90,8 +90,9 @@ def test_importing_the_module_loads_neither_numpy_nor_the_tokenizer() -> None:
     printed = run_python(
         "import sys\n"
         "from upload_pipeline.providers import embedding, local_embedder\n"
-        "embedding.open_embedder('local')\n"
-        "print(sorted({'numpy', 'tokenizers', 'safetensors', 'wordllama', 'requests'} & set(sys.modules)))"
+        "from upload_pipeline.settings import Settings\n"
+        "embedding.open_embedder('local', Settings())\n"
+        "print(sorted({'numpy', 'tokenizers', 'safetensors', 'wordllama', 'requests', 'openai'} & set(sys.modules)))"
     )
     assert printed == "[]"
 

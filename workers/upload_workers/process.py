@@ -74,7 +74,7 @@ async def running_worker(
         store = store or open_store(settings.effective_storage_url)
         await store.check_writable()
         calls = ProviderCalls()
-        embedder = MeasuredEmbedder(open_embedder(settings.embedder), calls)
+        embedder = MeasuredEmbedder(open_embedder(settings.embedder, settings), calls)
         stack.push_async_callback(embedder.close)
         local_parser = LocalParser(settings.parse_timeout, settings.parse_memory_bytes)
         stack.callback(local_parser.close)

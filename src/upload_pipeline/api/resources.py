@@ -84,7 +84,7 @@ async def open_resources(settings: Settings, database_url: str) -> AsyncGenerato
         stack.push_async_callback(_close_pool, db)
         store = open_store(settings.effective_storage_url, public_endpoint=settings.storage_public_endpoint)
         provider_calls = ProviderCalls()
-        embedder = MeasuredEmbedder(open_embedder(settings.embedder), provider_calls)
+        embedder = MeasuredEmbedder(open_embedder(settings.embedder, settings), provider_calls)
         stack.push_async_callback(embedder.close)
         local_parser = LocalParser(settings.parse_timeout, settings.parse_memory_bytes)
         stack.callback(local_parser.close)

@@ -233,7 +233,7 @@ async def _check_parser(settings: Settings) -> str:
 async def _check_embedder(settings: Settings) -> str:
     from upload_pipeline.providers.embedding import open_embedder
 
-    embedder = open_embedder(settings.embedder)
+    embedder = open_embedder(settings.embedder, settings)
     try:
         vectors = await embedder.embed(["A sentence to embed."])
     finally:

@@ -72,7 +72,7 @@ async def _search(settings: Settings, query: str, *, limit: int, mode: Mode, use
     from upload_pipeline.search.query import search
 
     urls = await asyncio.to_thread(open_database, settings)
-    embedder = open_embedder(settings.embedder)
+    embedder = open_embedder(settings.embedder, settings)
     try:
         db = await open_pool(urls.worker, connection_options(settings, "upload-pipeline search"), size=1)
         try:

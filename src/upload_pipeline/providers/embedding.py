@@ -16,7 +16,9 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-EMBEDDERS: tuple[str, ...] = ("local",)
+    from upload_pipeline.settings import Settings
+
+EMBEDDERS: tuple[str, ...] = ("local", "openai")
 """The names that `open_embedder` knows: what the setting `EMBEDDER` may be."""
 
 MAX_BATCH = 256
@@ -65,6 +67,7 @@ class Embedder(Protocol):
 
         Raises:
             PipelineError: `EMBED_FAILED` when the model does not answer; the same call may succeed later.
+                `EMBED_REJECTED` when it does not take a text; `EMBED_QUOTA` and `EMBED_DENIED` when it takes none.
             TypeError: `texts` is one string, or holds something that is not a string.
         """
 
@@ -72,19 +75,24 @@ class Embedder(Protocol):
         """Lets go of threads and connections. A second call does nothing; `embed` fails afterwards."""
 
 
-def open_embedder(name: str) -> Embedder:
-    """Gives the embedder that a setting names; its model is loaded when it is first used.
+def open_embedder(name: str, settings: Settings) -> Embedder:
+    """Gives the embedder of a name; its model is loaded, or its server called, when it is first used.
 
     Args:
         name: one of `EMBEDDERS`.
+        settings: how it is reached.
 
     Raises:
-        PipelineError: `SETTING_INVALID` for any other name.
+        PipelineError: `SETTING_INVALID` for any other name, and where a setting or a package that it needs is missing.
     """
     if name == "local":
         from upload_pipeline.providers.local_embedder import LocalEmbedder
 
         return LocalEmbedder()
+    if name == "openai":
+        from upload_pipeline.providers.openai_embedder import open_openai
+
+        return open_openai(settings)
     raise PipelineError(
         ErrorCode.SETTING_INVALID,
         f"There is no embedder named {name!r}. Set EMBEDDER to one of: {', '.join(EMBEDDERS)}.",

@@ -1,0 +1,330 @@
+"""OpenAI's embeddings, or those of any server that speaks the same: one request at a time, each answer checked.
+
+The official client sends and reads; it never tries again by itself, so that every request is seen by whoever counts
+them. What a failure asks for is said by its `Remedy`:
+
+    Remedy   when                                                         code
+    AGAIN    no answer, a broken one, 408, 409, 5xx                       EMBED_FAILED
+    WAIT     429                                                          EMBED_FAILED
+    PAUSE    no money (429 `insufficient_quota`, 402); key or model       EMBED_QUOTA, EMBED_DENIED
+             refused (401, 403, 404, 400 of a setting)
+    SPLIT    any other 4xx: too large, or a text that is not taken        EMBED_REJECTED
+"""
+
+from __future__ import annotations
+
+import asyncio
+import binascii
+from base64 import b64decode
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+
+from upload_pipeline.errors import ErrorCode, PipelineError
+from upload_pipeline.providers.embedding import MAX_BATCH, EmbeddingModel, check_texts
+from upload_pipeline.providers.request_packing import pack
+from upload_pipeline.rate_headers import read_rate_limits
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from upload_pipeline.settings import Settings
+
+PROVIDER = "openai"
+
+NATIVE_DIMENSIONS: dict[str, int] = {
+    "text-embedding-3-small": 1536,
+    "text-embedding-3-large": 3072,
+    "text-embedding-ada-002": 1536,
+}
+"""Of the models that are known; those of the third generation can be told to give fewer."""
+
+TRIES = 3
+"""Of a request by `embed`, which somebody waits for."""
+_LONGEST_WAIT = 2.0  # seconds that `embed` waits for a limit
+
+_SHORTENED = "text-embedding-3-"
+_SETTING_PARAMS = frozenset({"model", "dimensions", "encoding_format"})
+_MESSAGE_CHARS = 300
+
+
+class Remedy(StrEnum):
+    """What helps against a failure."""
+
+    AGAIN = "again"
+    WAIT = "wait"
+    PAUSE = "pause"
+    SPLIT = "split"
+
+
+@dataclass
+class EmbeddingError(PipelineError):
+    """A request that brought no vectors.
+
+    Attributes:
+        remedy: what to do.
+        headers: of the answer, names in small letters; empty where there was none.
+        answered: whether the provider answered at all.
+    """
+
+    remedy: Remedy = Remedy.AGAIN
+    headers: Mapping[str, str] = field(default_factory=dict)
+    answered: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class EmbeddingAnswer:
+    """What a request brought.
+
+    Attributes:
+        vectors: row i for text i, of length 1 where it is usable.
+        unusable: positions whose vector is no direction: not finite, or of length 0.
+        tokens: as the provider counted them; None where it did not say.
+        headers: of the answer, names in small letters.
+    """
+
+    vectors: NDArray[np.float32]
+    unusable: tuple[int, ...]
+    tokens: int | None
+    headers: Mapping[str, str]
+
+
+class OpenAIEmbedder:
+    """Implements `Embedder`, and `request` for those who pack, count and repeat by themselves.
+
+    An empty text, and one of white space only, is embedded as a single space. A lone surrogate counts as `?`.
+    """
+
+    def __init__(self, *, api_key: str, base_url: str, model: str, dimensions: int = 0, timeout: float = 60.0) -> None:
+        """Connects to nothing yet.
+
+        Args:
+            api_key: of the account that pays.
+            base_url: of the API, with its version.
+            model: as the API names it.
+            dimensions: of the vectors; 0 means the model's own, where it is a known one.
+            timeout: seconds that a request may take.
+
+        Raises:
+            PipelineError: `SETTING_INVALID`, naming the setting or the missing package.
+        """
+        if find_spec("openai") is None:
+            raise _bad_setting(
+                "embedder",
+                'needs the package openai, which is not installed: install the extra "openai", as in '
+                '`pip install "upload-pipeline[openai]"`',
+            )
+        api_key = api_key.strip()
+        if not api_key:
+            raise _bad_setting(
+                "openai_api_key", "is empty; UPLOAD_PIPELINE_EMBEDDER=openai needs the key of an account"
+            )
+        if not (api_key.isascii() and api_key.isprintable()) or " " in api_key:
+            raise _bad_setting("openai_api_key", "has characters that no key has; copy it again")
+        native = NATIVE_DIMENSIONS.get(model, 0)
+        if not (native or dimensions):
+            raise _bad_setting("openai_dimensions", f"must say how long the vectors of {model!r} are")
+        shortened = native != 0 and dimensions not in (0, native)
+        if shortened and (not model.startswith(_SHORTENED) or dimensions > native):
+            raise _bad_setting(
+                "openai_dimensions", f"is {dimensions}, but {model!r} gives vectors of {native} dimensions"
+            )
+        import openai
+
+        self.api_key = api_key
+        self._api_model = model
+        self._asked_dimensions = dimensions if shortened else None
+        self._timeout = timeout
+        name = f"{model}@{dimensions}" if shortened else model
+        self._facts = EmbeddingModel(name, PROVIDER, dimensions or native)
+        self._client = openai.AsyncOpenAI(api_key=api_key, base_url=base_url, timeout=timeout, max_retries=0)
+
+    @property
+    def facts(self) -> EmbeddingModel:
+        """The model's facts; vectors that are cut shorter have a name of their own, as `text-embedding-3-small@512`."""
+        return self._facts
+
+    @property
+    def model(self) -> str:
+        """The model's name."""
+        return self._facts.name
+
+    @property
+    def dimensions(self) -> int:
+        """The length of each vector."""
+        return self._facts.dimensions
+
+    async def request(self, texts: Sequence[str]) -> EmbeddingAnswer:
+        """Sends texts once, as one request, and checks what comes back.
+
+        Raises:
+            EmbeddingError: `EMBED_FAILED`, `EMBED_QUOTA`, `EMBED_DENIED` or `EMBED_REJECTED`.
+        """
+        import openai
+
+        asked: dict[str, Any] = {} if self._asked_dimensions is None else {"dimensions": self._asked_dimensions}
+        try:
+            async with asyncio.timeout(self._timeout):
+                raw = await self._client.embeddings.with_raw_response.create(
+                    model=self._api_model,
+                    input=[_sendable(text) for text in texts],
+                    encoding_format="base64",
+                    **asked,
+                )
+        except openai.APIStatusError as error:
+            raise self._refused(error) from error
+        except (openai.APIConnectionError, TimeoutError) as error:
+            late = isinstance(error, openai.APITimeoutError | TimeoutError)
+            what = f"did not answer within {self._timeout:g} s" if late else "cannot be reached"
+            raise EmbeddingError(ErrorCode.EMBED_FAILED, f"The embedder at {self._client.base_url} {what}.") from error
+        headers = {name.lower(): value for name, value in raw.headers.items()}
+        try:
+            answer = raw.parse()
+            rows = [(row.index, row.embedding) for row in answer.data]
+            tokens = answer.usage.prompt_tokens if answer.usage else None
+            vectors = self._ordered(rows, len(texts))
+        except (openai.OpenAIError, AttributeError, TypeError, ValueError, binascii.Error) as error:
+            raise EmbeddingError(
+                ErrorCode.EMBED_FAILED,
+                f"The embedder's answer is no list of {len(texts)} vectors of {self.dimensions} dimensions: "
+                f"{str(error)[:_MESSAGE_CHARS]}.",
+                headers=headers,
+                answered=True,
+            ) from error
+        unusable = _to_unit_length(vectors)
+        return EmbeddingAnswer(vectors, unusable, tokens, headers)
+
+    async def embed(self, texts: Sequence[str]) -> NDArray[np.float32]:
+        """Embeds texts, part by part; a failure that may pass is tried again at once, a few times.
+
+        Raises:
+            PipelineError: `EMBED_FAILED`, `EMBED_QUOTA`, `EMBED_DENIED` or `EMBED_REJECTED`.
+            TypeError: `texts` is one string, or holds something that is not a string.
+        """
+        check_texts(texts)
+        import numpy as np
+
+        parts = [await self._embed_part(texts[start:end]) for start, end in pack(texts, most=MAX_BATCH)]
+        return np.concatenate(parts) if parts else np.empty((0, self.dimensions), dtype=np.float32)
+
+    async def close(self) -> None:
+        """Closes the connections."""
+        await self._client.close()
+
+    async def _embed_part(self, texts: Sequence[str]) -> NDArray[np.float32]:
+        import numpy as np
+
+        for tries_left in reversed(range(TRIES)):
+            try:
+                answer = await self.request(texts)
+            except EmbeddingError as error:
+                if error.remedy is Remedy.SPLIT and len(texts) > 1:
+                    middle = len(texts) // 2
+                    halves = [await self._embed_part(texts[:middle]), await self._embed_part(texts[middle:])]
+                    return np.concatenate(halves)
+                wait = _wait_for(error, TRIES - tries_left)
+                if not tries_left or error.remedy in (Remedy.PAUSE, Remedy.SPLIT) or wait > _LONGEST_WAIT:
+                    raise
+                await asyncio.sleep(wait)
+            else:
+                if not answer.unusable:
+                    return answer.vectors
+        raise EmbeddingError(
+            ErrorCode.EMBED_FAILED, "The embedder gives a vector that has no direction.", answered=True
+        )
+
+    def _ordered(self, rows: Sequence[tuple[int, Any]], count: int) -> NDArray[np.float32]:
+        import numpy as np
+
+        if sorted(index for index, _ in rows) != list(range(count)):
+            raise ValueError(f"{len(rows)} vectors came for {count} texts, or twice for one of them")
+        vectors = np.empty((count, self.dimensions), dtype=np.float32)
+        for index, embedding in rows:
+            # a server that knows no base64 sends a list of numbers
+            row = (
+                np.frombuffer(b64decode(embedding, validate=True), dtype="<f4")
+                if isinstance(embedding, str)
+                else np.asarray(embedding, dtype=np.float32)
+            )
+            if row.shape != (self.dimensions,):
+                raise ValueError(f"a vector of shape {row.shape} came, not of {self.dimensions} dimensions")
+            vectors[index] = row
+        return vectors
+
+    def _refused(self, error: Any) -> EmbeddingError:
+        """What a status that is no success means."""
+        status: int = error.status_code
+        headers = {name.lower(): value for name, value in error.response.headers.items()}
+        said = str(error.message).replace(self.api_key, "***")[:_MESSAGE_CHARS]
+        details = {"status": status, "type": error.type, "code": error.code, "request_id": error.request_id}
+
+        def failed(code: ErrorCode, message: str, remedy: Remedy) -> EmbeddingError:
+            return EmbeddingError(code, message, details, remedy=remedy, headers=headers, answered=True)
+
+        if status == 402 or "insufficient_quota" in (error.code, error.type):
+            return failed(
+                ErrorCode.EMBED_QUOTA,
+                f"The account of the embedder's key has no money left ({status}). Look at its plan and billing.",
+                Remedy.PAUSE,
+            )
+        if status in (401, 403):
+            # the provider's own words name parts of the key
+            return failed(
+                ErrorCode.EMBED_DENIED,
+                f"The embedder refuses the key ({status}). Set UPLOAD_PIPELINE_OPENAI_API_KEY to one that is valid.",
+                Remedy.PAUSE,
+            )
+        if status == 404 or (status == 400 and error.param in _SETTING_PARAMS):
+            return failed(
+                ErrorCode.EMBED_DENIED,
+                f"The embedder has no such model, or not like this ({status}): {said}. Look at "
+                "UPLOAD_PIPELINE_OPENAI_MODEL, _DIMENSIONS and _BASE_URL.",
+                Remedy.PAUSE,
+            )
+        if status == 429:
+            return failed(ErrorCode.EMBED_FAILED, f"The embedder's rate limit is reached: {said}", Remedy.WAIT)
+        if status >= 500 or status in (408, 409):
+            return failed(ErrorCode.EMBED_FAILED, f"The embedder failed ({status}): {said}", Remedy.AGAIN)
+        return failed(ErrorCode.EMBED_REJECTED, f"The embedder does not take the text ({status}): {said}", Remedy.SPLIT)
+
+
+def open_openai(settings: Settings) -> OpenAIEmbedder:
+    """The embedder that the settings describe.
+
+    Raises:
+        PipelineError: `SETTING_INVALID`, naming the setting or the missing package.
+    """
+    return OpenAIEmbedder(
+        api_key=settings.openai_api_key.get_secret_value(),
+        base_url=settings.openai_base_url,
+        model=settings.openai_model,
+        dimensions=settings.openai_dimensions,
+        timeout=settings.openai_timeout,
+    )
+
+
+def _bad_setting(name: str, problem: str) -> PipelineError:
+    return PipelineError(ErrorCode.SETTING_INVALID, f"UPLOAD_PIPELINE_{name.upper()} {problem}.", {"setting": name})
+
+
+def _sendable(text: str) -> str:
+    """What JSON can hold, and the API takes."""
+    return text.encode("utf-8", "replace").decode() if text.strip() else " "
+
+
+def _wait_for(error: EmbeddingError, tries: int) -> float:
+    told = read_rate_limits(error.headers).retry_after
+    return told if told is not None else 0.2 * 2 ** (tries - 1)
+
+
+def _to_unit_length(vectors: NDArray[np.float32]) -> tuple[int, ...]:
+    """Scales each row in place; the positions of those that cannot be."""
+    import numpy as np
+
+    lengths = np.linalg.norm(vectors.astype(np.float64), axis=1)
+    usable = np.isfinite(lengths) & (lengths > 0)
+    np.divide(vectors, lengths[:, None], out=vectors, where=usable[:, None], casting="unsafe")
+    return tuple(int(position) for position in np.flatnonzero(~usable))
