@@ -90,11 +90,14 @@ class Listener:
             while True:
                 self._arrived.clear()
                 await connection.execute("select pg_notify($1, $2)", self.channel, probe, timeout=self.probe_timeout)
-                await asyncio.wait_for(self._arrived.wait(), self.probe_timeout)
+                # Not `wait_for`: before Python 3.12 it forgets a cancellation that comes together with the event.
+                async with asyncio.timeout(self.probe_timeout):
+                    await self._arrived.wait()
                 if not self.healthy:
                     self.healthy = True
                     self.proved()
                 with suppress(TimeoutError):
-                    await asyncio.wait_for(ended.wait(), self.probe_interval)
+                    async with asyncio.timeout(self.probe_interval):
+                        await ended.wait()
         finally:
             connection.terminate()
