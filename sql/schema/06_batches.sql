@@ -309,7 +309,7 @@ $$;
 
 -- Starts again what failed of a batch, each job where it stopped. Returns its failed members: `retried`, or why not. A
 -- file that was refused cannot be retried, since nothing of it was kept. A batch that does not exist raises UP002.
-create function upload_pipeline.retry_batch(p_batch_id uuid)
+create function upload_pipeline.retry_batch(p_batch_id uuid, p_correlation_id text default null)
 returns table (ordinal integer, filename text, job_id uuid, retried boolean, error_code text, error_message text)
 language plpgsql
 security definer
@@ -336,7 +336,7 @@ begin
     if v_failed.job_id is not null and v_failed.job_id <> all (v_seen) then
       v_seen := v_seen || v_failed.job_id;
       begin
-        perform upload_pipeline.retry_job(v_failed.job_id);
+        perform upload_pipeline.retry_job(v_failed.job_id, p_correlation_id => p_correlation_id);
       exception when sqlstate 'UP003' or sqlstate 'UP004' then
         v_refused := v_refused || jsonb_build_object(v_failed.job_id::text, sqlerrm);
       end;
@@ -357,7 +357,7 @@ $$;
 
 -- Stops what is still under way of a batch: jobs that it has made, not those that its bytes had before it. Returns the
 -- jobs with their states; safe to repeat. A batch that does not exist raises UP002.
-create function upload_pipeline.cancel_batch(p_batch_id uuid)
+create function upload_pipeline.cancel_batch(p_batch_id uuid, p_correlation_id text default null)
 returns table (job_id uuid, state upload_pipeline.job_state, cancel_requested boolean)
 language plpgsql
 security definer
@@ -378,7 +378,7 @@ begin
        and j.finished_at is null
      order by j.job_id
   loop
-    return query select c.job_id, c.state, c.cancel_requested from upload_pipeline.cancel_job(v_job) c;
+    return query select c.job_id, c.state, c.cancel_requested from upload_pipeline.cancel_job(v_job, p_correlation_id) c;
   end loop;
 end
 $$;

@@ -322,7 +322,7 @@ async def test_what_failed_is_retried_and_what_is_open_is_stopped(
     claimed = list((await claim_all(admin)).values())
     await advance(admin, claimed[0], "embedded")
     await fail_job(admin, claimed[1].lease, code="PARSE_FAILED", message="It does not parse.", retryable=False)
-    stopped = await client.delete(f"{BATCH}/{batch}")
+    stopped = await client.delete(f"{BATCH}/{batch}", headers={"X-Correlation-ID": "my-stop"})
     assert stopped.status_code == 200
     assert (stopped.json()["status"], stopped.json()["failed_count"]) == ("in_progress", 2)
     await fail_job(admin, claimed[2].lease, code="PARSE_FAILED", message="It does not parse.", retryable=True)
@@ -330,8 +330,19 @@ async def test_what_failed_is_retried_and_what_is_open_is_stopped(
     assert (seen["status"], seen["processed_count"]) == ("partial_failure", 1)
     assert sorted(one["code"] for one in seen["failed_documents"]) == ["CANCELLED", "EMPTY_FILE", "PARSE_FAILED"]
 
-    retried = (await client.post(f"{BATCH}/{batch}/retry")).json()
+    retried = (await client.post(f"{BATCH}/{batch}/retry", headers={"X-Correlation-ID": "my-retry"})).json()
     assert (retried["retried"], retried["status"]) == (2, "in_progress")
+    told = await admin.fetch(
+        """
+        select code::text, correlation_id from upload_pipeline.events
+         where code in ('job_cancel_requested', 'job_cancelled', 'job_restarted') order by event_id
+        """
+    )
+    assert [tuple(row) for row in told] == [
+        ("job_cancel_requested", "my-stop"),
+        ("job_cancelled", "my-stop"),
+        *[("job_restarted", "my-retry")] * 2,
+    ]
     assert [one["filename"] for one in retried["documents"] if not one["retried"]] == ["empty.txt"]
     for job in (await claim_all(admin)).values():
         await advance(admin, job, "embedded")

@@ -114,12 +114,14 @@ async def read_batch_status(batch_id: BatchId, principal: CurrentPrincipal, reso
 @router.post(
     "/{batch_id}/retry", summary="Start the failed files again", responses=documented_errors(400, 401, 404, 429)
 )
-async def retry_batch(batch_id: BatchId, principal: CurrentPrincipal, resources: AppResources) -> BatchRetried:
+async def retry_batch(
+    batch_id: BatchId, principal: CurrentPrincipal, resources: AppResources, correlation_id: CorrelationId
+) -> BatchRetried:
     """Each where it stopped. A file that was refused cannot be retried, since nothing of it was kept: send it again."""
     before = await _owned_batch(resources, principal.user_id, batch_id)
     restartable = sum(failed.job_id is not None for failed in before.failed_members)
     await require_room_for_jobs(resources, principal.user_id, restartable)
-    found = await batches.retry_batch(resources.db, batch_id)
+    found = await batches.retry_batch(resources.db, batch_id, correlation_id=correlation_id)
     retried = sum(one.retried for one in found)
     log.info("batch_retried", batch_id=batch_id, retried=retried)
     status = await _owned_batch(resources, principal.user_id, batch_id)
@@ -134,13 +136,15 @@ async def retry_batch(batch_id: BatchId, principal: CurrentPrincipal, resources:
 
 
 @router.delete("/{batch_id}", summary="Stop a batch", responses=documented_errors(400, 401, 404, 429))
-async def cancel_batch(batch_id: BatchId, principal: CurrentPrincipal, resources: AppResources) -> BatchProgress:
+async def cancel_batch(
+    batch_id: BatchId, principal: CurrentPrincipal, resources: AppResources, correlation_id: CorrelationId
+) -> BatchProgress:
     """Files that wait stop at once, files at work at their next step; what is done stays. Safe to repeat.
 
     Jobs that the same bytes had before this batch go on: they are not its own.
     """
     await _owned_batch(resources, principal.user_id, batch_id)
-    stopped = await batches.cancel_batch(resources.db, batch_id)
+    stopped = await batches.cancel_batch(resources.db, batch_id, correlation_id=correlation_id)
     log.info("batch_cancelled", batch_id=batch_id, stopped=stopped)
     return _progress(await _owned_batch(resources, principal.user_id, batch_id))
 

@@ -23,10 +23,7 @@ UPLOAD_ROUTES = frozenset({("POST", "/api/v2/upload"), ("POST", "/api/v1/policie
 BATCH_ROUTE = ("POST", "/api/v1/documents/ingest/batch")
 STATUS_ROUTES = frozenset({("GET", "/api/v2/jobs/{job_id}"), ("GET", "/api/v1/policies/ingest/status/{job_id}")})
 
-RETRY_ROUTES = frozenset(
-    {("POST", "/api/v2/jobs/{job_id}/retry"), ("POST", "/api/v1/documents/ingest/batch/{batch_id}/retry")}
-)
-"""What opens jobs again that had ended."""
+RETRY_ROUTE = ("POST", "/api/v2/jobs/{job_id}/retry")
 
 OPEN_JOBS_RETRY_SECONDS = 60
 """What the cap on open jobs asks for: nobody knows when one ends, and within a minute some usually do."""
@@ -41,7 +38,7 @@ async def within_limits(request: Request, principal: CurrentPrincipal, resources
     settings = resources.settings
     route = (request.method, route_of(request.scope))
     buckets = _buckets(settings, route, str(principal.user_id), request.path_params)
-    if route in UPLOAD_ROUTES | RETRY_ROUTES or route == BATCH_ROUTE:
+    if route in UPLOAD_ROUTES or route in (BATCH_ROUTE, RETRY_ROUTE):
         cap = settings.limit_open_jobs
         if await count_open_jobs(resources.db, principal.user_id, cap) >= cap:
             raise _too_many_open_jobs(cap)

@@ -141,8 +141,8 @@ async def create_batch(
     return [BatchMember(**row) for row in rows]
 
 
-async def retry_batch(db: Executor, batch_id: UUID) -> list[RetriedMember]:
-    """Starts again what failed of a batch; its failed members.
+async def retry_batch(db: Executor, batch_id: UUID, *, correlation_id: str | None = None) -> list[RetriedMember]:
+    """Starts again what failed of a batch; its failed members. `correlation_id` is told of all that follows.
 
     Raises:
         asyncpg.PostgresError: SQLSTATE UP002 where there is no such batch.
@@ -150,20 +150,21 @@ async def retry_batch(db: Executor, batch_id: UUID) -> list[RetriedMember]:
     rows = await db.fetch(
         """
         select filename, job_id, retried, error_message as error, error_code as code
-          from upload_pipeline.retry_batch($1)
+          from upload_pipeline.retry_batch($1, $2)
         """,
         batch_id,
+        correlation_id,
     )
     return [RetriedMember(**row) for row in rows]
 
 
-async def cancel_batch(db: Executor, batch_id: UUID) -> int:
-    """Stops what is under way of a batch; how many jobs that was.
+async def cancel_batch(db: Executor, batch_id: UUID, *, correlation_id: str | None = None) -> int:
+    """Stops what is under way of a batch; how many jobs that was. `correlation_id` is told of all that follows.
 
     Raises:
         asyncpg.PostgresError: SQLSTATE UP002 where there is no such batch.
     """
-    return int(await db.fetchval("select count(*) from upload_pipeline.cancel_batch($1)", batch_id))
+    return int(await db.fetchval("select count(*) from upload_pipeline.cancel_batch($1, $2)", batch_id, correlation_id))
 
 
 async def note_completed_batches(db: Executor) -> list[CompletedBatch]:
