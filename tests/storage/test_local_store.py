@@ -124,6 +124,33 @@ async def test_file_and_every_directory_are_synced_around_the_rename(local, root
     assert calls == ["rename", "parsed", ".", "raw/user", "raw", "."]
 
 
+async def test_the_directory_of_a_document_goes_with_its_last_object_and_others_stay(local, root):
+    texts = [f"parsed/user/document/{name}.md" for name in ("a", "b")]
+    for key in (*texts, KEY, "incoming/x"):
+        await local.put_bytes(key, b"x")
+    await local.delete([texts[0]])
+    assert files(root / "parsed") == ["user/document/b.md"]
+    await local.delete([texts[1], KEY, "incoming/x", texts[0]])
+    kept = sorted(str(path.relative_to(root)) for path in root.rglob("*") if not path.name.startswith("."))
+    assert kept == ["incoming", "parsed", "parsed/user", "raw", "raw/user"]
+    await local.put_bytes(texts[0], b"again")
+    assert await local.get_bytes(texts[0], 10) == b"again"
+
+
+async def test_an_object_is_stored_while_its_directory_is_taken_away(root):
+    stores = [open_store(f"file://{root}") for _ in range(2)]
+
+    async def write(store: ObjectStore, name: str) -> None:
+        for number in range(150):
+            key = f"parsed/user/document/{name}.md"
+            await store.put_bytes(key, str(number).encode())
+            assert await store.get_bytes(key, 10) == str(number).encode()
+            await store.delete([key])
+
+    await asyncio.gather(*(write(store, f"{place}{n}") for place, store in enumerate(stores) for n in range(3)))
+    assert files(root) == []
+
+
 async def test_nothing_stands_under_the_key_before_the_last_byte(local, root):
     seen: list[object] = []
 

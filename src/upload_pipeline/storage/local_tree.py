@@ -27,6 +27,12 @@ UNFINISHED = ".unfinished"
 DIRECTORY_MODE = 0o700
 FILE_MODE = 0o600
 
+_OWN_DEPTH = 3
+"""How far down a directory is that belongs to one document, as `parsed/<user>/<document>`."""
+
+_RENAMES = 20
+"""Tries of a rename whose directory another takes away."""
+
 _DIRECTORY_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
@@ -135,8 +141,16 @@ class LocalTree:
         """
         folders, name = _split(target)
         try:
-            with self.directory(folders, create=True, durable=True) as parent:
-                os.rename(source_name, name, src_dir_fd=source_directory, dst_dir_fd=parent)
+            for left in reversed(range(_RENAMES)):
+                try:
+                    with self.directory(folders, create=True, durable=True) as parent:
+                        os.rename(source_name, name, src_dir_fd=source_directory, dst_dir_fd=parent)
+                    return
+                except FileNotFoundError:
+                    # The source is gone; or `remove` has taken the empty directory away between here and there.
+                    os.stat(source_name, dir_fd=source_directory, follow_symlinks=False)
+                    if not left:
+                        raise
         except (NotADirectoryError, IsADirectoryError) as error:
             raise PipelineError(
                 ErrorCode.INVALID_KEY,
@@ -146,12 +160,18 @@ class LocalTree:
             ) from error
 
     def remove(self, key: str) -> None:
-        """Removes an object for good; one that is missing is fine."""
+        """Removes an object for good; one that is missing is fine.
+
+        With the last object in it goes a directory that is a document's own, or one would stay of each ever deleted.
+        """
         folders, name = _split(key)
         try:
             with self.directory(folders) as parent:
                 os.unlink(name, dir_fd=parent)
                 os.fsync(parent)
+            if len(folders) >= _OWN_DEPTH:
+                with self.directory(folders[:-1]) as above, suppress(OSError):  # not empty, or gone
+                    os.rmdir(folders[-1], dir_fd=above)
         except (FileNotFoundError, NotADirectoryError):
             self._require_root()
         except IsADirectoryError:
