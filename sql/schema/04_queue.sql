@@ -613,10 +613,14 @@ begin
     v_at := v_now + upload_pipeline.retry_delay(v_job.retry_count, p_jitter);
   end if;
   if not v_woken then
-    insert into upload_pipeline.job_outcomes as o (job_id, user_id, error_code, error_message, error_details, updated_at)
-    values (p_job_id, v_job.user_id, p_error_code, left(p_error_message, 4000), p_error_details, v_now)
+    -- a job that ends here tells what it has used all the same
+    insert into upload_pipeline.job_outcomes as o
+      (job_id, user_id, results, error_code, error_message, error_details, updated_at)
+    values (p_job_id, v_job.user_id,
+            case when v_state <> 'retryable' then nullif(upload_pipeline.job_cost(p_job_id), '{}'::jsonb) end,
+            p_error_code, left(p_error_message, 4000), p_error_details, v_now)
     on conflict (job_id) do update
-      set error_code = excluded.error_code, error_message = excluded.error_message,
+      set results = excluded.results, error_code = excluded.error_code, error_message = excluded.error_message,
           error_details = excluded.error_details, updated_at = v_now;
   end if;
   insert into upload_pipeline.events (at, code, severity, user_id, document_id, job_id, worker_id, stage, lease_token, correlation_id, payload)
@@ -749,13 +753,14 @@ as $$
       from dead where j.job_id = dead.job_id
     returning j.*, dead.worker_id as holder
   ), outcome as (
-    insert into upload_pipeline.job_outcomes as o (job_id, user_id, error_code, error_message, updated_at)
-    select r.job_id, r.user_id, 'WORKER_LOST',
+    insert into upload_pipeline.job_outcomes as o (job_id, user_id, results, error_code, error_message, updated_at)
+    select r.job_id, r.user_id,
+           case when r.state = 'deadletter' then nullif(upload_pipeline.job_cost(r.job_id), '{}'::jsonb) end, 'WORKER_LOST',
            format('The worker stopped renewing its lease at stage "%s": it was killed, it hung, or it lost the database.', r.stage),
            upload_pipeline.now()
       from reaped r where r.state <> 'cancelled'
     on conflict (job_id) do update
-      set error_code = excluded.error_code, error_message = excluded.error_message, error_details = null,
+      set results = excluded.results, error_code = excluded.error_code, error_message = excluded.error_message, error_details = null,
           updated_at = excluded.updated_at
   ), logged as (
     insert into upload_pipeline.events (at, code, severity, user_id, document_id, job_id, worker_id, stage, lease_token, correlation_id, payload)

@@ -227,6 +227,7 @@ begin
      and (e.document_id is null
           or e.document_id in (select c.document_id from upload_pipeline.claimed_documents c where c.session_id = p_session_id));
   update upload_pipeline.batches b set user_id = v_session.claimed_by where b.user_id = v_session.user_id;
+  update upload_pipeline.usage_records r set user_id = v_session.claimed_by where r.user_id = v_session.user_id;
   for v_lanes in
     select j.pool from upload_pipeline.upload_jobs j
      where j.job_id = any (v_jobs) and j.state = 'queued' group by j.pool order by j.pool
@@ -350,6 +351,7 @@ begin
   end if;
   update upload_pipeline.events e set user_id = null, correlation_id = ''
    where e.job_id is null and e.user_id = v_session.user_id;
+  update upload_pipeline.usage_records r set user_id = null where r.user_id = v_session.user_id;
   delete from upload_pipeline.batches b where b.user_id = v_session.user_id;
   delete from upload_pipeline.lanes l
    where l.user_id = v_session.user_id and l.pool in (select s.pool from upload_pipeline.stages s);

@@ -17,14 +17,15 @@ begin
     'stages', 'embedding_models', 'documents', 'upload_jobs', 'job_outcomes', 'lanes', 'events', 'document_chunk_buffer',
     'document_vector_buffer', 'document_chunks', 'document_nodes', 'document_edges', 'workers',
     'stage_durations', 'policies', 'batches', 'batch_members', 'processing_records', 'provider_budgets',
-    'provider_reservations']
+    'provider_reservations', 'usage_records']
   loop
     execute format('create policy %I on upload_pipeline.%I for select to upload_worker using (true)', v_table || '_worker', v_table);
     execute format('grant select on upload_pipeline.%I to upload_worker, service_role', v_table);
   end loop;
 
   foreach v_table in array array[
-    'upload_jobs', 'job_outcomes', 'events', 'document_nodes', 'document_edges', 'policies', 'batches', 'batch_members']
+    'upload_jobs', 'job_outcomes', 'events', 'document_nodes', 'document_edges', 'policies', 'batches', 'batch_members',
+    'usage_records']
   loop
     execute format(
       'create policy %I on upload_pipeline.%I for select to authenticated using (user_id = (select auth.uid()))',
@@ -42,7 +43,8 @@ create policy document_chunks_owner on upload_pipeline.document_chunks for selec
 create policy stages_reader on upload_pipeline.stages for select to authenticated using (true);
 grant select on upload_pipeline.documents, upload_pipeline.document_chunks, upload_pipeline.stages to authenticated;
 grant select on upload_pipeline.job_overview, upload_pipeline.queue_depth, upload_pipeline.upload_history,
-  upload_pipeline.batch_overview, upload_pipeline.batch_member_overview to authenticated, upload_worker, service_role;
+  upload_pipeline.batch_overview, upload_pipeline.batch_member_overview,
+  upload_pipeline.usage_by_user, upload_pipeline.usage_by_day, upload_pipeline.usage_by_model to authenticated, upload_worker, service_role;
 
 -- Functions are executable by everybody unless that is taken back.
 revoke execute on all functions in schema upload_pipeline from public;
@@ -64,7 +66,7 @@ begin
        and p.proname not in ('new_job_id', 'wake_lanes', 'check_step', 'prepare_restart', 'drop_event_partitions',
                              'notify_watchers', 'settle_batch_members', 'wake_job', 'lock_awaited', 'lock_latest_job',
                              'check_no_stranger', 'look_for_upload', 'resume_upload_job', 'move_session_documents',
-                             'forget_session_document', 'lock_budget')
+                             'forget_session_document', 'lock_budget', 'job_cost')
   loop
     execute format('grant execute on function %s to upload_worker, service_role', v_function);
   end loop;

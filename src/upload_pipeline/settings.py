@@ -11,9 +11,10 @@ from typing import Annotated, Literal, Self
 
 import platformdirs
 from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic_settings import BaseSettings, SettingsConfigDict, SettingsError
 
 from upload_pipeline.errors import ErrorCode, PipelineError
+from upload_pipeline.prices import check_prices
 from upload_pipeline.storage_address import parse_storage_url
 from upload_pipeline.url_secrets import without_password
 
@@ -79,6 +80,16 @@ class Settings(BaseSettings):
     )
     openai_tokens_per_minute: int = Field(
         default=0, ge=0, description="Tokens in a minute, of all workers; 0: as many as the provider says."
+    )
+
+    # what it costs
+    prices: dict[str, dict[str, float]] = Field(
+        default={},
+        description="What hosted providers cost, in US dollars for a million `tokens` or a thousand `pages`, "
+        '`credits`, `requests`: `{"openai/text-embedding-3-small": {"tokens": 0.02}}`. Without a price: unknown.',
+    )
+    record_local_usage: bool = Field(
+        default=False, description="Whether workers record what local parsers and embedders do as usage, too."
     )
 
     # limits
@@ -304,6 +315,12 @@ class Settings(BaseSettings):
             parse_storage_url(value)
         return value
 
+    @field_validator("prices")
+    @classmethod
+    def _known_prices(cls, value: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
+        check_prices(value)
+        return value
+
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         for smaller, larger, share in (
@@ -357,9 +374,19 @@ def load_settings(**overrides: object) -> Settings:
     """
     try:
         return Settings(**overrides)  # type: ignore[arg-type]
+    except SettingsError as error:
+        raise PipelineError(ErrorCode.SETTING_INVALID, _unreadable(str(error))) from error
     except ValidationError as error:
         lines = [_explain(dict(item)) for item in error.errors(include_url=False)]
         raise PipelineError(ErrorCode.SETTING_INVALID, "\n".join(lines)) from error
+
+
+def _unreadable(message: str) -> str:
+    # Where a setting is not the JSON that it must be, its name is in nothing but the message.
+    field = next((name for name in Settings.model_fields if f'"{name}"' in message), None)
+    if field is None:
+        return f"A setting cannot be read: {message}."
+    return f"{ENV_PREFIX}{field.upper()} is not JSON. It means: {Settings.model_fields[field].description}"
 
 
 def _explain(item: dict[str, object]) -> str:
@@ -371,4 +398,5 @@ def _explain(item: dict[str, object]) -> str:
     value = item["input"]
     shown = "(hidden)" if hidden else repr(without_password(value) if isinstance(value, str) else value)
     meaning = Settings.model_fields[field].description
-    return f"{ENV_PREFIX}{field.upper()}={shown} is not allowed: {item['msg']}. It means: {meaning}"
+    message = str(item["msg"]).removeprefix("Value error, ")
+    return f"{ENV_PREFIX}{field.upper()}={shown} is not allowed: {message}. It means: {meaning}"

@@ -551,6 +551,141 @@ $$;
 
 select upload_pipeline.ensure_event_partitions();
 
+-- sql/schema/03_usage.sql
+
+-- What was used of the providers, by whom and at what cost. One row a call, or a part of one that served several jobs.
+
+-- `usage_id` is given by whoever records, so that what is recorded again after a lost answer counts once. `job_id` is null
+-- for what no job asked for (searches). `tokens`, `pages`, `credits`: what the provider counted, in its own units.
+-- `cached`: texts or pages that cost nothing because they were there already. `cost_micros`: millionths of a US dollar by
+-- the price table of the one who recorded, at that time; null where it has no price for what was used, which is not zero.
+-- No foreign keys: what was paid outlives what it was paid for.
+create table upload_pipeline.usage_records (
+  usage_id    uuid primary key,
+  at          timestamptz not null,
+  job_id      uuid,
+  document_id uuid,
+  user_id     uuid,
+  provider    text not null,
+  model       text not null,
+  operation   text not null,
+  requests    bigint not null default 0,
+  tokens      bigint not null default 0,
+  pages       bigint not null default 0,
+  credits     numeric(20, 6) not null default 0,
+  cached      bigint not null default 0,
+  cost_micros numeric(20, 6),
+  constraint usage_records_names check (provider <> '' and model <> '' and operation <> ''),
+  constraint usage_records_counts check (requests >= 0 and tokens >= 0 and pages >= 0 and credits >= 0 and cached >= 0),
+  constraint usage_records_cost check (cost_micros >= 0)
+);
+
+-- job_cost: a job's records
+create index usage_records_job on upload_pipeline.usage_records (job_id) where job_id is not null;
+-- a user's usage, and what becomes of it when a session is claimed or forgotten
+create index usage_records_user on upload_pipeline.usage_records (user_id, at) where user_id is not null;
+-- usage of a time; rows come in order of time
+create index usage_records_at on upload_pipeline.usage_records using brin (at) with (autosummarize = on);
+
+-- What a job has used, all its tries together, as {"cost": {…}} for its results; {} where it used nothing: one look into
+-- an index. `usd` is null where a part of it has no price. Volatile, so that it sees what was committed before the lock
+-- under which it is called.
+create function upload_pipeline.job_cost(p_job_id uuid)
+returns jsonb
+language plpgsql
+volatile
+security definer
+set search_path = ''
+set enable_seqscan = off
+as $$
+declare
+  v_cost jsonb;
+begin
+  select jsonb_build_object('usd', case when count(*) = count(r.cost_micros) then trim_scale(sum(r.cost_micros) / 1000000) end,
+                            'requests', sum(r.requests), 'tokens', sum(r.tokens), 'pages', sum(r.pages), 'cached', sum(r.cached))
+    into v_cost
+    from upload_pipeline.usage_records r where r.job_id = p_job_id
+  having count(*) > 0;
+  return case when v_cost is null then '{}'::jsonb else jsonb_build_object('cost', v_cost) end;
+end
+$$;
+
+-- Records usage: an array of objects with the names of the table's columns, `usage_id`, `provider`, `model` and
+-- `operation` among them. What was recorded before is left out. The user and the document of a record are those of its
+-- job, where there is one. Returns how many were new.
+--
+-- A job that has ended gets its cost written anew. Its row is locked before, in the way that its end waits for: either
+-- the job ends behind this call and counts what it wrote, or this call sees that it has ended.
+create function upload_pipeline.record_usage(p_records jsonb)
+returns integer
+language plpgsql
+security definer
+set search_path = ''
+set enable_seqscan = off
+set enable_hashjoin = off
+set enable_mergejoin = off
+set jit = off
+as $$
+declare
+  v_jobs  uuid[];
+  v_ended uuid[];
+  v_count integer;
+begin
+  select array_agg(distinct g.job_id order by g.job_id) into v_jobs
+    from jsonb_to_recordset(p_records) g (job_id uuid) where g.job_id is not null;
+  perform from upload_pipeline.upload_jobs j where j.job_id = any (v_jobs) order by j.job_id for share;
+
+  with made as (
+    insert into upload_pipeline.usage_records
+      (usage_id, at, job_id, document_id, user_id, provider, model, operation, requests, tokens, pages, credits, cached, cost_micros)
+    select g.usage_id, upload_pipeline.now(), g.job_id, coalesce(j.document_id, g.document_id), coalesce(j.user_id, g.user_id),
+           g.provider, g.model, g.operation, coalesce(g.requests, 0), coalesce(g.tokens, 0), coalesce(g.pages, 0),
+           coalesce(g.credits, 0), coalesce(g.cached, 0), g.cost_micros
+      from jsonb_to_recordset(p_records) g (
+             usage_id uuid, job_id uuid, document_id uuid, user_id uuid, provider text, model text, operation text,
+             requests bigint, tokens bigint, pages bigint, credits numeric, cached bigint, cost_micros numeric)
+      left join upload_pipeline.upload_jobs j on j.job_id = g.job_id
+     -- two calls with the same records in opposite order would wait for each other
+     order by g.usage_id
+    on conflict (usage_id) do nothing
+    returning job_id
+  )
+  select count(*) into v_count from made;
+
+  if v_count > 0 and v_jobs is not null then
+    select array_agg(j.job_id order by j.job_id) into v_ended
+      from upload_pipeline.upload_jobs j where j.job_id = any (v_jobs) and j.finished_at is not null;
+    update upload_pipeline.job_outcomes o
+       set results = coalesce(o.results, '{}'::jsonb) || upload_pipeline.job_cost(o.job_id), updated_at = upload_pipeline.now()
+     where o.job_id = any (v_ended);
+  end if;
+  return v_count;
+end
+$$;
+
+-- Usage by user, by day (UTC) and by model. Rows of the reader's own usage, or of all for those who read all. `unpriced`
+-- counts the records that no price was known for: the cost lacks theirs.
+create view upload_pipeline.usage_by_user with (security_invoker = true) as
+select r.user_id, r.provider, r.model, r.operation, count(distinct r.document_id) as documents, sum(r.requests) as requests,
+       sum(r.tokens) as tokens, sum(r.pages) as pages, sum(r.credits) as credits, sum(r.cached) as cached,
+       sum(r.cost_micros) as cost_micros, count(*) - count(r.cost_micros) as unpriced, min(r.at) as first_at, max(r.at) as last_at
+  from upload_pipeline.usage_records r
+ group by r.user_id, r.provider, r.model, r.operation;
+
+create view upload_pipeline.usage_by_day with (security_invoker = true) as
+select (r.at at time zone 'UTC')::date as day, r.provider, r.model, r.operation, count(distinct r.document_id) as documents,
+       sum(r.requests) as requests, sum(r.tokens) as tokens, sum(r.pages) as pages, sum(r.credits) as credits,
+       sum(r.cached) as cached, sum(r.cost_micros) as cost_micros, count(*) - count(r.cost_micros) as unpriced
+  from upload_pipeline.usage_records r
+ group by 1, r.provider, r.model, r.operation;
+
+create view upload_pipeline.usage_by_model with (security_invoker = true) as
+select r.provider, r.model, r.operation, count(distinct r.user_id) as users, count(distinct r.document_id) as documents,
+       sum(r.requests) as requests, sum(r.tokens) as tokens, sum(r.pages) as pages, sum(r.credits) as credits,
+       sum(r.cached) as cached, sum(r.cost_micros) as cost_micros, count(*) - count(r.cost_micros) as unpriced
+  from upload_pipeline.usage_records r
+ group by r.provider, r.model, r.operation;
+
 -- sql/schema/04_queue.sql
 
 -- The queue. What each verb locks, in this order, and what it returns where the lease is lost:
@@ -1168,10 +1303,14 @@ begin
     v_at := v_now + upload_pipeline.retry_delay(v_job.retry_count, p_jitter);
   end if;
   if not v_woken then
-    insert into upload_pipeline.job_outcomes as o (job_id, user_id, error_code, error_message, error_details, updated_at)
-    values (p_job_id, v_job.user_id, p_error_code, left(p_error_message, 4000), p_error_details, v_now)
+    -- a job that ends here tells what it has used all the same
+    insert into upload_pipeline.job_outcomes as o
+      (job_id, user_id, results, error_code, error_message, error_details, updated_at)
+    values (p_job_id, v_job.user_id,
+            case when v_state <> 'retryable' then nullif(upload_pipeline.job_cost(p_job_id), '{}'::jsonb) end,
+            p_error_code, left(p_error_message, 4000), p_error_details, v_now)
     on conflict (job_id) do update
-      set error_code = excluded.error_code, error_message = excluded.error_message,
+      set results = excluded.results, error_code = excluded.error_code, error_message = excluded.error_message,
           error_details = excluded.error_details, updated_at = v_now;
   end if;
   insert into upload_pipeline.events (at, code, severity, user_id, document_id, job_id, worker_id, stage, lease_token, correlation_id, payload)
@@ -1304,13 +1443,14 @@ as $$
       from dead where j.job_id = dead.job_id
     returning j.*, dead.worker_id as holder
   ), outcome as (
-    insert into upload_pipeline.job_outcomes as o (job_id, user_id, error_code, error_message, updated_at)
-    select r.job_id, r.user_id, 'WORKER_LOST',
+    insert into upload_pipeline.job_outcomes as o (job_id, user_id, results, error_code, error_message, updated_at)
+    select r.job_id, r.user_id,
+           case when r.state = 'deadletter' then nullif(upload_pipeline.job_cost(r.job_id), '{}'::jsonb) end, 'WORKER_LOST',
            format('The worker stopped renewing its lease at stage "%s": it was killed, it hung, or it lost the database.', r.stage),
            upload_pipeline.now()
       from reaped r where r.state <> 'cancelled'
     on conflict (job_id) do update
-      set error_code = excluded.error_code, error_message = excluded.error_message, error_details = null,
+      set results = excluded.results, error_code = excluded.error_code, error_message = excluded.error_message, error_details = null,
           updated_at = excluded.updated_at
   ), logged as (
     insert into upload_pipeline.events (at, code, severity, user_id, document_id, job_id, worker_id, stage, lease_token, correlation_id, payload)
@@ -1942,7 +2082,8 @@ begin
 
   return query
     select * from upload_pipeline.advance_job(p_job_id, p_token, 'embeddings_buffered', 'embedded', false, p_ttl,
-      jsonb_build_object('chunks', v_chunks, 'nodes_created', v_nodes, 'edges_created', v_edges, 'embed_model', p_model));
+      jsonb_build_object('chunks', v_chunks, 'nodes_created', v_nodes, 'edges_created', v_edges, 'embed_model', p_model)
+      || upload_pipeline.job_cost(p_job_id));
 end
 $$;
 
@@ -4153,6 +4294,7 @@ begin
      and (e.document_id is null
           or e.document_id in (select c.document_id from upload_pipeline.claimed_documents c where c.session_id = p_session_id));
   update upload_pipeline.batches b set user_id = v_session.claimed_by where b.user_id = v_session.user_id;
+  update upload_pipeline.usage_records r set user_id = v_session.claimed_by where r.user_id = v_session.user_id;
   for v_lanes in
     select j.pool from upload_pipeline.upload_jobs j
      where j.job_id = any (v_jobs) and j.state = 'queued' group by j.pool order by j.pool
@@ -4276,6 +4418,7 @@ begin
   end if;
   update upload_pipeline.events e set user_id = null, correlation_id = ''
    where e.job_id is null and e.user_id = v_session.user_id;
+  update upload_pipeline.usage_records r set user_id = null where r.user_id = v_session.user_id;
   delete from upload_pipeline.batches b where b.user_id = v_session.user_id;
   delete from upload_pipeline.lanes l
    where l.user_id = v_session.user_id and l.pool in (select s.pool from upload_pipeline.stages s);
@@ -4455,14 +4598,15 @@ begin
     'stages', 'embedding_models', 'documents', 'upload_jobs', 'job_outcomes', 'lanes', 'events', 'document_chunk_buffer',
     'document_vector_buffer', 'document_chunks', 'document_nodes', 'document_edges', 'workers',
     'stage_durations', 'policies', 'batches', 'batch_members', 'processing_records', 'provider_budgets',
-    'provider_reservations']
+    'provider_reservations', 'usage_records']
   loop
     execute format('create policy %I on upload_pipeline.%I for select to upload_worker using (true)', v_table || '_worker', v_table);
     execute format('grant select on upload_pipeline.%I to upload_worker, service_role', v_table);
   end loop;
 
   foreach v_table in array array[
-    'upload_jobs', 'job_outcomes', 'events', 'document_nodes', 'document_edges', 'policies', 'batches', 'batch_members']
+    'upload_jobs', 'job_outcomes', 'events', 'document_nodes', 'document_edges', 'policies', 'batches', 'batch_members',
+    'usage_records']
   loop
     execute format(
       'create policy %I on upload_pipeline.%I for select to authenticated using (user_id = (select auth.uid()))',
@@ -4480,7 +4624,8 @@ create policy document_chunks_owner on upload_pipeline.document_chunks for selec
 create policy stages_reader on upload_pipeline.stages for select to authenticated using (true);
 grant select on upload_pipeline.documents, upload_pipeline.document_chunks, upload_pipeline.stages to authenticated;
 grant select on upload_pipeline.job_overview, upload_pipeline.queue_depth, upload_pipeline.upload_history,
-  upload_pipeline.batch_overview, upload_pipeline.batch_member_overview to authenticated, upload_worker, service_role;
+  upload_pipeline.batch_overview, upload_pipeline.batch_member_overview,
+  upload_pipeline.usage_by_user, upload_pipeline.usage_by_day, upload_pipeline.usage_by_model to authenticated, upload_worker, service_role;
 
 -- Functions are executable by everybody unless that is taken back.
 revoke execute on all functions in schema upload_pipeline from public;
@@ -4502,7 +4647,7 @@ begin
        and p.proname not in ('new_job_id', 'wake_lanes', 'check_step', 'prepare_restart', 'drop_event_partitions',
                              'notify_watchers', 'settle_batch_members', 'wake_job', 'lock_awaited', 'lock_latest_job',
                              'check_no_stranger', 'look_for_upload', 'resume_upload_job', 'move_session_documents',
-                             'forget_session_document', 'lock_budget')
+                             'forget_session_document', 'lock_budget', 'job_cost')
   loop
     execute format('grant execute on function %s to upload_worker, service_role', v_function);
   end loop;

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -186,6 +187,20 @@ def test_a_jobs_history_is_told_in_order(database: Any, busy: UUID) -> None:
     codes = ["job_enqueued", "job_claimed", "job_advanced", "job_advanced", "job_deadlettered"]
     assert re.findall(r"\|(job_[a-z]+)\|", output) == codes
     assert "state|deadletter" in output
+
+
+def test_usage_and_budgets_are_told(database: Any, worker: Connection) -> None:
+    user = uuid4()
+    used = {"usage_id": str(uuid4()), "user_id": str(user), "provider": "p", "model": "m", "operation": "embed"}
+    records = json.dumps([{**used, "requests": 2, "tokens": 30, "cost_micros": 1500}])
+    worker.execute("select upload_pipeline.record_usage(%s)", [records])
+    assert run(database, "usage_by_user").strip() == f"{user}|p|m|embed|0|2|30|0|0|0.0015|0"
+    assert run(database, "usage_by_user", since="0 seconds") == ""
+    for _ in range(2):
+        worker.execute(
+            "select * from upload_pipeline.reserve_calls(gen_random_uuid(), 'p', 'abcdef01', 'm', 1, 9, null, 10)"
+        )
+    assert run(database, "provider_budgets").strip() == "p|m|abcdef01|||1|9|1|1|0|0|00:00:00|"
 
 
 def test_a_users_backlog_and_cap_are_told_and_set(database: Any, admin: Connection, worker: Connection) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import dataclass
 from typing import Any
@@ -54,6 +55,10 @@ READERS = {
     "batch_member_overview": {"authenticated", "upload_worker", "service_role"},
     "job_overview": {"authenticated", "upload_worker", "service_role"},
     "queue_depth": {"authenticated", "upload_worker", "service_role"},
+    "usage_records": {"authenticated", "upload_worker", "service_role"},
+    "usage_by_user": {"authenticated", "upload_worker", "service_role"},
+    "usage_by_day": {"authenticated", "upload_worker", "service_role"},
+    "usage_by_model": {"authenticated", "upload_worker", "service_role"},
     "upload_history": {"authenticated", "upload_worker", "service_role"},
 }
 """Who may read each table and view; the partitions of `events` that a month has made are nobody's."""
@@ -73,6 +78,7 @@ CALLERS = {
             "prepare_restart",
             "drop_event_partitions",
             "forget_session_document",
+            "job_cost",
             "lock_budget",
             "move_session_documents",
             "notify_watchers",
@@ -140,6 +146,7 @@ CALLERS = {
             "reap_expired",
             "record_event",
             "record_fenced_write",
+            "record_usage",
             "refresh_stage_durations",
             "register_model",
             "register_worker",
@@ -236,6 +243,8 @@ def filled(admin: Connection, worker: Connection) -> Connection:
         admin.execute(
             "insert into upload_pipeline.policies values (%s, %s, 'insurer', 'product', '2026-01-31')", [document, user]
         )
+        used = {"usage_id": str(uuid4()), "user_id": str(user), "provider": "p", "model": "m", "operation": "embed"}
+        worker.execute("select upload_pipeline.record_usage(%s)", [json.dumps([used])])
         chunk, node = uuid4(), uuid4()
         admin.execute(
             """

@@ -127,6 +127,8 @@ def processed(admin: Connection, worker: Connection, user: UUID, content: str) -
     """A document of the user that has rows in every table that has rows of documents."""
     document: UUID = upload(worker, user, content).document_id
     lease = next(job for job in claim(worker, 100) if job.document_id == document)
+    used = {"usage_id": str(uuid4()), "job_id": str(lease.job_id), "provider": "p", "model": "m", "operation": "o"}
+    worker.execute("select upload_pipeline.record_usage(%s)", [json.dumps([used])])
     advance_to(worker, lease, "parsed")
     fail(worker, lease, retryable=False)
     chunk, node = uuid4(), uuid4()
@@ -477,6 +479,8 @@ def test_what_is_over_is_cleaned_after_its_grace_and_a_record_stays(admin: Conne
     make_batch(worker, sessions["ended"].user_id, [refused_member(0)])
     admin.execute("update upload_pipeline.lanes set max_in_flight = 10")
     leases = {lease.job_id: lease for lease in claim(worker, 10)}
+    used = {"usage_id": str(uuid4()), "job_id": str(done.job_id), "provider": "p", "model": "m", "operation": "o"}
+    worker.execute("select upload_pipeline.record_usage(%s)", [json.dumps([used])])
     advance_to(worker, leases[done.job_id], "embedded")
     fail(worker, leases[failed.job_id], retryable=False, code="ENCRYPTED")
     end_session(worker, "ended")
@@ -488,6 +492,7 @@ def test_what_is_over_is_cleaned_after_its_grace_and_a_record_stays(admin: Conne
     assert owners(admin) == {kept.document_id: sessions["alive"].user_id}
     assert finish_deletions(worker) == 3
     assert clean_sessions(worker) == (1, 0)
+    assert value(admin, "select array_agg(user_id) from upload_pipeline.usage_records") == [None]
     records = {
         row.filename: row for row in worker.execute("select * from upload_pipeline.processing_records").fetchall()
     }

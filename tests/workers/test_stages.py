@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -473,6 +474,24 @@ async def test_two_at_once_on_one_document_leave_the_rows_of_one(open_line: Open
         assert isinstance(results[1], ClaimedJob), results[1]
         owner = results[1]
     assert await line.rows() == expected
+
+
+async def test_local_providers_are_recorded_only_where_that_is_asked_for(open_line: OpenLine) -> None:
+    results = "select results::text from upload_pipeline.job_outcomes where job_id = $1"
+    line = await open_line("pdf")
+    job = await line.run_to(await line.claim(), "embedded")
+    assert await line.admin.fetchval("select count(*) from upload_pipeline.usage_records") == 0
+    assert "cost" not in json.loads(await line.admin.fetchval(results, job.job_id))
+
+    asked = await open_line("pdf", make_document("pdf", seed=8, pages=3))
+    settings = asked.context.settings.model_copy(update={"record_local_usage": True})
+    asked = replace(asked, context=replace(asked.context, settings=settings))
+    job = await asked.run_to(await asked.claim(), "embedded")
+    cost = json.loads(await line.admin.fetchval(results, job.job_id))["cost"]
+    assert (cost["usd"], cost["pages"], cost["tokens"]) == (0, 3, 0)
+    assert cost["requests"] >= 2
+    rows = await line.admin.fetch("select provider, operation, user_id, document_id from upload_pipeline.usage_records")
+    assert {tuple(row) for row in rows} == {("local", name, USER, asked.document) for name in ("parse", "embed")}
 
 
 async def test_vectors_are_those_of_the_texts(open_line: OpenLine) -> None:

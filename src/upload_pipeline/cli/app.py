@@ -26,6 +26,7 @@ from upload_pipeline.cli import (
     migrate,
     search,
     services,
+    usage,
 )
 from upload_pipeline.cli.arguments import examples, json_asked
 
@@ -88,6 +89,7 @@ for _module in (
     services,
     access,
     lanes,
+    usage,
     migrate,
     maintenance,
     doctor,

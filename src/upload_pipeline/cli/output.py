@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 _PIPED_WIDTH = 10_000
 _NARROW = 90
 _GAP = 2
-_NUMBERS = frozenset(("SIZE", "PAGES", "CHUNKS"))
+_NUMBERS = frozenset(("SIZE", "PAGES", "CHUNKS", "USD", "CALLS", "TOKENS", "CACHED"))
 
 STATE_STYLES: Mapping[str, str] = {
     "queued": "cyan",

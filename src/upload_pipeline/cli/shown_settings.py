@@ -23,7 +23,7 @@ def effective_settings(settings: Settings) -> list[tuple[str, Any, bool]]:
             value = without_password(value)
         elif isinstance(value, tuple):
             value = list(value)
-        elif not isinstance(value, int | float | bool):
+        elif not isinstance(value, int | float | bool | dict):
             value = str(value)
         rows.append((f"{ENV_PREFIX}{field.upper()}", value, field in settings.model_fields_set))
     return rows

@@ -7,6 +7,7 @@ from functools import partial
 from upload_pipeline.database.documents import commit_parse
 from upload_pipeline.database.queue import ClaimedJob
 from upload_pipeline.storage.keys import parser_output_key, uploader_of
+from upload_workers.local_usage import note_local_parse
 from upload_workers.stages.source import document_of, local_copy, store_text
 from upload_workers.steps import Commit, Outcome, StepContext
 
@@ -16,6 +17,7 @@ async def parse(job: ClaimedJob, context: StepContext) -> Outcome:
     document = await document_of(job, context)
     async with local_copy(document, context) as path:
         parsed = await context.parser.parse(path, document.media_type)
+    await note_local_parse(job, context, pages=parsed.page_count or 0)
     key = parser_output_key(uploader_of(document.raw_key), document.document_id)
     await store_text(document, key, parsed.markdown.encode("utf-8", "replace"), context)
     return Commit(
