@@ -18,7 +18,7 @@ from postgres_servers import Database
 
 from upload_pipeline.database.pools import open_pool
 from upload_pipeline.database.rate_limits import Bucket, BucketState, count_open_jobs, forget_full_buckets, take_tokens
-from upload_pipeline.settings import load_settings
+from upload_pipeline.settings import ENV_PREFIX, Settings, load_settings
 
 OTHER = UUID("22222222-2222-4222-8222-222222222222")
 START = datetime(2030, 1, 1, tzinfo=UTC)
@@ -239,6 +239,13 @@ def test_by_default_thirty_files_a_day_come_in_and_ten_a_minute() -> None:
     settings = load_settings()
     limits = settings.limit_uploads_per_day, settings.limit_uploads_per_minute, settings.limit_open_jobs
     assert limits == (30, 10, 500)
+
+
+def test_the_documentation_names_each_limit_with_its_default() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "http.md").read_text(encoding="utf-8")
+    for name, field in Settings.model_fields.items():
+        if name.startswith("limit_") and name != "limit_sessions_per_minute":  # of all users together
+            assert f"| {field.default} | `{ENV_PREFIX}{name.upper()}` |" in text, name
 
 
 async def test_counting_costs_the_same_however_many_buckets_and_jobs_there_are(admin: asyncpg.Connection) -> None:
