@@ -224,7 +224,7 @@ begin
         where j.pool = p_pool and j.user_id = l.user_id and j.state = 'working') w
      where l.max_in_flight > w.working
   ), head as materialized (
-    select h.job_id, o.turn
+    select h.job_id, o.turn, row_number() over () as place
       from open o
      cross join lateral (
        select j.job_id from upload_pipeline.upload_jobs j
@@ -242,7 +242,7 @@ begin
       from head h
      where j.job_id = h.job_id
     returning j.job_id, j.document_id, j.user_id, j.pipeline, j.stage, j.retry_count, j.lease_token,
-              j.lease_expires_at, j.correlation_id
+              j.lease_expires_at, j.correlation_id, h.turn, h.place
   ), logged as (
     insert into upload_pipeline.events
       (at, code, severity, user_id, document_id, job_id, worker_id, stage, lease_token, correlation_id)
@@ -250,8 +250,11 @@ begin
            t.correlation_id
       from taken t
   )
-  -- the nested loop over `head` keeps the turn's order, so the last row's user is the worker's next cursor
-  select * from taken;
+  -- in the turn's order, whatever plan the update had: the last row's user is the worker's next cursor
+  select t.job_id, t.document_id, t.user_id, t.pipeline, t.stage, t.retry_count, t.lease_token, t.lease_expires_at,
+         t.correlation_id
+    from taken t
+   order by t.turn, t.place;
 
   update upload_pipeline.lanes l set ready = false
    where l.pool = p_pool and l.user_id = any (v_users)

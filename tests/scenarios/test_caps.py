@@ -30,7 +30,6 @@ async def test_sixteen_workers_never_pass_the_cap_of_a_user(world: World) -> Non
     admin = await asyncpg.connect(world.admin_url)
     users = [uuid4() for _ in range(5)]
     documents = await documents_of(admin, users, 60)
-    await admin.fetch("select * from upload_pipeline.enqueue_jobs($1, $2, 'caps')", *documents)
     settings = load_settings(
         home=world.home, database_url=world.worker_url, pool_size=2, poll_min=0.01, poll_max=0.05, log_level="error"
     )
@@ -42,6 +41,7 @@ async def test_sixteen_workers_never_pass_the_cap_of_a_user(world: World) -> Non
                     settings, world.worker_url, pools=["caps"], concurrency=4, steps={("caps", "todo"): short_work}
                 )
             )
+        await admin.fetch("select * from upload_pipeline.enqueue_jobs($1, $2, 'caps')", *documents)
         async with asyncio.timeout(60):
             while await admin.fetchval("select count(*) from upload_pipeline.upload_jobs where state <> 'done'"):
                 most = await admin.fetchval(
