@@ -17,7 +17,7 @@
 -- Nobody starves. Who is refused stands in line. Somebody behind is granted only what fits beside all who stand before,
 -- and beside what was granted since the first of them asked: so the first is granted at the latest when all is gone that
 -- was there when it asked, and then the next one is the first. What is gone soon may be used by those who would not be in
--- the way then. A place in line is kept by asking again; who does not come back loses it five seconds after the time told.
+-- the way then. A place in line is kept by asking again; who does not come back loses it 15 s after the time told.
 
 -- One row for each key and model of a provider. `key_id` is the beginning of the key's SHA-256, never the key.
 -- `calls` and `tokens` are the sums of what counts now, kept here so that a call costs no sum over a minute of calls;
@@ -196,7 +196,8 @@ begin
   else
     -- who stands before, and what was granted since the first of them asked
     select coalesce(sum(r.calls), 0) as calls, coalesce(sum(r.tokens), 0) as tokens,
-           v_budget.granted_calls - min(r.calls_before) as passed_calls, v_budget.granted_tokens - min(r.tokens_before) as passed_tokens
+           v_budget.granted_calls - min(r.calls_before) as passed_calls, v_budget.granted_tokens - min(r.tokens_before) as passed_tokens,
+           min(r.until) as lapses
       into v_line
       from upload_pipeline.provider_reservations r
      where r.budget_id = v_id and r.granted_at is null and (v_mine.place is null or r.place < v_mine.place);
@@ -227,6 +228,10 @@ begin
           exit;
         end if;
       end loop;
+      -- where nothing but the line is in the way: one place in it is taken up, or lost, until then
+      if coalesce(v_budget.calls <= v_room_calls, true) and coalesce(v_budget.tokens <= v_room_tokens, true) then
+        v_ready := least(v_ready, v_line.lapses);
+      end if;
       -- at least so long that asking again is no busy loop
       v_ready := greatest(v_ready, v_now) + interval '10 milliseconds';
     end if;
@@ -236,7 +241,7 @@ begin
     (reservation_id, budget_id, calls, tokens, calls_before, tokens_before, granted_at, until)
   values (p_reservation_id, v_id, p_calls, p_tokens, v_budget.granted_calls, v_budget.granted_tokens,
           case when v_ready is null then v_now end,
-          case when v_ready is null then v_now + p_ttl + v_minute else v_ready + interval '5 seconds' end)
+          case when v_ready is null then v_now + p_ttl + v_minute else v_ready + interval '15 seconds' end)
   on conflict (reservation_id) do update
     set granted_at = excluded.granted_at, until = excluded.until, calls = excluded.calls, tokens = excluded.tokens;
   if v_ready is null then

@@ -268,9 +268,11 @@ async def test_a_call_that_nobody_settles_counts_as_made_at_its_end(
     life = timedelta(seconds=30)
     call = await grant(budget_db, 10, token_limit=10, life=life)
     await at(budget_db, 90)
-    await refuse(budget_db, 10, token_limit=10)
-    await at(budget_db, 97)
-    await grant(budget_db, 10, token_limit=10)
+    wait = await refuse(budget_db, 10, token_limit=10)
+    await at(budget_db, 90.1)
+    # nothing is in the way but a place in line that is not taken up again
+    assert (await refuse(budget_db, 10, token_limit=10)).seconds == pytest.approx(wait.seconds + 15, abs=0.2)
+    await grant(budget_db, 10, token_limit=10, reservation_id=wait.reservation_id)
     assert not await settle(budget_db, call, tokens=1)
     assert sums_are_those_of_the_rows(admin)
 
@@ -354,9 +356,9 @@ async def test_what_would_be_gone_in_time_may_be_used_meanwhile(budget_db: async
 async def test_who_does_not_come_back_loses_the_place(budget_db: asyncpg.Connection) -> None:
     await settle(budget_db, await grant(budget_db, 100, token_limit=100))
     wait = await refuse(budget_db, 100, token_limit=100)
-    await at(budget_db, wait.seconds + 4)
+    await at(budget_db, wait.seconds + 14)
     await refuse(budget_db, 1, token_limit=100)
-    await at(budget_db, wait.seconds + 5.1)
+    await at(budget_db, wait.seconds + 15.1)
     await grant(budget_db, 1, token_limit=100)
 
 
@@ -373,6 +375,22 @@ async def test_waiting_longer_than_allowed_gives_the_place_up(budget_db: asyncpg
     assert answer.seconds == pytest.approx(60, abs=0.1)
     query = "select count(*) from upload_pipeline.provider_reservations where granted_at is null"
     assert value(admin, query) == 0
+
+
+async def test_a_place_can_be_kept_by_who_comes_back_later(budget_db: asyncpg.Connection) -> None:
+    await settle(budget_db, await grant(budget_db, 100, token_limit=100))
+    answer = await reserve_in_turn(
+        budget_db, **KEY, requests=1, tokens=100, longest=5, token_limit=100, keep_place=True, clock=lambda: 0.0
+    )
+    assert isinstance(answer, Wait)
+    await at(budget_db, 65)
+    await refuse(budget_db, 1, token_limit=100)
+    again = await reserve_in_turn(
+        budget_db, **KEY, requests=1, tokens=90, longest=5, token_limit=100, reservation_id=answer.reservation_id
+    )
+    assert again == Granted(answer.reservation_id, 120)
+    # it came back with less, and that is what counts
+    await grant(budget_db, 9, token_limit=100)
 
 
 # what the provider tells

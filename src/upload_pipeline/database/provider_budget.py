@@ -115,6 +115,8 @@ async def reserve_in_turn(
     requests: int,
     tokens: int,
     longest: float,
+    reservation_id: UUID | None = None,
+    keep_place: bool = False,
     request_limit: int | None = None,
     token_limit: int | None = None,
     life: timedelta = RESERVATION_LIFE,
@@ -125,6 +127,8 @@ async def reserve_in_turn(
 
     Args:
         longest: seconds to wait at most; where more are needed the place in line is given up.
+        reservation_id: whose place is taken up again, also with other numbers; a new one where it is None.
+        keep_place: leave the place in line, for who comes back with its id within 15 s of the time told.
 
     Returns:
         The grant; or a `Wait` that tells how long it would still have been.
@@ -133,7 +137,7 @@ async def reserve_in_turn(
         PipelineError: `REQUEST_OVER_BUDGET` where a whole minute does not hold it.
     """
     deadline = clock() + longest
-    reservation_id = uuid4()
+    reservation_id = reservation_id or uuid4()
     while True:
         answer = await reserve(
             db,
@@ -150,7 +154,8 @@ async def reserve_in_turn(
         if isinstance(answer, Granted):
             return answer
         if clock() + answer.seconds > deadline:
-            await release(db, reservation_id)
+            if not keep_place:
+                await release(db, reservation_id)
             return answer
         await sleep(answer.seconds)
 
