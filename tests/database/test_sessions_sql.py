@@ -346,6 +346,25 @@ def test_a_file_that_the_user_uploads_meanwhile_is_a_duplicate_of_one_of_them(
     assert owners(admin) == {own.document_id: USER}
 
 
+def test_a_file_whose_document_is_claimed_after_it_was_looked_up_is_refused(
+    admin: Connection, worker: Connection, connect: Connect, session: Any
+) -> None:
+    document = upload(worker, session.user_id, "same").document_id
+    late = connect()
+    with worker.transaction():
+        claim_session(worker, "t", USER)
+        arriving = in_background(upload, late, session.user_id, "same")
+        await_lock_wait(admin, late)
+    with pytest.raises(psycopg.Error, match="belongs to another user") as refused:
+        arriving.result(10)
+    assert refused.value.sqlstate == "UP003"
+
+    claimed = {**file_member(session.user_id, 0, b"same"), "document_id": str(document)}
+    member, other = make_batch(worker, session.user_id, [claimed, file_member(session.user_id, 1, b"other")])
+    assert (member.error_code, other.error_code) == ("INVALID_STATE", None)
+    assert owners(admin) == {document: USER, other.document_id: session.user_id}
+
+
 def test_sessions_with_the_same_files_are_claimed_by_one_user_at_once(
     admin: Connection, worker: Connection, connect: Connect
 ) -> None:

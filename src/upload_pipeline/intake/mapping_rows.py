@@ -134,7 +134,7 @@ def _csv_rows(text: str) -> Iterator[Row]:
 
 def _csv_problem(message: str) -> str:
     if "field larger" in message:
-        return f"a value is longer than {csv.field_size_limit():,} characters; is a closing quote missing?"
+        return f"a value is longer than {csv.field_size_limit():,} characters; perhaps a closing quote is missing"
     if "unexpected end" in message:
         return "a value that begins here with a quote has no closing quote"
     return f"{message}; put values with commas or quotes into quotes, and double the quotes in them"
