@@ -250,6 +250,8 @@ async def test_a_batch_beyond_the_room_that_there_is_waits_outside(
         answer = await post(full, user, form([("a.txt", b"w" * 8_000)]))
         assert (answer.status_code, answer.json()["error"]["code"]) == (503, "CAPACITY")
         assert "Retry-After" in answer.headers
+        assert "in smaller batches" in answer.json()["error"]["message"]
+        assert answer.json()["error"]["details"] == {}
         one.writer.close()
         for _ in range(100):
             if not await traces.admin.fetchval("select count(*) from upload_pipeline.admissions"):

@@ -59,6 +59,17 @@ async def test_every_error_has_the_common_body_and_an_example(service: LiveServi
                 assert HTTP_STATUS[content["example"]["error"]["code"]] == int(status), (name, status)
 
 
+async def test_what_stores_may_lack_the_room_and_what_changes_may_be_asked_by_another_site(
+    service: LiveService,
+) -> None:
+    answers = {name: set(operation["responses"]) for name, operation in operations(await document(service))}
+    for storing in ("/api/v2/upload", "/api/v1/policies/ingest", "/api/v1/documents/ingest/batch"):
+        assert "507" in answers[f"POST {storing}"], storing
+    changing = {name for name, statuses in answers.items() if "401" in statuses and not name.startswith("GET ")}
+    assert "DELETE /api/v1/documents/ingest/batch/{batch_id}" in changing
+    assert {name for name in changing if "403" not in answers[name]} == set()
+
+
 async def test_every_body_is_typed_and_has_an_example(service: LiveService) -> None:
     made = await document(service)
     schemas = made["components"]["schemas"]

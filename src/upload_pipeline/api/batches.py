@@ -54,7 +54,7 @@ _BODY: dict[str, Any] = {
     "",
     status_code=202,
     summary="Send up to 100 files with their metadata",
-    responses=documented_errors(400, 401, 408, 413, 415, 429),
+    responses=documented_errors(400, 401, 408, 413, 415, 429, 507),
     openapi_extra=_BODY,
 )
 async def ingest_batch(

@@ -50,6 +50,12 @@ _OWN_FAILURES = {
 }
 
 
+_FULL = (
+    "There is no room for as many bytes at the moment, and none of them were taken. Send them again in a while, or "
+    "in smaller batches."
+)
+
+
 class ErrorDetail(BaseModel):
     """What went wrong."""
 
@@ -139,7 +145,7 @@ def error_response(error: PipelineError, correlation_id: str, status: int | None
     return _response(
         status,
         error.code,
-        _OWN_FAILURES.get(status, error.message),
+        _FULL if error.code is ErrorCode.CAPACITY else _OWN_FAILURES.get(status, error.message),
         {} if status in _OWN_FAILURES else error.details,
         correlation_id,
         sent,

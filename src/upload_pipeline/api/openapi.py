@@ -109,15 +109,21 @@ def _completed(document: dict[str, Any]) -> dict[str, Any]:
     for path in document["paths"].values():
         for method, operation in path.items():
             if method in _METHODS:
-                _complete(operation)
+                _complete(method, operation)
     return document
 
 
-def _complete(operation: dict[str, Any]) -> None:
+def _complete(method: str, operation: dict[str, Any]) -> None:
     operation.setdefault("parameters", []).append(_CORRELATION_PARAMETER)
     responses = operation["responses"]
     responses.pop("422", None)
-    for status in (*_ALWAYS, 408) if "requestBody" in operation else _ALWAYS:
+    more = [*_ALWAYS]
+    if "requestBody" in operation:
+        more.append(408)
+    # a session that a page of somebody else's would use
+    if method != "get" and "401" in responses:
+        more.append(403)
+    for status in more:
         described = documented_errors(status)[status]["description"]
         responses.setdefault(
             str(status), {"description": described, "content": {"application/json": {"schema": _ERROR_REF}}}

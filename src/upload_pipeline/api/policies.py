@@ -75,7 +75,7 @@ _FIELDS = {
             "model": PolicyAccepted,
             "description": "You had sent the same bytes before: this is what became of them",
         },
-        **documented_errors(400, 401, 403, 408, 409, 415, 429),
+        **documented_errors(400, 401, 403, 408, 409, 415, 429, 507),
     },
     openapi_extra={
         "requestBody": {
