@@ -254,9 +254,10 @@ async def test_a_row_that_does_not_validate_is_left_out_and_logged(
     service: LiveService, admin: asyncpg.Connection, capsys: pytest.CaptureFixture[str]
 ) -> None:
     user = new_user()
-    for filename in ("good", "line\nbreak", "odd type", "before its time"):
+    for filename in ("good", "line\nbreak", "odd type", "before its time", "odd place"):
         await upload(admin, user, filename)
     await admin.execute("update upload_pipeline.documents set media_type = 'nonsense' where filename = 'odd type'")
+    await admin.execute("update upload_pipeline.documents set raw_key = '../away' where filename = 'odd place'")
     await admin.execute(
         """
         update upload_pipeline.upload_jobs j set state = 'done', finished_at = d.created_at - interval '1 day'
@@ -266,9 +267,9 @@ async def test_a_row_that_does_not_validate_is_left_out_and_logged(
     capsys.readouterr()
     page = await ask(service, user)
     assert names(page) == ["good"]
-    assert page["total"] == 4
+    assert page["total"] == 5
     said = [line for line in capsys.readouterr().out.splitlines() if "history_row_left_out" in line]
-    assert len(said) == 3
+    assert len(said) == 4
 
 
 async def test_the_bytes_are_fetched_by_the_url_once_they_have_come(

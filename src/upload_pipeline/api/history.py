@@ -14,7 +14,7 @@ from upload_pipeline.api.download_urls import download_url
 from upload_pipeline.api.error_bodies import documented_errors
 from upload_pipeline.api.jobs import Moment
 from upload_pipeline.api.principals import CurrentPrincipal
-from upload_pipeline.api.resources import AppResources
+from upload_pipeline.api.resources import AppResources, Resources
 from upload_pipeline.database.as_user import as_user
 from upload_pipeline.database.history import HistoryFilter, HistorySort, list_history
 from upload_pipeline.errors import ErrorCode, PipelineError
@@ -140,27 +140,14 @@ async def list_uploads(
             sort=HistorySort(sort.removeprefix("-")),
             descending=sort.startswith("-"),
         )
-    items = []
-    for row in found.rows:
-        item = _item(row)
-        if item is not None:
-            if row.stored:
-                item.download_url, _ = await download_url(
-                    request,
-                    resources,
-                    document_id=row.document_id,
-                    raw_key=row.raw_key,
-                    filename=row.filename,
-                    media_type=row.media_type,
-                )
-            items.append(item)
+    items = [item for row in found.rows if (item := await _item(request, resources, row)) is not None]
     return HistoryPage(items=items, page=page, page_size=page_size, total=found.total)
 
 
-def _item(row: HistoryRow) -> HistoryItem | None:
+async def _item(request: Request, resources: Resources, row: HistoryRow) -> HistoryItem | None:
     """None for a row that does not validate: one bad row is no reason to withhold the others."""
     try:
-        return HistoryItem(
+        item = HistoryItem(
             id=row.document_id,
             filename=row.filename,
             file_size=row.file_bytes,
@@ -172,7 +159,22 @@ def _item(row: HistoryRow) -> HistoryItem | None:
             if row.error_code is None
             else HistoryError(code=row.error_code, message=row.error_message or ""),
         )
+        if row.stored:
+            item.download_url, _ = await download_url(
+                request,
+                resources,
+                document_id=row.document_id,
+                raw_key=row.raw_key,
+                filename=row.filename,
+                media_type=row.media_type,
+            )
     except ValidationError as error:
         problems = [f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors(include_input=False)]
-        log.warning("history_row_left_out", document_id=row.document_id, problems=problems)
-        return None
+    except PipelineError as error:
+        if error.code is not ErrorCode.INVALID_KEY:
+            raise
+        problems = [f"raw_key: {error.message}"]
+    else:
+        return item
+    log.warning("history_row_left_out", document_id=row.document_id, problems=problems)
+    return None
