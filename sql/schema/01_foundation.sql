@@ -72,6 +72,7 @@ create type upload_pipeline.event_code as enum (
   'write_fenced',
   'orphan_removed',
   'capacity_warning',
+  'provider_paused',
   'worker_started',
   'worker_stopped'
 );

@@ -36,6 +36,7 @@ class EventCode(StrEnum):
     WRITE_FENCED = "write_fenced"
     ORPHAN_REMOVED = "orphan_removed"
     CAPACITY_WARNING = "capacity_warning"
+    PROVIDER_PAUSED = "provider_paused"
     WORKER_STARTED = "worker_started"
     WORKER_STOPPED = "worker_stopped"
 

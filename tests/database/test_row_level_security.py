@@ -140,6 +140,7 @@ CALLERS = {
             "note_batches",
             "note_completed_batches",
             "open_session",
+            "pause_provider",
             "pending_vectors",
             "pour_buckets",
             "promote_due",

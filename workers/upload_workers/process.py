@@ -24,6 +24,7 @@ from upload_pipeline.settings import Settings
 from upload_pipeline.storage.store import ObjectStore, open_store
 from upload_pipeline.storage.virus_scan import open_scanner
 from upload_workers.bounded import bounded
+from upload_workers.embedding_batcher import open_batcher
 from upload_workers.health import health_endpoint
 from upload_workers.leases import LeaseKeeper, heartbeat_connection
 from upload_workers.memory import MemoryWatch
@@ -74,8 +75,12 @@ async def running_worker(
         store = store or open_store(settings.effective_storage_url)
         await store.check_writable()
         calls = ProviderCalls()
-        embedder = MeasuredEmbedder(open_embedder(settings.embedder, settings), calls)
+        own_embedder = open_embedder(settings.embedder, settings)
+        embedder = MeasuredEmbedder(own_embedder, calls)
         stack.push_async_callback(embedder.close)
+        batcher = open_batcher(own_embedder, db, calls, settings)
+        if batcher is not None:
+            stack.push_async_callback(batcher.close)
         local_parser = LocalParser(settings.parse_timeout, settings.parse_memory_bytes)
         stack.callback(local_parser.close)
         parser = MeasuredParser(local_parser, calls)
@@ -101,6 +106,7 @@ async def running_worker(
                 settings,
                 scratch,
                 open_scanner(settings.clamd_url, seconds=settings.clamd_timeout),
+                batcher,
             ),
             steps,
             await queue.load_steps(db),

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from upload_pipeline.settings import Settings
     from upload_pipeline.storage.store import ObjectStore
     from upload_pipeline.storage.virus_scan import VirusScanner
+    from upload_workers.embedding_batcher import EmbeddingBatcher
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +32,7 @@ class StepContext:
     Attributes:
         scratch: directory for temporary files of this process.
         scanner: sees bytes that reached the store by themselves; None where there is none.
+        batcher: embeds texts that are paid for; None where the embedder is our own.
     """
 
     db: Executor
@@ -40,6 +42,7 @@ class StepContext:
     settings: Settings
     scratch: Path
     scanner: VirusScanner | None = None
+    batcher: EmbeddingBatcher | None = None
 
 
 class CommitVerb(Protocol):

@@ -203,3 +203,26 @@ async def release(db: Executor, reservation_id: UUID) -> bool:
 async def freeze(db: Executor, *, provider: str, key_id: str, model: str, seconds: float) -> None:
     """Lets nobody begin a call for so many seconds from now, by the database's clock; an end that is later stays."""
     await db.fetchval("select upload_pipeline.freeze_budget($1, $2, $3, $4)", provider, key_id, model, seconds)
+
+
+async def pause(
+    db: Executor, *, provider: str, key_id: str, model: str, seconds: float, code: str, message: str
+) -> bool:
+    """Stops a provider for all processes and writes one alarm (`provider_paused`); false where another has done so.
+
+    Args:
+        seconds: until it is asked again.
+        code: why, as an error code.
+        message: why, for a person.
+    """
+    return bool(
+        await db.fetchval(
+            "select upload_pipeline.pause_provider($1, $2, $3, $4, $5, $6)",
+            provider,
+            key_id,
+            model,
+            seconds,
+            code,
+            message,
+        )
+    )

@@ -96,6 +96,10 @@ class OpenAIEmbedder:
     """Implements `Embedder`, and `request` for those who pack, count and repeat by themselves.
 
     An empty text, and one of white space only, is embedded as a single space. A lone surrogate counts as `?`.
+
+    Attributes:
+        api_key: of the account that pays.
+        api_model: the model as the API, its limits and its prices name it.
     """
 
     def __init__(self, *, api_key: str, base_url: str, model: str, dimensions: int = 0, timeout: float = 60.0) -> None:
@@ -135,7 +139,7 @@ class OpenAIEmbedder:
         import openai
 
         self.api_key = api_key
-        self._api_model = model
+        self.api_model = model
         self._asked_dimensions = dimensions if shortened else None
         self._timeout = timeout
         name = f"{model}@{dimensions}" if shortened else model
@@ -169,7 +173,7 @@ class OpenAIEmbedder:
         try:
             async with asyncio.timeout(self._timeout):
                 raw = await self._client.embeddings.with_raw_response.create(
-                    model=self._api_model,
+                    model=self.api_model,
                     input=[_sendable(text) for text in texts],
                     encoding_format="base64",
                     **asked,

@@ -1,0 +1,489 @@
+"""Embedding by a provider that is paid for each text: the texts of all jobs that a worker leads share its requests.
+
+A text waits in line until a request has room for it; requests go out while fewer than `concurrency` are under way, each
+with as many texts as fit, and each job is given its own vectors as they arrive. The same text of the same user is sent
+once, however many chunks wait for it. What a request brought belongs to whoever still waits: a job that is cancelled
+leaves the line, and what is under way for it goes on, since others may share it.
+
+Before a request its tokens are reserved from the budget that all workers share. Where that takes longer than
+`PATIENCE`, nobody waits here: the jobs are told when to come back, and their leases are free meanwhile.
+
+    the request                       its texts
+    brought vectors                   done; one without a direction is sent again, then refused
+    was refused for its content       by halves, until the one at fault is alone and fails its own documents
+    failed in a way that may pass     sent again a few times, then their jobs fail, to be tried again
+    met a limit                       the budget is frozen as the answer said; sent again, or their jobs put off
+    met an empty account, a bad key   the provider is paused for all workers; their jobs put off, no retry counted
+
+A job that has failed before shares no request, so that no text brings others down twice.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import random
+import time
+from collections import Counter, defaultdict, deque
+from collections.abc import AsyncGenerator, Sequence
+from dataclasses import dataclass, field, replace
+from datetime import timedelta
+from typing import TYPE_CHECKING
+from uuid import UUID, uuid4
+
+import structlog
+
+from upload_pipeline.database import provider_budget
+from upload_pipeline.database.usage import Usage, record_usage
+from upload_pipeline.errors import ErrorCode, PipelineError
+from upload_pipeline.providers.openai_embedder import PROVIDER, EmbeddingError, OpenAIEmbedder, Remedy
+from upload_pipeline.providers.request_packing import MAX_REQUEST_TOKENS, bound_tokens
+from upload_pipeline.rate_headers import RateLimits, key_id_of, read_rate_limits
+from upload_workers.embedding_usage import usage_of_request
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from upload_pipeline.database.queue import ClaimedJob, Executor
+    from upload_pipeline.prices import PriceTable
+    from upload_pipeline.providers.calls import ProviderCalls
+    from upload_pipeline.providers.embedding import Embedder
+    from upload_pipeline.providers.openai_embedder import EmbeddingAnswer
+    from upload_pipeline.settings import Settings
+
+log = structlog.get_logger(__name__)
+
+PATIENCE = 5.0
+"""Seconds that a job waits for the budget with its lease held; beyond, it is put off."""
+
+PAUSE_SECONDS = 600.0
+"""For which nobody calls a provider whose account is empty or whose key is refused."""
+
+TRIES = 4
+"""How often a text is sent before its job fails."""
+
+LINGER = 0.005
+"""Seconds that a request which is not full waits for more texts."""
+
+_FIRST_DELAY = 0.25  # seconds before a failed request's texts are sent again; doubled each time
+_LIFE_SLACK = timedelta(seconds=10)  # between a request's timeout and the end of its reservation
+_UNTOLD_WAIT = 2.0  # seconds, where a 429 says no time
+_SAY_GOODBYE = 2.0
+
+
+class PutOff(Exception):  # noqa: N818 - nothing is wrong
+    """The provider takes nothing for a while: come back after `seconds`."""
+
+    def __init__(self, seconds: float) -> None:
+        super().__init__(seconds)
+        self.seconds = seconds
+
+
+@dataclass(eq=False)
+class _Ticket:
+    """One call of `embed`, and what has come for it: (positions, vectors)."""
+
+    job: ClaimedJob
+    left: int
+    arrived: asyncio.Queue[tuple[list[int], NDArray[np.float32]] | None] = field(default_factory=asyncio.Queue)
+    error: Exception | None = None
+
+    def give(self, positions: list[int], vectors: NDArray[np.float32]) -> None:
+        self.left -= len(positions)
+        self.arrived.put_nowait((positions, vectors))
+
+    def fail(self, positions: int, error: Exception) -> None:
+        """Some texts bring nothing. Of several reasons, one that tells more than "not now" stands."""
+        self.left -= positions
+        if self.error is None or _weight(error) > _weight(self.error):
+            self.error = error
+        self.arrived.put_nowait(None)
+
+
+@dataclass(eq=False)
+class _Item:
+    """A text in line or under way, and who waits for it: (ticket, position)."""
+
+    key: tuple[UUID, UUID | None, str]
+    tokens: int
+    waiting: list[tuple[_Ticket, int]]
+    tries: int = 0
+
+    @property
+    def text(self) -> str:
+        return self.key[2]
+
+    @property
+    def company(self) -> UUID | None:
+        """Only texts with the same value share a request: None, or a job that goes by itself."""
+        return self.key[1]
+
+
+class EmbeddingBatcher:
+    """One for each worker process; used by the tasks of one event loop."""
+
+    def __init__(
+        self,
+        embedder: OpenAIEmbedder,
+        db: Executor,
+        calls: ProviderCalls,
+        *,
+        most: int,
+        concurrency: int,
+        timeout: float,
+        prices: PriceTable,
+        request_limit: int | None = None,
+        token_limit: int | None = None,
+    ) -> None:
+        """Sends nothing yet.
+
+        Args:
+            embedder: makes the requests.
+            db: keeps the budget.
+            calls: counts the requests.
+            most: texts in a request.
+            concurrency: requests at once.
+            timeout: seconds after which the embedder gives a request up.
+            prices: what tokens cost.
+            request_limit: in a minute, where that is less than the provider allows.
+            token_limit: the same for tokens.
+        """
+        self._embedder = embedder
+        self._db = db
+        self._calls = calls
+        self._most = most
+        self._concurrency = concurrency
+        self._life = timedelta(seconds=timeout) + _LIFE_SLACK
+        self._prices = prices
+        self._request_limit = request_limit
+        self._token_limit = token_limit
+        self._key_id = key_id_of(embedder.api_key)
+        self._line: deque[_Item] = deque()
+        self._items: dict[tuple[UUID, UUID | None, str], _Item] = {}
+        self._under_way: set[asyncio.Task[None]] = set()
+        self._more = asyncio.Event()
+        self._open_at = 0.0  # monotonic: until then everything is put off
+        self._place: UUID | None = None
+        self._dispatching: asyncio.Task[None] | None = None
+
+    async def embed(
+        self, job: ClaimedJob, texts: Sequence[str], *, until: float
+    ) -> AsyncGenerator[tuple[list[int], NDArray[np.float32]]]:
+        """Gives (positions in `texts`, their vectors) as they arrive, and behind them the failure, if any.
+
+        Args:
+            job: whose texts they are.
+            texts: of its document.
+            until: by the monotonic clock; what is still in line then is put off. What is under way is waited for.
+
+        Raises:
+            PutOff: some texts are to be sent later.
+            PipelineError: `EMBED_REJECTED` of a text, `EMBED_FAILED`, `REQUEST_OVER_BUDGET`.
+        """
+        if self._dispatching is None:
+            self._dispatching = asyncio.create_task(self._dispatch(), name="embedding-batcher")
+        ticket = _Ticket(job, len(texts))
+        company = job.job_id if job.retry_count else None
+        for position, text in enumerate(texts):
+            key = (job.user_id, company, text)
+            item = self._items.get(key)
+            if item is None:
+                item = self._items[key] = _Item(key, bound_tokens(text), [])
+                self._line.append(item)
+            item.waiting.append((ticket, position))
+        self._more.set()
+        try:
+            while ticket.left or not ticket.arrived.empty():
+                try:
+                    async with asyncio.timeout_at(_loop_time(until) if until else None):
+                        arrived = await ticket.arrived.get()
+                except TimeoutError:
+                    until = 0.0
+                    self._leave_line(ticket)
+                    continue
+                if arrived is not None:
+                    yield arrived
+            if isinstance(ticket.error, PutOff | PipelineError):
+                # One request fails many jobs, and each raises its own.
+                raise copy.copy(ticket.error)
+            if ticket.error is not None:
+                raise ticket.error
+        finally:
+            self._withdraw(ticket)
+
+    async def close(self) -> None:
+        """Gives up what is in line and under way. A second call does nothing."""
+        tasks = [task for task in (self._dispatching, *self._under_way) if task is not None]
+        for task in tasks:
+            task.cancel()
+        if tasks:
+            await asyncio.wait(tasks, timeout=_SAY_GOODBYE)
+        self._dispatching = None
+
+    def _leave_line(self, ticket: _Ticket) -> None:
+        """Puts off those of its texts that are not under way."""
+        for item in self._line:
+            mine = sum(waiter is ticket for waiter, _ in item.waiting)
+            if mine:
+                item.waiting = [(waiter, position) for waiter, position in item.waiting if waiter is not ticket]
+                ticket.fail(mine, PutOff(0.0))
+
+    def _withdraw(self, ticket: _Ticket) -> None:
+        for item in self._items.values():
+            item.waiting = [(waiter, position) for waiter, position in item.waiting if waiter is not ticket]
+        for item in [item for item in self._line if not item.waiting]:
+            self._line.remove(item)
+            self._items.pop(item.key, None)
+
+    async def _dispatch(self) -> None:
+        while True:
+            await self._more.wait()
+            self._more.clear()
+            if len(self._line) < self._most:
+                await asyncio.sleep(LINGER)
+            if time.monotonic() < self._open_at:
+                self._put_off([self._line.popleft() for _ in range(len(self._line))])
+            while len(self._under_way) < self._concurrency and (part := self._take()):
+                task = asyncio.create_task(self._send(part))
+                self._under_way.add(task)
+                task.add_done_callback(self._sent)
+
+    def _sent(self, task: asyncio.Task[None]) -> None:
+        self._under_way.discard(task)
+        self._more.set()
+
+    def _take(self) -> list[_Item]:
+        """The next request's texts: from the front, those that may share it with the first."""
+        part: list[_Item] = []
+        kept: list[_Item] = []
+        tokens = 0
+        limit = min(MAX_REQUEST_TOKENS, self._token_limit or MAX_REQUEST_TOKENS)
+        while self._line and len(part) < self._most:
+            item = self._line.popleft()
+            if not item.waiting:
+                self._items.pop(item.key, None)
+            elif part and item.company != part[0].company:
+                kept.append(item)
+            elif part and tokens + item.tokens > limit:
+                kept.append(item)
+                break
+            else:
+                part.append(item)
+                tokens += item.tokens
+        self._line.extendleft(reversed(kept))
+        return part
+
+    async def _send(self, part: list[_Item]) -> None:
+        """Everything about one request; never raises but for cancellation."""
+        try:
+            answer = await self._request(part)
+        except EmbeddingError as error:
+            await self._after_failure(part, error)
+        except PutOff as error:
+            self._open_at = max(self._open_at, time.monotonic() + error.seconds)
+            self._put_off(part)
+        except PipelineError as error:
+            if error.code is ErrorCode.REQUEST_OVER_BUDGET and len(part) > 1:
+                await self._send_halves(part)
+            else:
+                self._fail(part, error)
+        except Exception as error:  # noqa: BLE001 - of the database, or a mistake: the jobs tell
+            self._fail(part, error)
+        else:
+            used = self._usage(part, answer)
+            self._deliver(part, answer)
+            await self._record(used)
+
+    async def _request(self, part: list[_Item]) -> EmbeddingAnswer:
+        """Reserves, asks, settles.
+
+        Raises:
+            EmbeddingError: as the embedder.
+            PutOff: the budget takes longer than anybody here waits.
+            PipelineError: `REQUEST_OVER_BUDGET`.
+        """
+        # Of the places in line that are kept while jobs are put off, one is enough for a worker.
+        place, self._place = self._place, None
+        granted = await provider_budget.reserve_in_turn(
+            self._db,
+            provider=PROVIDER,
+            key_id=self._key_id,
+            model=self._embedder.api_model,
+            requests=1,
+            tokens=sum(item.tokens for item in part),
+            longest=PATIENCE,
+            reservation_id=place,
+            keep_place=True,
+            request_limit=self._request_limit,
+            token_limit=self._token_limit,
+            life=self._life,
+        )
+        if isinstance(granted, provider_budget.Wait):
+            if self._place is None:
+                self._place = granted.reservation_id
+            else:
+                await provider_budget.release(self._db, granted.reservation_id)
+            raise PutOff(granted.seconds)
+        tokens: int | None = None
+        limits: RateLimits | None = None
+        try:
+            with self._calls.measured(PROVIDER, "embed"):
+                answer = await self._embedder.request([item.text for item in part])
+            tokens, limits = answer.tokens, read_rate_limits(answer.headers)
+        except EmbeddingError as error:
+            limits = _limits_of(error)
+            raise
+        finally:
+            await self._settle(granted.reservation_id, tokens, limits)
+        self._calls.worked(PROVIDER, "embed", "texts", len(part))
+        return answer
+
+    async def _settle(self, reservation_id: UUID, tokens: int | None, limits: RateLimits | None) -> None:
+        """What was reserved counts until its end where this cannot be written; the vectors are worth more."""
+        try:
+            async with asyncio.timeout(PATIENCE):
+                await provider_budget.settle(self._db, reservation_id, tokens=tokens, limits=limits)
+        except Exception as error:  # noqa: BLE001 - see above
+            log.warning("budget_not_settled", error=str(error) or type(error).__name__)
+
+    async def _after_failure(self, part: list[_Item], error: EmbeddingError) -> None:
+        match error.remedy:
+            case Remedy.SPLIT if len(part) > 1:
+                await self._send_halves(part)
+            case Remedy.SPLIT:
+                self._fail(part, error)
+            case Remedy.PAUSE:
+                await self._pause(error)
+                self._put_off(part)
+            case Remedy.WAIT:
+                # The budget is frozen: the next reservation waits, or puts off.
+                self._send_again(part)
+            case Remedy.AGAIN:
+                log.warning("embedding_failed", error=error.message, texts=len(part))
+                again = self._tried(part, error)
+                if again:
+                    # In the slot of the request, so that a provider in trouble has fewer of them.
+                    await asyncio.sleep(_FIRST_DELAY * 2 ** again[0].tries * random.uniform(0.5, 1.0))  # noqa: S311
+                self._send_again(again)
+
+    async def _send_halves(self, part: list[_Item]) -> None:
+        middle = len(part) // 2
+        await self._send(part[:middle])
+        await self._send(part[middle:])
+
+    async def _pause(self, error: EmbeddingError) -> None:
+        self._open_at = max(self._open_at, time.monotonic() + PAUSE_SECONDS)
+        log.error("provider_paused", provider=PROVIDER, code=error.code.value, error=error.message)
+        try:
+            await provider_budget.pause(
+                self._db,
+                provider=PROVIDER,
+                key_id=self._key_id,
+                model=self._embedder.api_model,
+                seconds=PAUSE_SECONDS,
+                code=error.code.value,
+                message=error.message,
+            )
+        except Exception as failure:  # noqa: BLE001 - other workers will find out by themselves
+            log.warning("pause_not_recorded", error=str(failure) or type(failure).__name__)
+
+    def _deliver(self, part: list[_Item], answer: EmbeddingAnswer) -> None:
+        unusable = [part[position] for position in answer.unusable]
+        if unusable:
+            refused = PipelineError(
+                ErrorCode.EMBED_REJECTED, f"The embedder gave a vector without a direction, {TRIES} times."
+            )
+            self._send_again(self._tried(unusable, refused))
+        mine: dict[_Ticket, tuple[list[int], list[int]]] = defaultdict(lambda: ([], []))
+        for row, item in enumerate(part):
+            if row in answer.unusable:
+                continue
+            self._items.pop(item.key, None)
+            for ticket, position in item.waiting:
+                positions, rows = mine[ticket]
+                positions.append(position)
+                rows.append(row)
+        for ticket, (positions, rows) in mine.items():
+            ticket.give(positions, answer.vectors[rows])
+
+    def _usage(self, part: list[_Item], answer: EmbeddingAnswer) -> list[Usage]:
+        """What each job used of a request; a text that two jobs wait for is the first's."""
+        weights: dict[UUID, int] = {}
+        cached: Counter[UUID] = Counter()
+        for item in part:
+            for number, (ticket, _) in enumerate(item.waiting):
+                job_id = ticket.job.job_id
+                weights[job_id] = weights.get(job_id, 0) + (0 if number else item.tokens)
+                cached[job_id] += number > 0
+        if not weights:
+            # All whom it was for have gone; it is paid for nevertheless.
+            return [Usage(uuid4(), PROVIDER, self._embedder.api_model, "embed", requests=1, tokens=answer.tokens or 0)]
+        used = usage_of_request(
+            provider=PROVIDER, model=self._embedder.api_model, weights=weights, tokens=answer.tokens
+        )
+        return [replace(one, cached=cached[one.job_id] if one.job_id else 0) for one in used]
+
+    async def _record(self, used: list[Usage]) -> None:
+        try:
+            await record_usage(self._db, used, self._prices)
+        except Exception as error:  # noqa: BLE001 - the books lack it; the vectors are there
+            log.warning("usage_not_recorded", error=str(error) or type(error).__name__)
+
+    def _tried(self, part: list[_Item], error: Exception) -> list[_Item]:
+        """Counts a try of each; those that have more, the others fail."""
+        for item in part:
+            item.tries += 1
+        self._fail([item for item in part if item.tries >= TRIES], error)
+        return [item for item in part if item.tries < TRIES]
+
+    def _send_again(self, part: list[_Item]) -> None:
+        self._line.extendleft(reversed(part))
+        self._more.set()
+
+    def _put_off(self, part: list[_Item]) -> None:
+        # Spread a little, so that not all come back in the same moment.
+        seconds = max(self._open_at - time.monotonic(), 0.1) * random.uniform(1.0, 1.1)  # noqa: S311
+        self._fail(part, PutOff(seconds))
+
+    def _fail(self, part: list[_Item], error: Exception) -> None:
+        for item in part:
+            self._items.pop(item.key, None)
+            for ticket, _ in item.waiting:
+                ticket.fail(1, error)
+
+
+def open_batcher(embedder: Embedder, db: Executor, calls: ProviderCalls, settings: Settings) -> EmbeddingBatcher | None:
+    """The batcher of a worker, as its settings say; None for an embedder that is not paid."""
+    if not isinstance(embedder, OpenAIEmbedder):
+        return None
+    return EmbeddingBatcher(
+        embedder,
+        db,
+        calls,
+        most=settings.embed_batch_size,
+        concurrency=settings.openai_concurrency,
+        timeout=settings.openai_timeout,
+        prices=settings.prices,
+        request_limit=settings.openai_requests_per_minute or None,
+        token_limit=settings.openai_tokens_per_minute or None,
+    )
+
+
+def _limits_of(error: EmbeddingError) -> RateLimits | None:
+    """What a failure told of limits; a 429 always tells a time."""
+    told = read_rate_limits(error.headers)
+    if error.remedy is Remedy.WAIT and told.retry_after is None:
+        return replace(told, retry_after=_UNTOLD_WAIT)
+    return told if told != RateLimits() else None
+
+
+def _weight(error: Exception) -> int:
+    """A text that is refused will be again; "not now" says nothing of the job."""
+    if isinstance(error, PutOff):
+        return 0
+    return 2 if isinstance(error, PipelineError) and not error.retryable else 1
+
+
+def _loop_time(monotonic: float) -> float:
+    return asyncio.get_running_loop().time() + (monotonic - time.monotonic())
