@@ -22,6 +22,7 @@ from upload_pipeline.intake.staging import Intake
 from upload_pipeline.providers.calls import MeasuredEmbedder, MeasuredParser, ProviderCalls
 from upload_pipeline.providers.embedding import Embedder, open_embedder
 from upload_pipeline.providers.local_parser import LocalParser
+from upload_pipeline.search.paid_queries import PaidQueries, paid_queries
 from upload_pipeline.settings import Settings
 from upload_pipeline.storage.signed_urls import UrlSigner, open_signer
 from upload_pipeline.storage.store import ObjectStore, open_store
@@ -50,6 +51,7 @@ class Resources:
         streams: counts the open streams of events.
         admissions: lets large requests in while there is room.
         provider_calls: counts and times the calls of `embedder` and of the parser that `intake` opens files with.
+        paid_queries: embeds queries in the place of `embedder`, where that is a hosted one.
     """
 
     settings: Settings
@@ -64,6 +66,7 @@ class Resources:
     streams: OpenStreams
     admissions: Admissions
     provider_calls: ProviderCalls
+    paid_queries: PaidQueries | None = None
 
 
 @asynccontextmanager
@@ -84,7 +87,8 @@ async def open_resources(settings: Settings, database_url: str) -> AsyncGenerato
         stack.push_async_callback(_close_pool, db)
         store = open_store(settings.effective_storage_url, public_endpoint=settings.storage_public_endpoint)
         provider_calls = ProviderCalls()
-        embedder = MeasuredEmbedder(open_embedder(settings.embedder, settings), provider_calls)
+        own_embedder = open_embedder(settings.embedder, settings)
+        embedder = MeasuredEmbedder(own_embedder, provider_calls)
         stack.push_async_callback(embedder.close)
         local_parser = LocalParser(settings.parse_timeout, settings.parse_memory_bytes)
         stack.callback(local_parser.close)
@@ -110,6 +114,7 @@ async def open_resources(settings: Settings, database_url: str) -> AsyncGenerato
             db=db,
             store=store,
             embedder=embedder,
+            paid_queries=paid_queries(own_embedder, db, provider_calls, settings),
             intake=Intake(
                 db,
                 store,

@@ -104,6 +104,7 @@ async def search_documents(
         mode=request.mode,
         document_ids=request.document_ids,
         metadata_filter=request.filter,
+        paid=resources.paid_queries,
     )
     hits = await expand_hits(resources.db, user_id=principal.user_id, hits=found.hits, expansion=request.expand)
     return SearchAnswer(

@@ -68,7 +68,9 @@ async def _search(settings: Settings, query: str, *, limit: int, mode: Mode, use
     from upload_pipeline.cli.opening import open_database
     from upload_pipeline.database.connection import connection_options
     from upload_pipeline.database.pools import open_pool
+    from upload_pipeline.providers.calls import ProviderCalls
     from upload_pipeline.providers.embedding import open_embedder
+    from upload_pipeline.search.paid_queries import paid_queries
     from upload_pipeline.search.query import search
 
     urls = await asyncio.to_thread(open_database, settings)
@@ -76,7 +78,8 @@ async def _search(settings: Settings, query: str, *, limit: int, mode: Mode, use
     try:
         db = await open_pool(urls.worker, connection_options(settings, "upload-pipeline search"), size=1)
         try:
-            return await search(db, embedder, user_id=user_id, query=query, limit=limit, mode=mode.value)
+            paid = paid_queries(embedder, db, ProviderCalls(), settings)
+            return await search(db, embedder, user_id=user_id, query=query, limit=limit, mode=mode.value, paid=paid)
         finally:
             await db.close()
     finally:

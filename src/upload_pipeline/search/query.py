@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+    from upload_pipeline.search.paid_queries import PaidQueries
+
 MAX_LIMIT = 1000
 """Most hits of one search, as `search_chunks` has it."""
 
@@ -85,6 +87,7 @@ async def search(
     mode: str = SearchMode.HYBRID,
     document_ids: Sequence[UUID] | None = None,
     metadata_filter: Mapping[str, Any] | None = None,
+    paid: PaidQueries | None = None,
 ) -> SearchResult:
     """Searches the chunks of one user.
 
@@ -97,6 +100,7 @@ async def search(
         mode: one of `SearchMode`.
         document_ids: only chunks of these documents; an empty list finds nothing.
         metadata_filter: only documents whose metadata contain this object (Postgres's `@>`).
+        paid: embeds the query in the embedder's place, where that is a hosted one.
 
     Raises:
         PipelineError: `INVALID_ARGUMENT` naming the argument and what is allowed; `SETTING_INVALID` where the embedder
@@ -105,7 +109,9 @@ async def search(
     started = time.perf_counter()
     chosen = _check(query, limit, mode)
     filter_json = _check_filter(metadata_filter)
-    vector = None if chosen is SearchMode.TEXT else (await embedder.embed([query]))[0]
+    vector = None
+    if chosen is not SearchMode.TEXT:
+        vector = (await embedder.embed([query]))[0] if paid is None else await paid.embed(query, user_id=user_id)
     try:
         async with db.acquire() as connection:
             if vector is not None:

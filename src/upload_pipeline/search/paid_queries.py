@@ -1,0 +1,154 @@
+"""Queries that a hosted provider embeds: each within the budget that workers share, and recorded for who asked."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TYPE_CHECKING
+from uuid import UUID, uuid4
+
+import structlog
+
+from upload_pipeline.database import provider_budget
+from upload_pipeline.database.usage import Usage, record_usage
+from upload_pipeline.errors import ErrorCode, PipelineError
+from upload_pipeline.providers.openai_embedder import PROVIDER, EmbeddingAnswer, EmbeddingError, OpenAIEmbedder, Remedy
+from upload_pipeline.providers.request_packing import bound_tokens
+from upload_pipeline.rate_headers import RateLimits, key_id_of, read_rate_limits
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from upload_pipeline.database.queue import Executor
+    from upload_pipeline.prices import PriceTable
+    from upload_pipeline.providers.calls import ProviderCalls
+    from upload_pipeline.providers.embedding import Embedder
+    from upload_pipeline.settings import Settings
+
+log = structlog.get_logger(__name__)
+
+PATIENCE = 3.0
+"""Seconds that a search waits for the budget."""
+
+TRIES = 3
+"""Of a request that failed in a way that may pass."""
+
+_FIRST_DELAY = 0.2  # seconds, doubled each time
+_LIFE_SLACK = timedelta(seconds=10)  # between a request's timeout and the end of its reservation
+_BOOKS_SECONDS = 5.0  # for writing down what a query used
+
+
+@dataclass(frozen=True, slots=True)
+class PaidQueries:
+    """How queries are embedded by a provider that is paid for it.
+
+    Attributes:
+        db: as role `upload_worker`; keeps the budget and the books.
+        calls: counts and times the requests.
+        timeout: seconds after which the embedder gives a request up.
+        request_limit: in a minute, where that is less than the provider allows.
+        token_limit: the same for tokens.
+        prices: the setting.
+    """
+
+    embedder: OpenAIEmbedder
+    db: Executor
+    calls: ProviderCalls
+    timeout: float
+    request_limit: int | None
+    token_limit: int | None
+    prices: PriceTable
+
+    async def embed(self, query: str, *, user_id: UUID) -> NDArray[np.float32]:
+        """The vector of a query.
+
+        Raises:
+            PipelineError: `EMBED_FAILED` where the limit is reached or no answer comes; `EMBED_QUOTA`, `EMBED_DENIED`,
+                `EMBED_REJECTED`, `REQUEST_OVER_BUDGET`.
+        """
+        for tries in range(1, TRIES + 1):
+            try:
+                answer = await self._request(query, user_id)
+            except EmbeddingError as error:
+                if tries == TRIES or error.remedy not in (Remedy.AGAIN, Remedy.WAIT):
+                    raise
+                if error.remedy is Remedy.AGAIN:
+                    await asyncio.sleep(_FIRST_DELAY * 2 ** (tries - 1))
+            else:
+                if not answer.unusable:
+                    vector: NDArray[np.float32] = answer.vectors[0]
+                    return vector
+        raise PipelineError(ErrorCode.EMBED_FAILED, "The embedder gives the query a vector that has no direction.")
+
+    async def _request(self, query: str, user_id: UUID) -> EmbeddingAnswer:
+        reserved = bound_tokens(query)
+        granted = await provider_budget.reserve_in_turn(
+            self.db,
+            provider=PROVIDER,
+            key_id=key_id_of(self.embedder.api_key),
+            model=self.embedder.api_model,
+            requests=1,
+            tokens=reserved,
+            longest=PATIENCE,
+            request_limit=self.request_limit,
+            token_limit=self.token_limit,
+            life=timedelta(seconds=self.timeout) + _LIFE_SLACK,
+        )
+        if isinstance(granted, provider_budget.Wait):
+            raise PipelineError(
+                ErrorCode.EMBED_FAILED,
+                f"The embedder's rate limit is reached: ask again in {granted.seconds:.0f} s, or search by words only "
+                "(mode `text`).",
+                {"retry_after": round(granted.seconds, 1)},
+            )
+        tokens: int | None = None
+        limits: RateLimits | None = None
+        try:
+            with self.calls.measured(PROVIDER, "embed"):
+                answer = await self.embedder.request([query])
+            tokens, limits = answer.tokens, read_rate_limits(answer.headers)
+        except EmbeddingError as error:
+            told = read_rate_limits(error.headers)
+            limits = told if told != RateLimits() else None
+            raise
+        finally:
+            await self._write_down(granted.reservation_id, tokens, limits)
+        self.calls.worked(PROVIDER, "embed", "texts", 1)
+        used = reserved if tokens is None else tokens
+        await self._record(
+            Usage(uuid4(), PROVIDER, self.embedder.api_model, "search", user_id=user_id, requests=1, tokens=used),
+        )
+        return answer
+
+    async def _write_down(self, reservation_id: UUID, tokens: int | None, limits: RateLimits | None) -> None:
+        """What was reserved counts until its end where this cannot be written; the answer is worth more."""
+        try:
+            async with asyncio.timeout(_BOOKS_SECONDS):
+                await provider_budget.settle(self.db, reservation_id, tokens=tokens, limits=limits)
+        except Exception as error:  # noqa: BLE001 - see above
+            log.warning("budget_not_settled", error=str(error) or type(error).__name__)
+
+    async def _record(self, used: Usage) -> None:
+        """The vector is there and paid for: a search does not fail for its bill."""
+        try:
+            async with asyncio.timeout(_BOOKS_SECONDS):
+                await record_usage(self.db, [used], self.prices)
+        except Exception as error:  # noqa: BLE001 - see above
+            log.warning("usage_not_recorded", error=str(error) or type(error).__name__, tokens=used.tokens)
+
+
+def paid_queries(embedder: Embedder, db: Executor, calls: ProviderCalls, settings: Settings) -> PaidQueries | None:
+    """As the settings say; None for an embedder that costs nothing."""
+    if not isinstance(embedder, OpenAIEmbedder):
+        return None
+    return PaidQueries(
+        embedder,
+        db,
+        calls,
+        timeout=settings.openai_timeout,
+        request_limit=settings.openai_requests_per_minute or None,
+        token_limit=settings.openai_tokens_per_minute or None,
+        prices=settings.prices,
+    )

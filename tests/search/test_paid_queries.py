@@ -1,0 +1,129 @@
+"""Queries that a hosted provider embeds: within the budget, in the books of who asked, never in the way of a search."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from dataclasses import replace
+from typing import Any
+from uuid import UUID
+
+import asyncpg
+import numpy as np
+import pytest
+
+from tests.simulators.openai_embeddings import KEY, Fault, OpenAISimulator, vector_of
+from upload_pipeline.database.pools import BoundedPool
+from upload_pipeline.errors import ErrorCode, PipelineError
+from upload_pipeline.providers.calls import ProviderCalls
+from upload_pipeline.providers.local_embedder import LocalEmbedder
+from upload_pipeline.providers.openai_embedder import OpenAIEmbedder
+from upload_pipeline.search import paid_queries as module
+from upload_pipeline.search.paid_queries import PaidQueries, paid_queries
+from upload_pipeline.search.query import search
+from upload_pipeline.settings import load_settings
+
+MODEL = "text-embedding-3-small"
+
+
+@pytest.fixture
+async def simulator() -> AsyncIterator[OpenAISimulator]:
+    async with OpenAISimulator(requests_per_minute=5) as simulator:
+        yield simulator
+
+
+@pytest.fixture
+async def paid(simulator: OpenAISimulator, db: BoundedPool, tmp_path: Any) -> AsyncIterator[PaidQueries]:
+    settings = load_settings(
+        home=tmp_path, embedder="openai", openai_api_key=KEY, prices={f"openai/{MODEL}": {"tokens": 0.02}}
+    )
+    hosted = OpenAIEmbedder(api_key=KEY, base_url=simulator.url, model=MODEL, timeout=5)
+    made = paid_queries(hosted, db, ProviderCalls(), settings)
+    assert made is not None
+    yield made
+    await hosted.close()
+
+
+async def books(admin: asyncpg.Connection) -> list[tuple[Any, ...]]:
+    rows = await admin.fetch(
+        "select user_id, operation, requests, tokens, cost_micros from upload_pipeline.usage_records order by at"
+    )
+    return [tuple(row) for row in rows]
+
+
+async def test_a_query_is_paid_for_once_and_stands_in_the_books_of_who_asked(
+    paid: PaidQueries, simulator: OpenAISimulator, admin: asyncpg.Connection, user: UUID
+) -> None:
+    vector = await paid.embed("water damage", user_id=user)
+    assert np.allclose(vector, vector_of("water damage", 1536), atol=1e-6)
+    tokens = simulator.books.tokens
+    assert tokens > 0
+    ((who, operation, requests, counted, cost),) = await books(admin)
+    assert (who, operation, requests, counted) == (user, "search", 1, tokens)
+    assert float(cost) == pytest.approx(tokens * 0.02)
+    budget = await admin.fetchrow("select calls, tokens, request_limit from upload_pipeline.provider_budgets")
+    assert tuple(budget) == (1, tokens, 5)
+
+
+async def test_a_full_minute_is_told_and_not_tried(paid: PaidQueries, simulator: OpenAISimulator, user: UUID) -> None:
+    for number in range(5):
+        await paid.embed(f"query {number}", user_id=user)
+    with pytest.raises(PipelineError, match=r"rate limit is reached.*mode `text`") as caught:
+        await paid.embed("one more", user_id=user)
+    assert caught.value.code is ErrorCode.EMBED_FAILED
+    assert 50 < caught.value.details["retry_after"] <= 61
+    assert (simulator.books.requests, simulator.books.over_limit) == (5, 0)
+
+
+async def test_a_failure_that_passes_is_tried_again_and_one_that_does_not_is_told(
+    paid: PaidQueries, simulator: OpenAISimulator, admin: asyncpg.Connection, user: UUID, monkeypatch: Any
+) -> None:
+    monkeypatch.setattr(module, "_FIRST_DELAY", 0.0)
+    simulator.misbehave(Fault.SERVER_ERROR)
+    await paid.embed("hail", user_id=user)
+    assert len(await books(admin)) == 1
+    simulator.misbehave(Fault.QUOTA)
+    with pytest.raises(PipelineError) as caught:
+        await paid.embed("wind", user_id=user)
+    assert caught.value.code is ErrorCode.EMBED_QUOTA
+    assert simulator.books.requests == 3
+    assert await admin.fetchval("select calls from upload_pipeline.provider_budgets") == 3
+
+
+async def test_a_long_retry_after_holds_for_all_who_ask(
+    paid: PaidQueries, simulator: OpenAISimulator, admin: asyncpg.Connection, user: UUID
+) -> None:
+    simulator.misbehave(Fault.RATE_LIMITED, retry_after=300)
+    with pytest.raises(PipelineError, match="ask again in 300 s"):
+        await paid.embed("hail", user_id=user)
+    with pytest.raises(PipelineError, match="ask again in"):
+        await paid.embed("wind", user_id=user)
+    assert simulator.books.requests == 1
+    assert await books(admin) == []
+
+
+async def test_books_that_cannot_be_written_fail_no_search(
+    paid: PaidQueries, admin: asyncpg.Connection, user: UUID
+) -> None:
+    await admin.execute("alter table upload_pipeline.usage_records rename to usage_records_away")
+    assert (await paid.embed("hail", user_id=user)).shape == (1536,)
+    await admin.execute("alter table upload_pipeline.usage_records_away rename to usage_records")
+    assert await books(admin) == []
+
+
+async def test_a_search_by_words_costs_nothing(
+    paid: PaidQueries, simulator: OpenAISimulator, db: BoundedPool, user: UUID
+) -> None:
+    await search(db, paid.embedder, user_id=user, query="hail", mode="text", paid=paid)
+    assert simulator.books.requests == 0
+
+
+async def test_a_local_embedder_is_not_paid(embedder: LocalEmbedder, db: BoundedPool, tmp_path: Any) -> None:
+    assert paid_queries(embedder, db, ProviderCalls(), load_settings(home=tmp_path)) is None
+
+
+async def test_an_operators_own_limit_holds(paid: PaidQueries, simulator: OpenAISimulator, user: UUID) -> None:
+    held = replace(paid, request_limit=1)
+    await held.embed("hail", user_id=user)
+    with pytest.raises(PipelineError, match="rate limit"):
+        await held.embed("wind", user_id=user)
+    assert simulator.books.requests == 1
