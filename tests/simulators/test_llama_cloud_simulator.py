@@ -1,0 +1,219 @@
+"""The simulator as the official client sees it: files, jobs, statuses, failed pages, faults, webhooks, books."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import subprocess
+import sys
+from collections.abc import AsyncIterator
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import httpx
+import llama_cloud
+import pytest
+from aiohttp import web
+
+from tests.simulators.llama_cloud import KEY, LlamaCloudSimulator, sign
+
+PAGES = b"one\ftwo\fthree"
+
+
+class Clock:
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+async def simulator(clock: Clock) -> AsyncIterator[LlamaCloudSimulator]:
+    async with LlamaCloudSimulator(pending=1, running=1, clock=clock) as simulator:
+        yield simulator
+
+
+@pytest.fixture
+async def client(simulator: LlamaCloudSimulator) -> AsyncIterator[llama_cloud.AsyncLlamaCloud]:
+    async with llama_cloud.AsyncLlamaCloud(api_key=KEY, base_url=simulator.url, max_retries=0, timeout=5.0) as client:
+        yield client
+
+
+async def submit(client: llama_cloud.AsyncLlamaCloud, document: str = "d1", **asked: Any) -> str:
+    file = await client.files.create(file=("a.txt", PAGES, "text/plain"), purpose="parse", external_file_id=document)
+    job = await client.parsing.create(
+        file_id=file.id, tier="cost_effective", version="2026-09-28", user_metadata={"document": document}, **asked
+    )
+    return job.id
+
+
+async def test_a_file_is_found_by_its_external_id(
+    simulator: LlamaCloudSimulator, client: llama_cloud.AsyncLlamaCloud
+) -> None:
+    made = await client.files.create(file=("a.txt", b"x", "text/plain"), purpose="parse", external_file_id="e1")
+    await client.files.create(file=("b.txt", b"y", "text/plain"), purpose="parse", external_file_id="e2")
+    assert [file.id async for file in client.files.list(external_file_id="e1")] == [made.id]
+    assert simulator.books.uploads == {"e1": 1, "e2": 1}
+    simulator.unique_external_ids = True
+    with pytest.raises(llama_cloud.ConflictError):
+        await client.files.create(file=("a.txt", b"x", "text/plain"), purpose="parse", external_file_id="e1")
+
+
+async def test_a_job_goes_through_its_statuses_and_is_paid_for_once(
+    simulator: LlamaCloudSimulator, client: llama_cloud.AsyncLlamaCloud, clock: Clock
+) -> None:
+    parse_id = await submit(client)
+    seen = []
+    for clock.now in (0, 1, 2):
+        seen.append((await client.parsing.get(parse_id, expand=["markdown"])).job.status)
+    assert seen == ["PENDING", "RUNNING", "COMPLETED"]
+    answer = await client.parsing.get(parse_id, expand=["markdown"])
+    assert answer.markdown is not None
+    assert [page.markdown for page in answer.markdown.pages if page.success] == ["one", "two", "three"]
+    assert answer.job.usage is not None
+    assert answer.job.usage.credits == 9
+    assert (simulator.books.paid, simulator.books.pages, simulator.books.credits) == ({"d1": 1}, 3, 9)
+    assert (await client.parsing.get(parse_id)).markdown is None
+    await submit(client)
+    assert simulator.books.paid_again() == {"d1": 1}
+
+
+async def test_jobs_are_listed_in_pages_by_time_with_their_metadata(client: llama_cloud.AsyncLlamaCloud) -> None:
+    made = [await submit(client, f"d{number}") for number in range(3)]
+    since = datetime.now(UTC) - timedelta(minutes=1)
+    listed = [job async for job in client.parsing.list(created_at_on_or_after=since, page_size=2)]
+    assert [job.id for job in listed] == made[::-1]
+    assert listed[0].user_metadata == {"document": "d2"}
+    later = datetime.now(UTC) + timedelta(minutes=1)
+    assert [job async for job in client.parsing.list(created_at_on_or_after=later)] == []
+
+
+@pytest.mark.parametrize("ending", ["FAILED", "CANCELLED"])
+async def test_a_job_that_fails_costs_nothing(
+    simulator: LlamaCloudSimulator, client: llama_cloud.AsyncLlamaCloud, clock: Clock, ending: str
+) -> None:
+    simulator.end_next(ending)
+    parse_id = await submit(client)
+    clock.now = 2
+    job = (await client.parsing.get(parse_id, expand=["markdown"])).job
+    assert (job.status, bool(job.error_message)) == (ending, ending == "FAILED")
+    assert simulator.books.credits == 0
+
+
+async def test_a_page_that_fails_stands_in_a_completed_job(
+    simulator: LlamaCloudSimulator, client: llama_cloud.AsyncLlamaCloud, clock: Clock
+) -> None:
+    simulator.end_next(failed_pages=(2,))
+    parse_id = await submit(client)
+    clock.now = 2
+    answer = await client.parsing.get(parse_id, expand=["markdown"])
+    assert answer.markdown is not None
+    assert [page.success for page in answer.markdown.pages] == [True, False, True]
+    assert answer.job.status == "COMPLETED"
+
+
+@pytest.mark.parametrize(
+    ("fault", "status", "headers"),
+    [
+        ("rate_limited", 429, {"retry-after": "1"}),
+        ("rate_limited_silent", 429, {}),
+        ("quota", 402, {}),
+        ("unauthorised", 401, {}),
+        ("rejected", 422, {}),
+        ("server_error", 500, {"x-should-retry": "true"}),
+        ("gone", 404, {}),
+    ],
+)
+async def test_each_refusal(
+    simulator: LlamaCloudSimulator,
+    client: llama_cloud.AsyncLlamaCloud,
+    fault: str,
+    status: int,
+    headers: dict[str, str],
+) -> None:
+    simulator.misbehave(fault, operation="submit")
+    with pytest.raises(llama_cloud.APIStatusError) as caught:
+        await submit(client)
+    assert caught.value.status_code == status
+    told = {name: caught.value.response.headers.get(name) for name in ("retry-after", "x-should-retry")}
+    assert {name: value for name, value in told.items() if value} == headers
+    assert simulator.books.paid == {}
+    await submit(client)
+
+
+async def test_a_dropped_answer_leaves_a_paid_job_behind(
+    simulator: LlamaCloudSimulator, client: llama_cloud.AsyncLlamaCloud
+) -> None:
+    simulator.misbehave("dropped", operation="submit")
+    with pytest.raises(llama_cloud.APIConnectionError):
+        await submit(client)
+    assert (simulator.books.paid, simulator.books.lost) == ({"d1": 1}, {"d1": 1})
+    assert [job.user_metadata async for job in client.parsing.list()] == [{"document": "d1"}]
+
+
+async def test_a_hang_does_nothing(simulator: LlamaCloudSimulator, client: llama_cloud.AsyncLlamaCloud) -> None:
+    simulator.misbehave("hang", operation="submit")
+    with pytest.raises(llama_cloud.APITimeoutError):
+        await submit(client.with_options(timeout=0.2))
+    assert simulator.books.paid == {}
+
+
+async def test_a_wrong_key_is_refused(simulator: LlamaCloudSimulator) -> None:
+    async with llama_cloud.AsyncLlamaCloud(api_key="llx-other", base_url=simulator.url, max_retries=0) as client:
+        with pytest.raises(llama_cloud.AuthenticationError):
+            await client.parsing.get("pjb-1")
+
+
+@pytest.mark.parametrize("form", ["string", "json"])
+async def test_webhooks_are_signed_and_may_come_twice_and_backwards(
+    simulator: LlamaCloudSimulator, client: llama_cloud.AsyncLlamaCloud, clock: Clock, form: str
+) -> None:
+    got: list[tuple[bytes, str]] = []
+
+    async def take(request: web.Request) -> web.Response:
+        got.append((await request.read(), request.headers["LC-Signature"]))
+        return web.Response()
+
+    app = web.Application()
+    app.router.add_post("/hook", take)
+    runner = web.AppRunner(app)
+    await runner.setup()
+    await web.TCPSite(runner, "127.0.0.1", 0).start()
+    simulator.webhooks_doubled = simulator.webhooks_reversed = True
+    url = f"http://127.0.0.1:{runner.addresses[0][1]}/hook"
+    hook = {"webhook_url": url, "webhook_output_format": form, "webhook_signing_secret": "s"}
+    parse_id = await submit(client, webhook_configurations=[hook])
+    clock.now = 2
+    async with asyncio.timeout(5):
+        while len(got) < 6:
+            await asyncio.sleep(0.01)
+    await runner.cleanup()
+    messages = [json.loads(raw) for raw, _ in got]
+    if form == "string":
+        assert all(isinstance(message, str) for message in messages)
+        messages = [json.loads(message) for message in messages]
+    kinds = ["parse.success"] * 2 + ["parse.running"] * 2 + ["parse.pending"] * 2
+    assert [message["event_type"] for message in messages] == kinds
+    assert {message["data"]["job_id"] for message in messages} == {parse_id}
+    assert all(signature == sign(raw, "s") for raw, signature in got)
+
+
+def test_it_runs_by_itself() -> None:
+    command = [sys.executable, "-m", "tests.simulators.llama_cloud", "--port", "0"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[2]) as process:
+        try:
+            assert process.stdout is not None
+            url = process.stdout.readline().strip()
+            httpx.post(f"{url}/misbehave", json={"fault": "quota"}).raise_for_status()
+            client = llama_cloud.LlamaCloud(api_key=KEY, base_url=url, max_retries=0)
+            with client, pytest.raises(llama_cloud.APIStatusError):
+                client.parsing.get("pjb-1")
+            assert httpx.get(f"{url}/books").json()["faults"] == {"quota": 1}
+        finally:
+            process.terminate()
