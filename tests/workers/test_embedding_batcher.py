@@ -21,7 +21,8 @@ from upload_pipeline.errors import ErrorCode, PipelineError
 from upload_pipeline.providers.calls import ProviderCalls
 from upload_pipeline.providers.openai_embedder import OpenAIEmbedder
 from upload_workers import embedding_batcher
-from upload_workers.embedding_batcher import EmbeddingBatcher, PutOff
+from upload_workers.embedding_batcher import EmbeddingBatcher
+from upload_workers.embedding_line import PutOff
 
 USER = uuid4()
 

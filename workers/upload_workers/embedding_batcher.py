@@ -24,9 +24,9 @@ import asyncio
 import copy
 import random
 import time
-from collections import Counter, defaultdict, deque
+from collections import Counter, defaultdict
 from collections.abc import AsyncGenerator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from datetime import timedelta
 from typing import TYPE_CHECKING
 from uuid import UUID, uuid4
@@ -37,8 +37,9 @@ from upload_pipeline.database import provider_budget
 from upload_pipeline.database.usage import Usage, record_usage
 from upload_pipeline.errors import ErrorCode, PipelineError
 from upload_pipeline.providers.openai_embedder import PROVIDER, EmbeddingError, OpenAIEmbedder, Remedy
-from upload_pipeline.providers.request_packing import MAX_REQUEST_TOKENS, bound_tokens
+from upload_pipeline.providers.request_packing import MAX_REQUEST_TOKENS
 from upload_pipeline.rate_headers import RateLimits, key_id_of, read_rate_limits
+from upload_workers.embedding_line import Item, Line, PutOff, Ticket
 from upload_workers.embedding_usage import usage_of_request
 
 if TYPE_CHECKING:
@@ -70,54 +71,6 @@ _FIRST_DELAY = 0.25  # seconds before a failed request's texts are sent again; d
 _LIFE_SLACK = timedelta(seconds=10)  # between a request's timeout and the end of its reservation
 _UNTOLD_WAIT = 2.0  # seconds, where a 429 says no time
 _SAY_GOODBYE = 2.0
-
-
-class PutOff(Exception):  # noqa: N818 - nothing is wrong
-    """The provider takes nothing for a while: come back after `seconds`."""
-
-    def __init__(self, seconds: float) -> None:
-        super().__init__(seconds)
-        self.seconds = seconds
-
-
-@dataclass(eq=False)
-class _Ticket:
-    """One call of `embed`, and what has come for it: (positions, vectors)."""
-
-    job: ClaimedJob
-    left: int
-    arrived: asyncio.Queue[tuple[list[int], NDArray[np.float32]] | None] = field(default_factory=asyncio.Queue)
-    error: Exception | None = None
-
-    def give(self, positions: list[int], vectors: NDArray[np.float32]) -> None:
-        self.left -= len(positions)
-        self.arrived.put_nowait((positions, vectors))
-
-    def fail(self, positions: int, error: Exception) -> None:
-        """Some texts bring nothing. Of several reasons, one that tells more than "not now" stands."""
-        self.left -= positions
-        if self.error is None or _weight(error) > _weight(self.error):
-            self.error = error
-        self.arrived.put_nowait(None)
-
-
-@dataclass(eq=False)
-class _Item:
-    """A text in line or under way, and who waits for it: (ticket, position)."""
-
-    key: tuple[UUID, UUID | None, str]
-    tokens: int
-    waiting: list[tuple[_Ticket, int]]
-    tries: int = 0
-
-    @property
-    def text(self) -> str:
-        return self.key[2]
-
-    @property
-    def company(self) -> UUID | None:
-        """Only texts with the same value share a request: None, or a job that goes by itself."""
-        return self.key[1]
 
 
 class EmbeddingBatcher:
@@ -156,11 +109,11 @@ class EmbeddingBatcher:
         self._concurrency = concurrency
         self._life = timedelta(seconds=timeout) + _LIFE_SLACK
         self._prices = prices
+        self._request_tokens = min(MAX_REQUEST_TOKENS, token_limit or MAX_REQUEST_TOKENS)
         self._request_limit = request_limit
         self._token_limit = token_limit
         self._key_id = key_id_of(embedder.api_key)
-        self._line: deque[_Item] = deque()
-        self._items: dict[tuple[UUID, UUID | None, str], _Item] = {}
+        self._line = Line()
         self._under_way: set[asyncio.Task[None]] = set()
         self._more = asyncio.Event()
         self._open_at = 0.0  # monotonic: until then everything is put off
@@ -183,15 +136,7 @@ class EmbeddingBatcher:
         """
         if self._dispatching is None:
             self._dispatching = asyncio.create_task(self._dispatch(), name="embedding-batcher")
-        ticket = _Ticket(job, len(texts))
-        company = job.job_id if job.retry_count else None
-        for position, text in enumerate(texts):
-            key = (job.user_id, company, text)
-            item = self._items.get(key)
-            if item is None:
-                item = self._items[key] = _Item(key, bound_tokens(text), [])
-                self._line.append(item)
-            item.waiting.append((ticket, position))
+        ticket = self._line.join(job, texts)
         self._more.set()
         try:
             while ticket.left or not ticket.arrived.empty():
@@ -200,7 +145,7 @@ class EmbeddingBatcher:
                         arrived = await ticket.arrived.get()
                 except TimeoutError:
                     until = 0.0
-                    self._leave_line(ticket)
+                    self._line.put_off(ticket)
                     continue
                 if arrived is not None:
                     yield arrived
@@ -210,7 +155,7 @@ class EmbeddingBatcher:
             if ticket.error is not None:
                 raise ticket.error
         finally:
-            self._withdraw(ticket)
+            self._line.withdraw(ticket)
 
     async def close(self) -> None:
         """Gives up what is in line and under way. A second call does nothing."""
@@ -221,21 +166,6 @@ class EmbeddingBatcher:
             await asyncio.wait(tasks, timeout=_SAY_GOODBYE)
         self._dispatching = None
 
-    def _leave_line(self, ticket: _Ticket) -> None:
-        """Puts off those of its texts that are not under way."""
-        for item in self._line:
-            mine = sum(waiter is ticket for waiter, _ in item.waiting)
-            if mine:
-                item.waiting = [(waiter, position) for waiter, position in item.waiting if waiter is not ticket]
-                ticket.fail(mine, PutOff(0.0))
-
-    def _withdraw(self, ticket: _Ticket) -> None:
-        for item in self._items.values():
-            item.waiting = [(waiter, position) for waiter, position in item.waiting if waiter is not ticket]
-        for item in [item for item in self._line if not item.waiting]:
-            self._line.remove(item)
-            self._items.pop(item.key, None)
-
     async def _dispatch(self) -> None:
         while True:
             await self._more.wait()
@@ -243,8 +173,10 @@ class EmbeddingBatcher:
             if len(self._line) < self._most:
                 await asyncio.sleep(LINGER)
             if time.monotonic() < self._open_at:
-                self._put_off([self._line.popleft() for _ in range(len(self._line))])
-            while len(self._under_way) < self._concurrency and (part := self._take()):
+                self._put_off(self._line.take_all())
+            while len(self._under_way) < self._concurrency and (
+                part := self._line.take(self._most, self._request_tokens)
+            ):
                 task = asyncio.create_task(self._send(part))
                 self._under_way.add(task)
                 task.add_done_callback(self._sent)
@@ -253,28 +185,7 @@ class EmbeddingBatcher:
         self._under_way.discard(task)
         self._more.set()
 
-    def _take(self) -> list[_Item]:
-        """The next request's texts: from the front, those that may share it with the first."""
-        part: list[_Item] = []
-        kept: list[_Item] = []
-        tokens = 0
-        limit = min(MAX_REQUEST_TOKENS, self._token_limit or MAX_REQUEST_TOKENS)
-        while self._line and len(part) < self._most:
-            item = self._line.popleft()
-            if not item.waiting:
-                self._items.pop(item.key, None)
-            elif part and item.company != part[0].company:
-                kept.append(item)
-            elif part and tokens + item.tokens > limit:
-                kept.append(item)
-                break
-            else:
-                part.append(item)
-                tokens += item.tokens
-        self._line.extendleft(reversed(kept))
-        return part
-
-    async def _send(self, part: list[_Item]) -> None:
+    async def _send(self, part: list[Item]) -> None:
         """Everything about one request; never raises but for cancellation."""
         try:
             answer = await self._request(part)
@@ -287,15 +198,15 @@ class EmbeddingBatcher:
             if error.code is ErrorCode.REQUEST_OVER_BUDGET and len(part) > 1:
                 await self._send_halves(part)
             else:
-                self._fail(part, error)
+                self._line.fail(part, error)
         except Exception as error:  # noqa: BLE001 - of the database, or a mistake: the jobs tell
-            self._fail(part, error)
+            self._line.fail(part, error)
         else:
             used = self._usage(part, answer)
             self._deliver(part, answer)
             await self._record(used)
 
-    async def _request(self, part: list[_Item]) -> EmbeddingAnswer:
+    async def _request(self, part: list[Item]) -> EmbeddingAnswer:
         """Reserves, asks, settles.
 
         Raises:
@@ -347,12 +258,12 @@ class EmbeddingBatcher:
         except Exception as error:  # noqa: BLE001 - see above
             log.warning("budget_not_settled", error=str(error) or type(error).__name__)
 
-    async def _after_failure(self, part: list[_Item], error: EmbeddingError) -> None:
+    async def _after_failure(self, part: list[Item], error: EmbeddingError) -> None:
         match error.remedy:
             case Remedy.SPLIT if len(part) > 1:
                 await self._send_halves(part)
             case Remedy.SPLIT:
-                self._fail(part, error)
+                self._line.fail(part, error)
             case Remedy.PAUSE:
                 await self._pause(error)
                 self._put_off(part)
@@ -367,7 +278,7 @@ class EmbeddingBatcher:
                     await asyncio.sleep(_FIRST_DELAY * 2 ** again[0].tries * random.uniform(0.5, 1.0))  # noqa: S311
                 self._send_again(again)
 
-    async def _send_halves(self, part: list[_Item]) -> None:
+    async def _send_halves(self, part: list[Item]) -> None:
         middle = len(part) // 2
         await self._send(part[:middle])
         await self._send(part[middle:])
@@ -388,18 +299,18 @@ class EmbeddingBatcher:
         except Exception as failure:  # noqa: BLE001 - other workers will find out by themselves
             log.warning("pause_not_recorded", error=str(failure) or type(failure).__name__)
 
-    def _deliver(self, part: list[_Item], answer: EmbeddingAnswer) -> None:
+    def _deliver(self, part: list[Item], answer: EmbeddingAnswer) -> None:
         unusable = [part[position] for position in answer.unusable]
         if unusable:
             refused = PipelineError(
                 ErrorCode.EMBED_REJECTED, f"The embedder gave a vector without a direction, {TRIES} times."
             )
             self._send_again(self._tried(unusable, refused))
-        mine: dict[_Ticket, tuple[list[int], list[int]]] = defaultdict(lambda: ([], []))
+        mine: dict[Ticket, tuple[list[int], list[int]]] = defaultdict(lambda: ([], []))
         for row, item in enumerate(part):
             if row in answer.unusable:
                 continue
-            self._items.pop(item.key, None)
+            self._line.forget(item)
             for ticket, position in item.waiting:
                 positions, rows = mine[ticket]
                 positions.append(position)
@@ -407,7 +318,7 @@ class EmbeddingBatcher:
         for ticket, (positions, rows) in mine.items():
             ticket.give(positions, answer.vectors[rows])
 
-    def _usage(self, part: list[_Item], answer: EmbeddingAnswer) -> list[Usage]:
+    def _usage(self, part: list[Item], answer: EmbeddingAnswer) -> list[Usage]:
         """What each job used of a request; a text that two jobs wait for is the first's."""
         weights: dict[UUID, int] = {}
         cached: Counter[UUID] = Counter()
@@ -430,27 +341,21 @@ class EmbeddingBatcher:
         except Exception as error:  # noqa: BLE001 - the books lack it; the vectors are there
             log.warning("usage_not_recorded", error=str(error) or type(error).__name__)
 
-    def _tried(self, part: list[_Item], error: Exception) -> list[_Item]:
+    def _tried(self, part: list[Item], error: Exception) -> list[Item]:
         """Counts a try of each; those that have more, the others fail."""
         for item in part:
             item.tries += 1
-        self._fail([item for item in part if item.tries >= TRIES], error)
+        self._line.fail([item for item in part if item.tries >= TRIES], error)
         return [item for item in part if item.tries < TRIES]
 
-    def _send_again(self, part: list[_Item]) -> None:
-        self._line.extendleft(reversed(part))
+    def _send_again(self, part: list[Item]) -> None:
+        self._line.put_back(part)
         self._more.set()
 
-    def _put_off(self, part: list[_Item]) -> None:
+    def _put_off(self, part: list[Item]) -> None:
         # Spread a little, so that not all come back in the same moment.
         seconds = max(self._open_at - time.monotonic(), 0.1) * random.uniform(1.0, 1.1)  # noqa: S311
-        self._fail(part, PutOff(seconds))
-
-    def _fail(self, part: list[_Item], error: Exception) -> None:
-        for item in part:
-            self._items.pop(item.key, None)
-            for ticket, _ in item.waiting:
-                ticket.fail(1, error)
+        self._line.fail(part, PutOff(seconds))
 
 
 def open_batcher(embedder: Embedder, db: Executor, calls: ProviderCalls, settings: Settings) -> EmbeddingBatcher | None:
@@ -476,13 +381,6 @@ def _limits_of(error: EmbeddingError) -> RateLimits | None:
     if error.remedy is Remedy.WAIT and told.retry_after is None:
         return replace(told, retry_after=_UNTOLD_WAIT)
     return told if told != RateLimits() else None
-
-
-def _weight(error: Exception) -> int:
-    """A text that is refused will be again; "not now" says nothing of the job."""
-    if isinstance(error, PutOff):
-        return 0
-    return 2 if isinstance(error, PipelineError) and not error.retryable else 1
 
 
 def _loop_time(monotonic: float) -> float:

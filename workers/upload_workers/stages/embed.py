@@ -16,7 +16,8 @@ import structlog
 
 from upload_pipeline.database.documents import buffer_vectors, pending_vectors
 from upload_pipeline.database.queue import ClaimedJob
-from upload_workers.embedding_batcher import EmbeddingBatcher, PutOff
+from upload_workers.embedding_batcher import EmbeddingBatcher
+from upload_workers.embedding_line import PutOff
 from upload_workers.local_usage import note_local_embedding
 from upload_workers.passing import is_passing
 from upload_workers.steps import Advance, Outcome, Snooze, StepContext

@@ -1,0 +1,157 @@
+"""The texts that wait for a request, those that are under way, and the jobs that wait for them."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+from uuid import UUID
+
+from upload_pipeline.errors import PipelineError
+from upload_pipeline.providers.request_packing import bound_tokens
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from upload_pipeline.database.queue import ClaimedJob
+
+
+class PutOff(Exception):  # noqa: N818 - nothing is wrong
+    """The provider takes nothing for a while: come back after `seconds`."""
+
+    def __init__(self, seconds: float) -> None:
+        super().__init__(seconds)
+        self.seconds = seconds
+
+
+@dataclass(eq=False)
+class Ticket:
+    """One call of `embed`, and what has come for it: (positions, vectors)."""
+
+    job: ClaimedJob
+    left: int
+    arrived: asyncio.Queue[tuple[list[int], NDArray[np.float32]] | None] = field(default_factory=asyncio.Queue)
+    error: Exception | None = None
+
+    def give(self, positions: list[int], vectors: NDArray[np.float32]) -> None:
+        """Some of its vectors are there."""
+        self.left -= len(positions)
+        self.arrived.put_nowait((positions, vectors))
+
+    def fail(self, positions: int, error: Exception) -> None:
+        """Some texts bring nothing. Of several reasons, one that tells more than "not now" stands."""
+        self.left -= positions
+        if self.error is None or _weight(error) > _weight(self.error):
+            self.error = error
+        self.arrived.put_nowait(None)
+
+
+@dataclass(eq=False)
+class Item:
+    """A text in line or under way, and who waits for it: (ticket, position)."""
+
+    key: tuple[UUID, UUID | None, str]
+    tokens: int
+    waiting: list[tuple[Ticket, int]]
+    tries: int = 0
+
+    @property
+    def text(self) -> str:
+        """What is sent."""
+        return self.key[2]
+
+    @property
+    def company(self) -> UUID | None:
+        """Only texts with the same value share a request: None, or a job that goes by itself."""
+        return self.key[1]
+
+
+class Line:
+    """First come, first sent. A text of a user is in it once, and not at all twice while it is under way."""
+
+    def __init__(self) -> None:
+        self._waiting: deque[Item] = deque()
+        self._items: dict[tuple[UUID, UUID | None, str], Item] = {}
+
+    def __len__(self) -> int:
+        return len(self._waiting)
+
+    def join(self, job: ClaimedJob, texts: Sequence[str]) -> Ticket:
+        """A job's texts stand in line, or wait with others for one that does. One that failed before goes by itself."""
+        ticket = Ticket(job, len(texts))
+        company = job.job_id if job.retry_count else None
+        for position, text in enumerate(texts):
+            key = (job.user_id, company, text)
+            item = self._items.get(key)
+            if item is None:
+                item = self._items[key] = Item(key, bound_tokens(text), [])
+                self._waiting.append(item)
+            item.waiting.append((ticket, position))
+        return ticket
+
+    def take(self, most: int, limit: int) -> list[Item]:
+        """The next request's texts: from the front, those that may share it with the first, at most so many tokens."""
+        part: list[Item] = []
+        kept: list[Item] = []
+        tokens = 0
+        while self._waiting and len(part) < most:
+            item = self._waiting.popleft()
+            if not item.waiting:
+                self._items.pop(item.key, None)
+            elif part and item.company != part[0].company:
+                kept.append(item)
+            elif part and tokens + item.tokens > limit:
+                kept.append(item)
+                break
+            else:
+                part.append(item)
+                tokens += item.tokens
+        self._waiting.extendleft(reversed(kept))
+        return part
+
+    def take_all(self) -> list[Item]:
+        """Everything that is in line."""
+        taken = list(self._waiting)
+        self._waiting.clear()
+        return taken
+
+    def put_back(self, part: list[Item]) -> None:
+        """To the front, in order."""
+        self._waiting.extendleft(reversed(part))
+
+    def forget(self, item: Item) -> None:
+        """It is done: the same text stands in line anew."""
+        self._items.pop(item.key, None)
+
+    def put_off(self, ticket: Ticket) -> None:
+        """Puts off those of its texts that are not under way."""
+        for item in self._waiting:
+            mine = sum(waiter is ticket for waiter, _ in item.waiting)
+            if mine:
+                item.waiting = [(waiter, position) for waiter, position in item.waiting if waiter is not ticket]
+                ticket.fail(mine, PutOff(0.0))
+
+    def withdraw(self, ticket: Ticket) -> None:
+        """Nobody waits for it any more; what is under way goes on."""
+        for item in self._items.values():
+            item.waiting = [(waiter, position) for waiter, position in item.waiting if waiter is not ticket]
+        for item in [item for item in self._waiting if not item.waiting]:
+            self._waiting.remove(item)
+            self._items.pop(item.key, None)
+
+    def fail(self, part: list[Item], error: Exception) -> None:
+        """They bring nothing."""
+        for item in part:
+            self._items.pop(item.key, None)
+            for ticket, _ in item.waiting:
+                ticket.fail(1, error)
+
+
+def _weight(error: Exception) -> int:
+    """A text that is refused will be again; "not now" says nothing of the job."""
+    if isinstance(error, PutOff):
+        return 0
+    return 2 if isinstance(error, PipelineError) and not error.retryable else 1
