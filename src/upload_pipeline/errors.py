@@ -47,6 +47,10 @@ class ErrorCode(StrEnum):
     PARSE_TIMEOUT = "PARSE_TIMEOUT"
     PARSE_MEMORY = "PARSE_MEMORY"
     PARSE_CRASHED = "PARSE_CRASHED"
+    PARSE_UNAVAILABLE = "PARSE_UNAVAILABLE"
+    PARSE_QUOTA = "PARSE_QUOTA"
+    PARSE_DENIED = "PARSE_DENIED"
+    PARSE_REJECTED = "PARSE_REJECTED"
     EMBED_FAILED = "EMBED_FAILED"
     EMBED_REJECTED = "EMBED_REJECTED"
     EMBED_QUOTA = "EMBED_QUOTA"
@@ -92,6 +96,9 @@ RETRYABLE: frozenset[ErrorCode] = frozenset(
         ErrorCode.INSUFFICIENT_STORAGE,
         ErrorCode.SCANNER_UNAVAILABLE,
         ErrorCode.PARSE_TIMEOUT,
+        ErrorCode.PARSE_UNAVAILABLE,
+        ErrorCode.PARSE_QUOTA,
+        ErrorCode.PARSE_DENIED,
         ErrorCode.EMBED_FAILED,
         ErrorCode.EMBED_QUOTA,
         ErrorCode.EMBED_DENIED,
@@ -133,6 +140,10 @@ HTTP_STATUS: dict[ErrorCode, int] = {
     ErrorCode.PARSE_TIMEOUT: 503,
     ErrorCode.PARSE_MEMORY: 400,
     ErrorCode.PARSE_CRASHED: 400,
+    ErrorCode.PARSE_UNAVAILABLE: 503,
+    ErrorCode.PARSE_QUOTA: 503,
+    ErrorCode.PARSE_DENIED: 503,
+    ErrorCode.PARSE_REJECTED: 400,
     ErrorCode.EMBED_FAILED: 503,
     ErrorCode.EMBED_REJECTED: 400,
     ErrorCode.EMBED_QUOTA: 503,

@@ -1,0 +1,286 @@
+"""LlamaParse against the simulator: what it gives, each fault by itself, and what the books say was paid."""
+
+from __future__ import annotations
+
+import importlib.machinery
+import sys
+import time
+from collections.abc import AsyncIterator
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+from aiohttp import web
+
+from tests.simulators.llama_cloud import KEY, LlamaCloudSimulator
+from upload_pipeline.errors import ErrorCode, PipelineError
+from upload_pipeline.providers.llamaparse import FinishedParse, LlamaParse, ParseError, Remedy
+
+TIER = {"tier": "cost_effective", "version": "2026-09-28"}
+
+
+@pytest.fixture
+async def simulator() -> AsyncIterator[LlamaCloudSimulator]:
+    async with LlamaCloudSimulator() as simulator:
+        yield simulator
+
+
+@pytest.fixture
+async def parser(simulator: LlamaCloudSimulator) -> AsyncIterator[LlamaParse]:
+    parser = LlamaParse(api_key=KEY, base_url=simulator.url, timeout=5.0, **TIER)
+    yield parser
+    await parser.close()
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    path = tmp_path / "a.txt"
+    path.write_bytes(b"one\ftwo\fthree\ffour")
+    return path
+
+
+def long_ago() -> datetime:
+    return datetime.now(UTC) - timedelta(minutes=1)
+
+
+async def upload(parser: LlamaParse, path: Path, external_id: str = "d1") -> str:
+    return await parser.upload(path, name="d1.txt", media_type="text/plain", external_id=external_id)
+
+
+async def submit(parser: LlamaParse, path: Path, attempt: int = 1) -> str:
+    file_id = await upload(parser, path)
+    return await parser.submit(file_id, document="d1", attempt=attempt, since=long_ago())
+
+
+async def finished(parser: LlamaParse, path: Path) -> FinishedParse:
+    done = await parser.look(await submit(parser, path))
+    assert done is not None
+    return done
+
+
+# what it gives
+
+
+async def test_pages_are_separated_by_form_feeds(
+    simulator: LlamaCloudSimulator, parser: LlamaParse, path: Path
+) -> None:
+    done = await finished(parser, path)
+    assert (done.parsed.markdown, done.parsed.page_count) == ("one\ftwo\fthree\ffour", 4)
+    assert (done.parsed.warnings, done.failed_pages, done.credits) == ((), (), 12)
+    assert parser.version == "llamaparse@cost_effective/2026-09-28"
+    assert simulator.books.paid == {"d1": 1}
+
+
+async def test_a_job_at_work_brings_nothing_yet(simulator: LlamaCloudSimulator, parser: LlamaParse, path: Path) -> None:
+    simulator.pending = 3600
+    parse_id = await submit(parser, path)
+    assert await parser.look(parse_id) is None
+    simulator.pending, simulator.running = 0, 3600
+    assert await parser.look(parse_id) is None
+    simulator.running = 0
+    assert await parser.look(parse_id) is not None
+
+
+async def test_a_second_call_uploads_nothing_and_pays_nothing(
+    simulator: LlamaCloudSimulator, parser: LlamaParse, path: Path
+) -> None:
+    assert await upload(parser, path) == await upload(parser, path)
+    assert await submit(parser, path) == await submit(parser, path)
+    assert (simulator.books.uploads, simulator.books.paid) == ({"d1": 1}, {"d1": 1})
+
+
+async def test_another_attempt_is_another_job(simulator: LlamaCloudSimulator, parser: LlamaParse, path: Path) -> None:
+    assert await submit(parser, path, 1) != await submit(parser, path, 2)
+    assert simulator.books.paid == {"d1": 2}
+
+
+async def test_a_job_is_found_behind_many_others(
+    simulator: LlamaCloudSimulator, parser: LlamaParse, path: Path
+) -> None:
+    made = await submit(parser, path)
+    file_id = await upload(parser, path)
+    for number in range(120):
+        await parser._client.parsing.create(  # without the search of each submit
+            file_id=file_id, **TIER, user_metadata={"document": f"other{number}", "attempt": "1"}
+        )
+    assert await parser.find_submission(document="d1", attempt=1, since=long_ago()) == made
+    assert await parser.find_submission(document="d1", attempt=2, since=long_ago()) is None
+
+
+# failed pages and jobs
+
+
+async def test_failed_pages_are_named_and_keep_their_place(
+    simulator: LlamaCloudSimulator, parser: LlamaParse, path: Path
+) -> None:
+    simulator.end_next(failed_pages=(2, 3))
+    done = await finished(parser, path)
+    assert (done.parsed.markdown, done.parsed.page_count) == ("one\f\f\ffour", 4)
+    assert done.failed_pages == (2, 3)
+    assert done.parsed.warnings == ("LlamaParse could not read pages 2 to 3 of 4.",)
+
+
+async def test_one_failed_page_is_told_in_the_singular(
+    simulator: LlamaCloudSimulator, parser: LlamaParse, path: Path
+) -> None:
+    simulator.end_next(failed_pages=(4,))
+    assert (await finished(parser, path)).parsed.warnings == ("LlamaParse could not read page 4 of 4.",)
+
+
+async def test_failed_pages_fail_the_file_where_that_is_asked_for(simulator: LlamaCloudSimulator, path: Path) -> None:
+    parser = LlamaParse(api_key=KEY, base_url=simulator.url, failed_pages="fail", **TIER)
+    simulator.end_next(failed_pages=(2, 4))
+    with pytest.raises(ParseError) as caught:
+        await finished(parser, path)
+    assert (caught.value.code, caught.value.remedy) == (ErrorCode.PARSE_FAILED, Remedy.NEVER)
+    assert caught.value.details["failed_pages"] == [2, 4]
+    assert "pages 2, 4 of 4" in caught.value.message
+    await parser.close()
+
+
+async def test_a_file_without_one_good_page_has_failed(
+    simulator: LlamaCloudSimulator, parser: LlamaParse, path: Path
+) -> None:
+    simulator.end_next(failed_pages=(1, 2, 3, 4))
+    with pytest.raises(ParseError) as caught:
+        await finished(parser, path)
+    assert caught.value.code is ErrorCode.PARSE_FAILED
+
+
+@pytest.mark.parametrize("ending", ["FAILED", "CANCELLED"])
+async def test_a_job_that_fails_is_told_as_such(
+    simulator: LlamaCloudSimulator, parser: LlamaParse, path: Path, ending: str
+) -> None:
+    simulator.end_next(ending)
+    parse_id = await submit(parser, path)
+    with pytest.raises(ParseError) as caught:
+        await parser.look(parse_id)
+    assert (caught.value.code, caught.value.remedy) == (ErrorCode.PARSE_FAILED, Remedy.NEVER)
+    assert caught.value.details == {"parse_id": parse_id, "status": ending}
+    assert not caught.value.retryable
+
+
+async def test_a_job_that_is_no_longer_kept_is_told_as_such(
+    simulator: LlamaCloudSimulator, parser: LlamaParse, path: Path
+) -> None:
+    parse_id = await submit(parser, path)
+    simulator.misbehave("gone", operation="poll")
+    with pytest.raises(ParseError, match="no longer kept") as caught:
+        await parser.look(parse_id)
+    assert caught.value.code is ErrorCode.PARSE_FAILED
+
+
+# refusals and outages
+
+
+@pytest.mark.parametrize("operation", ["find", "upload", "list", "submit", "poll"])
+@pytest.mark.parametrize(
+    ("fault", "code", "remedy", "retry_after"),
+    [
+        ("rate_limited", ErrorCode.PARSE_UNAVAILABLE, Remedy.WAIT, 7),
+        ("rate_limited_silent", ErrorCode.PARSE_UNAVAILABLE, Remedy.WAIT, None),
+        ("quota", ErrorCode.PARSE_QUOTA, Remedy.PAUSE, None),
+        ("unauthorised", ErrorCode.PARSE_DENIED, Remedy.PAUSE, None),
+        ("rejected", ErrorCode.PARSE_REJECTED, Remedy.NEVER, None),
+        ("server_error", ErrorCode.PARSE_UNAVAILABLE, Remedy.AGAIN, None),
+        ("dropped", ErrorCode.PARSE_UNAVAILABLE, Remedy.AGAIN, None),
+        ("truncated", ErrorCode.PARSE_UNAVAILABLE, Remedy.AGAIN, None),
+    ],
+)
+async def test_each_fault_has_its_code_is_asked_once_and_healed_without_paying_twice(
+    simulator: LlamaCloudSimulator,
+    parser: LlamaParse,
+    path: Path,
+    operation: str,
+    fault: str,
+    code: ErrorCode,
+    remedy: Remedy,
+    retry_after: float | None,
+) -> None:
+    simulator.retry_after = 7
+    simulator.misbehave(fault, operation=operation)
+    with pytest.raises(ParseError) as caught:
+        await finished(parser, path)
+    error = caught.value
+    assert (error.code, error.remedy, error.retry_after) == (code, remedy, retry_after)
+    assert error.retryable == (remedy is not Remedy.NEVER)
+    assert KEY not in str(error)
+    assert simulator.books.requests[operation] == 1
+    assert (await finished(parser, path)).parsed.page_count == 4
+    assert (simulator.books.uploads, simulator.books.paid_again()) == ({"d1": 1}, {})
+
+
+async def test_what_hangs_is_given_up_in_time(simulator: LlamaCloudSimulator, path: Path) -> None:
+    parser = LlamaParse(api_key=KEY, base_url=simulator.url, timeout=0.3, **TIER)
+    simulator.misbehave("hang", operation="submit")
+    began = time.monotonic()
+    with pytest.raises(ParseError, match=r"did not answer within 0\.3 s") as caught:
+        await finished(parser, path)
+    assert time.monotonic() - began < 3
+    assert (caught.value.code, caught.value.remedy) == (ErrorCode.PARSE_UNAVAILABLE, Remedy.AGAIN)
+    await parser.close()
+
+
+async def test_a_server_that_is_away_is_named() -> None:
+    parser = LlamaParse(api_key=KEY, base_url="http://127.0.0.1:9", **TIER)
+    with pytest.raises(ParseError, match=r"127\.0\.0\.1:9") as caught:
+        await parser.look("pjb-1")
+    assert caught.value.code is ErrorCode.PARSE_UNAVAILABLE
+    await parser.close()
+
+
+JOB = {"id": "pjb-1", "project_id": "p", "status": "COMPLETED"}
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        [],
+        {},
+        {"job": None},
+        {"job": JOB},
+        {"job": {**JOB, "status": "SUCCESS"}},
+        {"job": JOB, "markdown": {"pages": [{"success": True, "markdown": "x"}]}},
+        {"job": JOB, "markdown": {"pages": [{"page_number": 0, "success": True, "markdown": "x"}]}},
+        {"job": JOB, "markdown": {"pages": [{"page_number": 1, "success": True, "markdown": "x"}] * 2}},
+        {"job": JOB, "markdown": {"pages": [{"page_number": 10**9, "success": True, "markdown": "x"}]}},
+    ],
+)
+async def test_an_answer_of_another_shape_is_no_result(answer: Any) -> None:
+    async def show(request: web.Request) -> web.Response:
+        del request
+        return web.json_response(answer)
+
+    app = web.Application()
+    app.router.add_get("/api/v2/parse/pjb-1", show)
+    runner = web.AppRunner(app)
+    await runner.setup()
+    await web.TCPSite(runner, "127.0.0.1", 0).start()
+    parser = LlamaParse(api_key=KEY, base_url=f"http://127.0.0.1:{runner.addresses[0][1]}", **TIER)
+    with pytest.raises(ParseError, match="cannot be read") as caught:
+        await parser.look("pjb-1")
+    assert caught.value.code is ErrorCode.PARSE_UNAVAILABLE
+    await parser.close()
+    await runner.cleanup()
+
+
+# opening
+
+
+@pytest.mark.parametrize("key", ["", "  ", "llx-a llx-b", "llx-ü"])
+def test_what_is_no_key_is_refused(key: str) -> None:
+    with pytest.raises(PipelineError) as caught:
+        LlamaParse(api_key=key, **TIER)
+    assert caught.value.code is ErrorCode.SETTING_INVALID
+
+
+def test_a_missing_package_names_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    def find(name: str, *where: Any) -> None:
+        del name, where
+
+    monkeypatch.delitem(sys.modules, "llama_cloud", raising=False)
+    monkeypatch.setattr(importlib.machinery.PathFinder, "find_spec", find)
+    with pytest.raises(PipelineError, match=r"upload-pipeline\[llamaparse\]") as caught:
+        LlamaParse(api_key=KEY, **TIER)
+    assert caught.value.code is ErrorCode.SETTING_INVALID
