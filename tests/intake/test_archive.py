@@ -206,6 +206,15 @@ async def bare(intake: Intake) -> Intake:
     return Intake(intake.db, intake.store, inspect, 10_000, intake.scratch)
 
 
+async def test_an_entry_without_a_name_is_a_file_without_a_name(bare, traces):
+    archive = zipped(("x", b"plain words " * 20), ("b.md", b"# more\n" * 20))
+    # the name in the central directory, whose length stands 28 bytes behind its mark, becomes the entry's comment
+    at = archive.index(b"PK\x01\x02")
+    unnamed = archive[: at + 28] + b"\0\0\0\0\1\0" + archive[at + 34 :]
+    members, _ = await take(bare, uuid4(), unnamed)
+    assert len(members) == 2
+
+
 @settings(max_examples=60, suppress_health_check=list(HealthCheck))
 @given(changes=st.lists(st.tuples(st.integers(0, 10_000), st.integers(0, 255)), max_size=6), cut=st.integers(0, 40))
 async def test_whatever_an_archive_holds_it_is_read_or_refused_by_name(bare, traces, changes, cut):

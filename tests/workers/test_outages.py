@@ -63,11 +63,12 @@ async def test_server_that_restarts_under_load(own_server: EmbeddedDatabase, tmp
     options = {"lease_ttl": 3.0, "heartbeat_interval": 0.3, "concurrency": 4}
     async with world.worker(steps_of(nap, nap), **options) as one, world.worker(steps_of(nap, nap), **options) as two:
         await until_true(lambda: one.ended + two.ended > 8, "some jobs")
-        await admin.close()
         if crash:
             # One backend that dies so takes all down with it; the server recovers by itself from its log.
             os.kill(_a_backend_of(own_server.pid), signal.SIGKILL)
+            await until_true(admin.is_closed, "the crash to reach every connection")
         else:
+            await admin.close()
             await asyncio.to_thread(stop_embedded, own_server.home)
             await asyncio.sleep(0.5)
             await asyncio.to_thread(ensure_embedded, own_server.home, FAST_SERVER)

@@ -149,7 +149,8 @@ def _files(archive: zipfile.ZipFile, limits: ArchiveLimits) -> tuple[list[zipfil
         raise invalid_archive(f"it has more than {limits.max_entries} entries")
     if any(entry.header_offset < 0 for entry in entries):
         raise invalid_archive("it is damaged (its beginning is missing)")
-    files = [entry for entry in entries if not entry.is_dir()]
+    # and not is_dir(), which wants a name that has a last character
+    files = [entry for entry in entries if not entry.filename.endswith("/")]
     hidden = [entry for entry in files if _is_hidden(entry.filename)]
     warnings = []
     if hidden:
