@@ -21,8 +21,10 @@ from upload_pipeline.database.connection import connect
 from upload_pipeline.database.embedded import EmbeddedDatabase, ensure_embedded
 from upload_pipeline.database.migrations import apply_migrations
 
-# A busy machine is no failure.
-settings.register_profile("patient", deadline=None)
+# A busy machine is no failure, and a run that passed passes again: the same examples each time.
+settings.register_profile("patient", deadline=None, derandomize=True)
+# Other examples each time, to look for what nobody has thought of: `scripts/test --hypothesis-profile exploring`.
+settings.register_profile("exploring", deadline=None)
 settings.load_profile("patient")
 
 # Tracebacks without local variables: with them one takes seconds.

@@ -10,7 +10,7 @@ import tracemalloc
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from upload_pipeline.errors import ErrorCode, PipelineError
@@ -286,6 +286,7 @@ PIECES = st.sampled_from(
 )
 
 
+@example(" ")
 @given(st.binary(max_size=300) | st.lists(PIECES | st.text(string.printable, max_size=5), max_size=40).map("".join))
 def test_whatever_comes_is_read_or_refused_by_name(data: bytes | str) -> None:
     error = None

@@ -124,7 +124,7 @@ def _csv_rows(text: str) -> Iterator[Row]:
             raise unreadable(_csv_problem(str(error)), line, 1) from error
         if cells is None:
             break
-        if any(cells):
+        if any(cell.strip() for cell in cells):
             if header is None:
                 header = _header(cells, line)
             else:
