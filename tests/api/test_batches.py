@@ -123,6 +123,16 @@ async def test_files_with_json_are_a_batch_whose_metadata_is_kept(service: LiveS
     assert metadata["4.html"] == {"category": "faq"}
 
 
+async def test_a_batch_with_nothing_to_wait_for_is_taken_like_others_and_its_status_says_so(
+    service: LiveService, traces: Traces
+) -> None:
+    user = new_user()
+    answer = await post(service, user, form([("scan.pdf", b"%PDF-1.7 and no more")]))
+    told = answer.json()
+    assert (answer.status_code, told["status"]) == (202, "in_progress")
+    assert (await status(service, user, told["batch_id"]))["status"] == "failed"
+
+
 async def test_two_broken_files_make_it_a_partial_failure(
     service: LiveService, traces: Traces, admin: asyncpg.Connection
 ) -> None:

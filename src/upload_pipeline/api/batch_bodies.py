@@ -81,7 +81,7 @@ class BatchAccepted(BaseModel):
 
     batch_id: UUID
     total_documents: int = Field(description="Files that came, refused ones too.")
-    status: Status = Field(description="`in_progress`, unless there is nothing to wait for.")
+    status: Literal["in_progress"] = Field(description="Always this one; `status_url` tells whether it has ended.")
     message: str = Field(description="For a person.")
     status_url: str = Field(description="Where the batch tells how far it is.")
 

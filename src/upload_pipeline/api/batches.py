@@ -91,14 +91,13 @@ async def ingest_batch(
                         warnings=received.warnings,
                     ),
                 )
-    status = await _owned_batch(resources, principal.user_id, batch_id)
     refused = sum(member.error_code is not None for member in members)
     told = f" {refused} of them {'was' if refused == 1 else 'were'} refused; the status says why." if refused else ""
     return BatchAccepted.model_validate(
         {
             "batch_id": batch_id,
             "total_documents": len(members),
-            "status": status.status,
+            "status": "in_progress",
             "message": f"{len(members)} {'file was' if len(members) == 1 else 'files were'} taken.{told}",
             "status_url": public_url(request, settings, f"{router.prefix}/{batch_id}/status"),
         }
