@@ -14,7 +14,8 @@ import pytest
 from tests.simulators.openai_embeddings import KEY, Fault, OpenAISimulator, vector_of
 from upload_pipeline.errors import ErrorCode, PipelineError
 from upload_pipeline.providers.embedding import EmbeddingModel, open_embedder
-from upload_pipeline.providers.openai_embedder import EmbeddingError, OpenAIEmbedder, Remedy
+from upload_pipeline.providers.openai_embedder import EmbeddingError, OpenAIEmbedder
+from upload_pipeline.providers.provider_failures import Remedy
 from upload_pipeline.settings import Settings
 
 TEXTS = ["water damage", "hail", "roof"]

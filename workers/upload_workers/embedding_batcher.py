@@ -36,7 +36,8 @@ import structlog
 from upload_pipeline.database import provider_budget
 from upload_pipeline.database.usage import Usage, record_usage
 from upload_pipeline.errors import ErrorCode, PipelineError
-from upload_pipeline.providers.openai_embedder import PROVIDER, EmbeddingError, OpenAIEmbedder, Remedy
+from upload_pipeline.providers.openai_embedder import PROVIDER, EmbeddingError, OpenAIEmbedder
+from upload_pipeline.providers.provider_failures import Remedy
 from upload_pipeline.providers.request_packing import MAX_REQUEST_TOKENS
 from upload_pipeline.rate_headers import RateLimits, key_id_of, read_rate_limits
 from upload_workers.embedding_line import Item, Line, PutOff, Ticket
@@ -69,7 +70,6 @@ LINGER = 0.005
 
 _FIRST_DELAY = 0.25  # seconds before a failed request's texts are sent again; doubled each time
 _LIFE_SLACK = timedelta(seconds=10)  # between a request's timeout and the end of its reservation
-_UNTOLD_WAIT = 2.0  # seconds, where a 429 says no time
 _SAY_GOODBYE = 2.0
 
 
@@ -243,7 +243,7 @@ class EmbeddingBatcher:
                 answer = await self._embedder.request([item.text for item in part])
             tokens, limits = answer.tokens, read_rate_limits(answer.headers)
         except EmbeddingError as error:
-            limits = _limits_of(error)
+            limits = error.limits()
             raise
         finally:
             await self._settle(granted.reservation_id, tokens, limits)
@@ -373,14 +373,6 @@ def open_batcher(embedder: Embedder, db: Executor, calls: ProviderCalls, setting
         request_limit=settings.openai_requests_per_minute or None,
         token_limit=settings.openai_tokens_per_minute or None,
     )
-
-
-def _limits_of(error: EmbeddingError) -> RateLimits | None:
-    """What a failure told of limits; a 429 always tells a time."""
-    told = read_rate_limits(error.headers)
-    if error.remedy is Remedy.WAIT and told.retry_after is None:
-        return replace(told, retry_after=_UNTOLD_WAIT)
-    return told if told != RateLimits() else None
 
 
 def _loop_time(monotonic: float) -> float:

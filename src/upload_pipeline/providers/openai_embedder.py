@@ -1,14 +1,8 @@
 """OpenAI's embeddings, or those of any server that speaks the same: one request at a time, each answer checked.
 
 The official client sends and reads; it never tries again by itself, so that every request is seen by whoever counts
-them. What a failure asks for is said by its `Remedy`:
-
-    Remedy   when                                                         code
-    AGAIN    no answer, a broken one, 408, 409, 5xx                       EMBED_FAILED
-    WAIT     429                                                          EMBED_FAILED
-    PAUSE    no money (429 `insufficient_quota`, 402); key or model       EMBED_QUOTA, EMBED_DENIED
-             refused (401, 403, 404, 400 of a setting)
-    SPLIT    any other 4xx: too large, or a text that is not taken        EMBED_REJECTED
+them. What a failure asks for is said by its `Remedy` (`provider_failures`): what may pass is `EMBED_FAILED`, an empty
+account `EMBED_QUOTA`, a refused key or model `EMBED_DENIED`, a text that is not taken `EMBED_REJECTED`.
 """
 
 from __future__ import annotations
@@ -17,13 +11,22 @@ import asyncio
 import binascii
 from base64 import b64decode
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from enum import StrEnum
-from importlib.util import find_spec
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from upload_pipeline.errors import ErrorCode, PipelineError
+from upload_pipeline.errors import ErrorCode
 from upload_pipeline.providers.embedding import MAX_BATCH, EmbeddingModel, check_texts
+from upload_pipeline.providers.provider_failures import (
+    MESSAGE_CHARS,
+    ProviderError,
+    Remedy,
+    Wording,
+    bad_setting,
+    lower_names,
+    open_client,
+    refused,
+    unanswered,
+)
 from upload_pipeline.providers.request_packing import pack
 from upload_pipeline.rate_headers import read_rate_limits
 
@@ -47,32 +50,24 @@ TRIES = 3
 _LONGEST_WAIT = 2.0  # seconds that `embed` waits for a limit
 
 _SHORTENED = "text-embedding-3-"
-_SETTING_PARAMS = frozenset({"model", "dimensions", "encoding_format"})
-_MESSAGE_CHARS = 300
-
-
-class Remedy(StrEnum):
-    """What helps against a failure."""
-
-    AGAIN = "again"
-    WAIT = "wait"
-    PAUSE = "pause"
-    SPLIT = "split"
 
 
 @dataclass
-class EmbeddingError(PipelineError):
-    """A request that brought no vectors.
+class EmbeddingError(ProviderError):
+    """A request that brought no vectors."""
 
-    Attributes:
-        remedy: what to do.
-        headers: of the answer, names in small letters; empty where there was none.
-        answered: whether the provider answered at all.
-    """
 
-    remedy: Remedy = Remedy.AGAIN
-    headers: Mapping[str, str] = field(default_factory=dict)
-    answered: bool = False
+_WORDING = Wording(
+    error=EmbeddingError,
+    who="The embedder",
+    content="the text",
+    failed=ErrorCode.EMBED_FAILED,
+    quota=ErrorCode.EMBED_QUOTA,
+    denied=ErrorCode.EMBED_DENIED,
+    rejected=ErrorCode.EMBED_REJECTED,
+    look_at="UPLOAD_PIPELINE_OPENAI_MODEL, _DIMENSIONS and _BASE_URL",
+    setting_params=frozenset({"model", "dimensions", "encoding_format"}),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,36 +110,23 @@ class OpenAIEmbedder:
         Raises:
             PipelineError: `SETTING_INVALID`, naming the setting or the missing package.
         """
-        if find_spec("openai") is None:
-            raise _bad_setting(
-                "embedder",
-                'needs the package openai, which is not installed: install the extra "openai", as in '
-                '`pip install "upload-pipeline[openai]"`',
-            )
         api_key = api_key.strip()
-        if not api_key:
-            raise _bad_setting(
-                "openai_api_key", "is empty; UPLOAD_PIPELINE_EMBEDDER=openai needs the key of an account"
-            )
-        if not (api_key.isascii() and api_key.isprintable()) or " " in api_key:
-            raise _bad_setting("openai_api_key", "has characters that no key has; copy it again")
+        client = open_client(setting="embedder", api_key=api_key, base_url=base_url, timeout=timeout)
         native = NATIVE_DIMENSIONS.get(model, 0)
         if not (native or dimensions):
-            raise _bad_setting("openai_dimensions", f"must say how long the vectors of {model!r} are")
+            raise bad_setting("openai_dimensions", f"must say how long the vectors of {model!r} are")
         shortened = native != 0 and dimensions not in (0, native)
         if shortened and (not model.startswith(_SHORTENED) or dimensions > native):
-            raise _bad_setting(
+            raise bad_setting(
                 "openai_dimensions", f"is {dimensions}, but {model!r} gives vectors of {native} dimensions"
             )
-        import openai
-
         self.api_key = api_key
         self.api_model = model
         self._asked_dimensions = dimensions if shortened else None
         self._timeout = timeout
         name = f"{model}@{dimensions}" if shortened else model
         self._facts = EmbeddingModel(name, PROVIDER, dimensions or native)
-        self._client = openai.AsyncOpenAI(api_key=api_key, base_url=base_url, timeout=timeout, max_retries=0)
+        self._client = client
 
     @property
     def facts(self) -> EmbeddingModel:
@@ -179,12 +161,10 @@ class OpenAIEmbedder:
                     **asked,
                 )
         except openai.APIStatusError as error:
-            raise self._refused(error) from error
+            raise refused(error, _WORDING, api_key=self.api_key) from error
         except (openai.APIConnectionError, TimeoutError) as error:
-            late = isinstance(error, openai.APITimeoutError | TimeoutError)
-            what = f"did not answer within {self._timeout:g} s" if late else "cannot be reached"
-            raise EmbeddingError(ErrorCode.EMBED_FAILED, f"The embedder at {self._client.base_url} {what}.") from error
-        headers = {name.lower(): value for name, value in raw.headers.items()}
+            raise unanswered(error, _WORDING, base_url=self._client.base_url, timeout=self._timeout) from error
+        headers = lower_names(raw.headers)
         try:
             answer = raw.parse()
             rows = [(row.index, row.embedding) for row in answer.data]
@@ -194,7 +174,7 @@ class OpenAIEmbedder:
             raise EmbeddingError(
                 ErrorCode.EMBED_FAILED,
                 f"The embedder's answer is no list of {len(texts)} vectors of {self.dimensions} dimensions: "
-                f"{str(error)[:_MESSAGE_CHARS]}.",
+                f"{str(error)[:MESSAGE_CHARS]}.",
                 headers=headers,
                 answered=True,
             ) from error
@@ -258,42 +238,6 @@ class OpenAIEmbedder:
             vectors[index] = row
         return vectors
 
-    def _refused(self, error: Any) -> EmbeddingError:
-        """What a status that is no success means."""
-        status: int = error.status_code
-        headers = {name.lower(): value for name, value in error.response.headers.items()}
-        said = str(error.message).replace(self.api_key, "***")[:_MESSAGE_CHARS]
-        details = {"status": status, "type": error.type, "code": error.code, "request_id": error.request_id}
-
-        def failed(code: ErrorCode, message: str, remedy: Remedy) -> EmbeddingError:
-            return EmbeddingError(code, message, details, remedy=remedy, headers=headers, answered=True)
-
-        if status == 402 or "insufficient_quota" in (error.code, error.type):
-            return failed(
-                ErrorCode.EMBED_QUOTA,
-                f"The account of the embedder's key has no money left ({status}). Look at its plan and billing.",
-                Remedy.PAUSE,
-            )
-        if status in (401, 403):
-            # the provider's own words name parts of the key
-            return failed(
-                ErrorCode.EMBED_DENIED,
-                f"The embedder refuses the key ({status}). Set UPLOAD_PIPELINE_OPENAI_API_KEY to one that is valid.",
-                Remedy.PAUSE,
-            )
-        if status == 404 or (status == 400 and error.param in _SETTING_PARAMS):
-            return failed(
-                ErrorCode.EMBED_DENIED,
-                f"The embedder has no such model, or not like this ({status}): {said}. Look at "
-                "UPLOAD_PIPELINE_OPENAI_MODEL, _DIMENSIONS and _BASE_URL.",
-                Remedy.PAUSE,
-            )
-        if status == 429:
-            return failed(ErrorCode.EMBED_FAILED, f"The embedder's rate limit is reached: {said}", Remedy.WAIT)
-        if status >= 500 or status in (408, 409):
-            return failed(ErrorCode.EMBED_FAILED, f"The embedder failed ({status}): {said}", Remedy.AGAIN)
-        return failed(ErrorCode.EMBED_REJECTED, f"The embedder does not take the text ({status}): {said}", Remedy.SPLIT)
-
 
 def open_openai(settings: Settings) -> OpenAIEmbedder:
     """The embedder that the settings describe.
@@ -308,10 +252,6 @@ def open_openai(settings: Settings) -> OpenAIEmbedder:
         dimensions=settings.openai_dimensions,
         timeout=settings.openai_timeout,
     )
-
-
-def _bad_setting(name: str, problem: str) -> PipelineError:
-    return PipelineError(ErrorCode.SETTING_INVALID, f"UPLOAD_PIPELINE_{name.upper()} {problem}.", {"setting": name})
 
 
 def _sendable(text: str) -> str:

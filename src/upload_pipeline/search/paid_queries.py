@@ -13,7 +13,8 @@ import structlog
 from upload_pipeline.database import provider_budget
 from upload_pipeline.database.usage import Usage, record_usage
 from upload_pipeline.errors import ErrorCode, PipelineError
-from upload_pipeline.providers.openai_embedder import PROVIDER, EmbeddingAnswer, EmbeddingError, OpenAIEmbedder, Remedy
+from upload_pipeline.providers.openai_embedder import PROVIDER, EmbeddingAnswer, EmbeddingError, OpenAIEmbedder
+from upload_pipeline.providers.provider_failures import Remedy
 from upload_pipeline.providers.request_packing import bound_tokens
 from upload_pipeline.rate_headers import RateLimits, key_id_of, read_rate_limits
 

@@ -1,0 +1,169 @@
+"""A request to a hosted provider that brought nothing: what helps, and what its answer told.
+
+Of a server that speaks as OpenAI's does, the official client's errors are read here, for whatever was asked:
+
+    Remedy   when                                                         code
+    AGAIN    no answer, a broken one, 408, 409, 5xx                       failed
+    WAIT     429                                                          failed
+    PAUSE    no money (429 `insufficient_quota`, 402); key or model       quota, denied
+             refused (401, 403, 404, 400 of a setting)
+    SPLIT    any other 4xx: too large, or content that is not taken       rejected
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from enum import StrEnum
+from importlib.util import find_spec
+from typing import Any
+
+from upload_pipeline.errors import ErrorCode, PipelineError
+from upload_pipeline.rate_headers import RateLimits, read_rate_limits
+
+MESSAGE_CHARS = 300
+"""Most of a provider's own words that an error repeats."""
+
+_UNTOLD_WAIT = 2.0  # seconds, where a 429 says no time
+
+
+class Remedy(StrEnum):
+    """What helps against a failure. SPLIT: what was sent is at fault; by halves, where it has halves, it is found."""
+
+    AGAIN = "again"
+    WAIT = "wait"
+    PAUSE = "pause"
+    SPLIT = "split"
+
+
+@dataclass
+class ProviderError(PipelineError):
+    """A request that brought nothing.
+
+    Attributes:
+        remedy: what to do.
+        headers: of the answer, names in small letters; empty where there was none.
+        answered: whether the provider answered at all.
+        tokens: that were paid for nevertheless; None where nobody knows of any.
+    """
+
+    remedy: Remedy = Remedy.AGAIN
+    headers: Mapping[str, str] = field(default_factory=dict)
+    answered: bool = False
+    tokens: int | None = None
+
+    def limits(self) -> RateLimits | None:
+        """What it told of limits; a 429 always tells a time."""
+        told = read_rate_limits(self.headers)
+        if self.remedy is Remedy.WAIT and told.retry_after is None:
+            return replace(told, retry_after=_UNTOLD_WAIT)
+        return told if told != RateLimits() else None
+
+
+@dataclass(frozen=True, slots=True)
+class Wording:
+    """How failures of one kind of request are told.
+
+    Attributes:
+        who: as `The embedder`.
+        content: what is not taken, as `the text`.
+        failed: code of what may pass.
+        look_at: settings to look at where the model is refused.
+        setting_params: parameters of the request that settings decide.
+    """
+
+    error: type[ProviderError]
+    who: str
+    content: str
+    failed: ErrorCode
+    quota: ErrorCode
+    denied: ErrorCode
+    rejected: ErrorCode
+    look_at: str
+    setting_params: frozenset[str]
+
+
+def open_client(*, setting: str, api_key: str, base_url: str, timeout: float) -> Any:
+    """An `openai.AsyncOpenAI` that never tries again by itself, so that every request is seen by whoever counts them.
+
+    Args:
+        setting: the one that asks for it, as `embedder`.
+        api_key: of the account that pays.
+        base_url: of the API, with its version.
+        timeout: seconds that a request may take.
+
+    Raises:
+        PipelineError: `SETTING_INVALID`, naming the setting or the missing package.
+    """
+    if find_spec("openai") is None:
+        raise bad_setting(
+            setting,
+            'needs the package openai, which is not installed: install the extra "openai", as in '
+            '`pip install "upload-pipeline[openai]"`',
+        )
+    if not api_key:
+        raise bad_setting(
+            "openai_api_key", f"is empty; UPLOAD_PIPELINE_{setting.upper()}=openai needs the key of an account"
+        )
+    if not (api_key.isascii() and api_key.isprintable()) or " " in api_key:
+        raise bad_setting("openai_api_key", "has characters that no key has; copy it again")
+    import openai
+
+    return openai.AsyncOpenAI(api_key=api_key, base_url=base_url, timeout=timeout, max_retries=0)
+
+
+def bad_setting(name: str, problem: str) -> PipelineError:
+    """The error of a setting that cannot work."""
+    return PipelineError(ErrorCode.SETTING_INVALID, f"UPLOAD_PIPELINE_{name.upper()} {problem}.", {"setting": name})
+
+
+def unanswered(error: Exception, wording: Wording, *, base_url: object, timeout: float) -> ProviderError:
+    """What it means that no answer came.
+
+    Args:
+        error: `openai.APIConnectionError` or `TimeoutError`.
+    """
+    import openai
+
+    late = isinstance(error, openai.APITimeoutError | TimeoutError)
+    what = f"did not answer within {timeout:g} s" if late else "cannot be reached"
+    return wording.error(wording.failed, f"{wording.who} at {base_url} {what}.")
+
+
+def refused(error: Any, wording: Wording, *, api_key: str) -> ProviderError:
+    """What a status that is no success means.
+
+    Args:
+        error: `openai.APIStatusError`.
+        api_key: is not repeated.
+    """
+    status: int = error.status_code
+    headers = lower_names(error.response.headers)
+    said = str(error.message).replace(api_key, "***")[:MESSAGE_CHARS]
+    details = {"status": status, "type": error.type, "code": error.code, "request_id": error.request_id}
+
+    def failed(code: ErrorCode, message: str, remedy: Remedy) -> ProviderError:
+        return wording.error(code, message, details, remedy=remedy, headers=headers, answered=True)
+
+    who = wording.who
+    if status == 402 or "insufficient_quota" in (error.code, error.type):
+        owner = who[0].lower() + who[1:]
+        message = f"The account of {owner}'s key has no money left ({status}). Look at its plan and billing."
+        return failed(wording.quota, message, Remedy.PAUSE)
+    if status in (401, 403):
+        # the provider's own words name parts of the key
+        message = f"{who} refuses the key ({status}). Set UPLOAD_PIPELINE_OPENAI_API_KEY to one that is valid."
+        return failed(wording.denied, message, Remedy.PAUSE)
+    if status == 404 or (status == 400 and error.param in wording.setting_params):
+        message = f"{who} has no such model, or not like this ({status}): {said}. Look at {wording.look_at}."
+        return failed(wording.denied, message, Remedy.PAUSE)
+    if status == 429:
+        return failed(wording.failed, f"{who}'s rate limit is reached: {said}", Remedy.WAIT)
+    if status >= 500 or status in (408, 409):
+        return failed(wording.failed, f"{who} failed ({status}): {said}", Remedy.AGAIN)
+    return failed(wording.rejected, f"{who} does not take {wording.content} ({status}): {said}", Remedy.SPLIT)
+
+
+def lower_names(headers: Mapping[str, str]) -> dict[str, str]:
+    """Headers with their names in small letters."""
+    return {name.lower(): value for name, value in headers.items()}
