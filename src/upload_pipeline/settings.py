@@ -53,6 +53,18 @@ class Settings(BaseSettings):
         description="Where clients reach the bucket's server by signed URLs, as `https://files.example.com`; empty: "
         "where this process does.",
     )
+    storage_encryption: Literal["aes256", "kms", "none"] = Field(
+        default="aes256",
+        description="What each write asks of a bucket on S3: keys of S3's own, of its key service, or no encryption at "
+        "rest, for servers that offer none.",
+    )
+    storage_kms_key_id: str = Field(
+        default="",
+        max_length=2048,
+        pattern=r"^[A-Za-z0-9:/_.-]*$",
+        description="Key of the key service, by id, ARN or alias, where STORAGE_ENCRYPTION is `kms`; empty: the "
+        "account's own for S3.",
+    )
 
     # what does the work
     parser: Literal["local"] = Field(default="local", description="Who turns files into Markdown.")
@@ -335,6 +347,8 @@ class Settings(BaseSettings):
                     f"{ENV_PREFIX}{smaller.upper()}={value:g} must be at most {'half of ' if share < 1 else ''}"
                     f"{ENV_PREFIX}{larger.upper()}={limit:g}"
                 )
+        if self.storage_kms_key_id and self.storage_encryption != "kms":
+            raise ValueError("storage_kms_key_id is for storage_encryption=kms")
         secret = self.jwt_secret.get_secret_value()
         if secret and self.jwt_jwks_url:
             raise ValueError("jwt_secret and jwt_jwks_url exclude each other: an issuer signs in one way")

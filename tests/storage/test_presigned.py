@@ -41,9 +41,10 @@ def test_signing_again_with_nothing_more_gives_the_signature_of_obstore(more):
 async def test_a_put_binds_length_and_type_and_tells_what_to_send():
     signed = await signing(bucket()).sign_put(KEY, media_type="text/plain", file_bytes=12, expires_in=MINUTE)
     assert signed is not None
-    assert signed.headers == {"content-type": "text/plain", "content-length": "12"}
+    asked = {"x-amz-server-side-encryption": "AES256"}
+    assert signed.headers == {"content-type": "text/plain", "content-length": "12", **asked}
     parameters = parse_qs(urlsplit(signed.url).query)
-    assert parameters["X-Amz-SignedHeaders"] == ["content-length;content-type;host"]
+    assert parameters["X-Amz-SignedHeaders"] == ["content-length;content-type;host;x-amz-server-side-encryption"]
     assert parameters["X-Amz-Expires"] == ["60"]
     assert SECRET not in signed.url
     assert signed.url not in repr(signed)

@@ -21,7 +21,8 @@ from upload_pipeline.providers.calls import MeasuredEmbedder, MeasuredParser, Pr
 from upload_pipeline.providers.embedding import open_embedder
 from upload_pipeline.providers.local_parser import LocalParser
 from upload_pipeline.settings import Settings
-from upload_pipeline.storage.store import ObjectStore, open_store
+from upload_pipeline.storage.configured import configured_store
+from upload_pipeline.storage.store import ObjectStore
 from upload_pipeline.storage.virus_scan import open_scanner
 from upload_workers.bounded import bounded
 from upload_workers.embedding_batcher import open_batcher
@@ -72,7 +73,7 @@ async def running_worker(
         options = connection_options(settings, "upload-pipeline worker")
         db = await open_pool(worker_url, options, size=settings.pool_size)
         stack.push_async_callback(_close_pool, db)
-        store = store or open_store(settings.effective_storage_url)
+        store = store or configured_store(settings)
         await store.check_writable()
         calls = ProviderCalls()
         own_embedder = open_embedder(settings.embedder, settings)

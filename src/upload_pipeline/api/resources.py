@@ -24,8 +24,9 @@ from upload_pipeline.providers.embedding import Embedder, open_embedder
 from upload_pipeline.providers.local_parser import LocalParser
 from upload_pipeline.search.paid_queries import PaidQueries, paid_queries
 from upload_pipeline.settings import Settings
+from upload_pipeline.storage.configured import configured_store
 from upload_pipeline.storage.signed_urls import UrlSigner, open_signer
-from upload_pipeline.storage.store import ObjectStore, open_store
+from upload_pipeline.storage.store import ObjectStore
 from upload_pipeline.storage.virus_scan import open_scanner
 
 LISTENER_NAME = "upload-pipeline listen"
@@ -85,7 +86,7 @@ async def open_resources(settings: Settings, database_url: str) -> AsyncGenerato
             database_url, connection_options(settings, "upload-pipeline serve"), size=settings.pool_size
         )
         stack.push_async_callback(_close_pool, db)
-        store = open_store(settings.effective_storage_url, public_endpoint=settings.storage_public_endpoint)
+        store = configured_store(settings)
         provider_calls = ProviderCalls()
         own_embedder = open_embedder(settings.embedder, settings)
         embedder = MeasuredEmbedder(own_embedder, provider_calls)

@@ -190,11 +190,11 @@ def _check_rights(connection: Connection[Any]) -> Finding:
 
 
 async def _check_storage(settings: Settings) -> str:
+    from upload_pipeline.storage.configured import configured_store
     from upload_pipeline.storage.keys import incoming_key
-    from upload_pipeline.storage.store import open_store
     from upload_pipeline.url_secrets import without_password
 
-    store = open_store(settings.effective_storage_url)
+    store = configured_store(settings)
     key = incoming_key(uuid4())
     await store.put_bytes(key, b"doctor")
     await store.delete([key])

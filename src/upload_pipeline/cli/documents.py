@@ -75,11 +75,11 @@ async def _delete(settings: Settings, document_id: UUID) -> bool:
     from upload_pipeline.database.deletion import delete_document
     from upload_pipeline.database.documents import DeletedDocument
     from upload_pipeline.database.pools import open_pool
+    from upload_pipeline.storage.configured import configured_store
     from upload_pipeline.storage.document_objects import remove_document_objects
-    from upload_pipeline.storage.store import open_store
 
     urls = await asyncio.to_thread(open_database, settings)
-    store = open_store(settings.effective_storage_url)
+    store = configured_store(settings)
 
     async def remove_objects(deleted: DeletedDocument) -> None:
         await remove_document_objects(store, document_id=deleted.document_id, raw_key=deleted.raw_key)

@@ -33,7 +33,7 @@ from upload_pipeline.errors import ErrorCode
 from upload_pipeline.intake.accept import accept_path
 from upload_pipeline.intake.staging import Intake
 from upload_pipeline.providers.local_parser import LocalParser
-from upload_pipeline.storage.store import open_store
+from upload_pipeline.storage.configured import configured_store
 from upload_pipeline.storage.virus_scan import open_scanner
 
 if TYPE_CHECKING:
@@ -175,7 +175,7 @@ async def ingest(settings: Settings, request: Request, display: Display) -> Inge
     async with AsyncExitStack() as opened:
         stop = opened.enter_context(_stop_requested(settings.shutdown_deadline, display))
         urls = await asyncio.to_thread(open_database, settings)
-        store = open_store(settings.effective_storage_url)
+        store = configured_store(settings)
         db = await open_pool(urls.worker, connection_options(settings, "upload-pipeline ingest"), size=INTAKES + 2)
         opened.push_async_callback(db.close)
         parser = LocalParser(settings.parse_timeout, settings.parse_memory_bytes)

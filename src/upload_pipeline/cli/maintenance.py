@@ -53,7 +53,7 @@ async def _maintain(settings: Settings) -> MaintenanceReport:
     from upload_pipeline.cli.opening import open_database
     from upload_pipeline.database.connection import connection_options
     from upload_pipeline.database.pools import open_pool
-    from upload_pipeline.storage.store import open_store
+    from upload_pipeline.storage.configured import configured_store
     from upload_workers.upkeep import maintain
 
     urls = await asyncio.to_thread(open_database, settings)
@@ -61,7 +61,7 @@ async def _maintain(settings: Settings) -> MaintenanceReport:
     try:
         return await maintain(
             db,
-            open_store(settings.effective_storage_url),
+            configured_store(settings),
             settings.home / "scratch",
             orphan_grace=timedelta(seconds=settings.orphan_grace),
             session_grace=timedelta(seconds=settings.session_grace),

@@ -20,6 +20,7 @@ import obstore
 from obstore.store import S3Store
 
 from upload_pipeline.storage.disposition import attachment
+from upload_pipeline.storage.encryption import AES256, Encryption
 from upload_pipeline.storage.objects import SignedUrl
 
 _UNRESERVED = "-_.~"
@@ -33,17 +34,19 @@ class Presigner:
         place: the bucket, with its prefix.
         access_key_id: the key that `secret_access_key` belongs to.
         secret_access_key: signs; never part of a URL or a message.
+        encryption: that a PUT must ask for.
     """
 
     place: S3Store
     access_key_id: str
     secret_access_key: str = field(repr=False)
+    encryption: Encryption = AES256
 
     async def put(
         self, key: str, *, media_type: str, file_bytes: int, file_sha256: str | None, expires_in: timedelta
     ) -> SignedUrl | None:
         """A PUT of just these bytes as that type; `None` where obstore signs with other credentials."""
-        headers = {"content-type": media_type, "content-length": str(file_bytes)}
+        headers = {"content-type": media_type, "content-length": str(file_bytes), **self.encryption.headers()}
         if file_sha256 is not None:
             # S3 computes the sum of what arrives and refuses other bytes (BadDigest).
             headers["x-amz-checksum-sha256"] = b64encode(bytes.fromhex(file_sha256)).decode()

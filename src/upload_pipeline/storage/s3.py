@@ -12,12 +12,13 @@ from obstore.exceptions import BaseError
 from obstore.store import S3Store
 
 from upload_pipeline.errors import ErrorCode, PipelineError
+from upload_pipeline.storage.encryption import Encryption, refuse_contradiction
 from upload_pipeline.storage.obstore_backend import ObstoreBackend
 from upload_pipeline.storage.presigned import Presigner
 from upload_pipeline.storage_address import Bucket
 
 if TYPE_CHECKING:
-    from obstore.store import ClientConfig, RetryConfig
+    from obstore.store import ClientConfig, RetryConfig, S3Config
 
 CONNECT_SECONDS = 5
 """Bound of one attempt to connect."""
@@ -42,16 +43,18 @@ _ENDPOINT_VARIABLES = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT"
 _YES = frozenset({"1", "true", "yes", "on", "y", "t"})
 
 
-def open_bucket(bucket: Bucket, public_endpoint: str = "") -> ObstoreBackend:
+def open_bucket(bucket: Bucket, public_endpoint: str, encryption: Encryption) -> ObstoreBackend:
     """Opens a bucket; asks nothing of it yet.
 
     Args:
         bucket: which.
         public_endpoint: where others reach it by the URLs that are signed for them; empty: where this process does.
+        encryption: asked for with each write.
 
     Raises:
         PipelineError: `SETTING_INVALID` for environment variables that do not fit.
     """
+    refuse_contradiction(encryption)
     options: ClientConfig = {
         "allow_http": _plain_http(),
         "connect_timeout": timedelta(seconds=CONNECT_SECONDS),
@@ -60,7 +63,9 @@ def open_bucket(bucket: Bucket, public_endpoint: str = "") -> ObstoreBackend:
     }
     try:
         prefix = bucket.prefix or None
-        place = S3Store(bucket.name, prefix=prefix, client_options=options, retry_config=_RETRIES)
+        place = S3Store(
+            bucket.name, prefix=prefix, config=_asking_for(encryption), client_options=options, retry_config=_RETRIES
+        )
         shown = place
         if public_endpoint:
             shown = S3Store(bucket.name, prefix=prefix, config={"aws_endpoint_url_s3": public_endpoint.rstrip("/")})
@@ -73,7 +78,16 @@ def open_bucket(bucket: Bucket, public_endpoint: str = "") -> ObstoreBackend:
             {"setting": "AWS_*"},
         ) from error
     key_id, secret = os.environ.get("AWS_ACCESS_KEY_ID"), os.environ.get("AWS_SECRET_ACCESS_KEY")
-    return ObstoreBackend(place, Presigner(shown, key_id, secret) if key_id and secret else None)
+    return ObstoreBackend(place, Presigner(shown, key_id, secret, encryption) if key_id and secret else None)
+
+
+def _asking_for(encryption: Encryption) -> S3Config:
+    config: S3Config = {}
+    if encryption.algorithm is not None:
+        config["server_side_encryption"] = encryption.algorithm
+        if encryption.kms_key_id:
+            config["sse_kms_key_id"] = encryption.kms_key_id
+    return config
 
 
 def _plain_http() -> bool:

@@ -9,6 +9,8 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
+from upload_pipeline.storage.encryption import KEY_SETTING, SETTING
+
 MISSING_BUCKET = "NoSuchBucket"
 
 _BAD_CREDENTIALS = frozenset(
@@ -29,7 +31,15 @@ _BAD_CREDENTIALS = frozenset(
 _NO_PERMISSION = frozenset({"AccessDenied", "AccountProblem", "AllAccessDisabled", "InvalidObjectState"})
 _WRONG_REGION = frozenset({"AuthorizationHeaderMalformed", "IllegalLocationConstraintException", "PermanentRedirect"})
 
-_CODE = re.compile(r"<Code>(\w+)</Code>")
+_CODE = re.compile(r"<Code>([\w.]+)</Code>")
+# The key service's own codes come through S3 with this before them.
+_KEY_SERVICE = "KMS."
+# What servers without keys answer, in words that differ; S3 itself only where the header is misspelt.
+_NO_ENCRYPTION = frozenset(
+    {"InvalidArgument", "InvalidEncryptionAlgorithmError", "InvalidRequest", "KMSNotConfigured", "NotImplemented"}
+)
+_ABOUT_ENCRYPTION = re.compile(r"encrypt|\bkms\b", re.IGNORECASE)
+
 _MESSAGE = re.compile(r"<Message>([^<]+)</Message>")
 
 # Where obstore asks for a role when the environment has no key.
@@ -43,6 +53,7 @@ _RIGHTS = (
     "Grant these credentials s3:ListBucket on the bucket, and s3:GetObject, s3:PutObject, s3:DeleteObject and "
     "s3:AbortMultipartUpload on what is in it."
 )
+_KEY_RIGHTS = f"Grant these credentials kms:GenerateDataKey and kms:Decrypt on the key that {KEY_SETTING} names."
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +98,12 @@ def s3_refusal(error: Exception, setting: str) -> Refusal | None:
     reason = f"{code}: {message[1].strip().rstrip('.')}" if message else code
     if code == MISSING_BUCKET:
         return Refusal(False, "the bucket does not exist", f"Create it, or correct {setting}.")
+    if code.startswith(_KEY_SERVICE):
+        return Refusal(False, reason, f"Check the key that {KEY_SETTING} names: its region, its state and its policy.")
+    if code in _NO_ENCRYPTION and _ABOUT_ENCRYPTION.search(reason):
+        return Refusal(False, reason, f"Set {SETTING}=none where the server has no keys, or give it some.")
+    if code in _NO_PERMISSION and "kms:" in reason:
+        return Refusal(True, reason, _KEY_RIGHTS)
     if code in _BAD_CREDENTIALS:
         return Refusal(True, reason, _KEYS)
     if code in _NO_PERMISSION:

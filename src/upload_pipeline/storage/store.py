@@ -17,6 +17,7 @@ from upload_pipeline.errors import ErrorCode, PipelineError
 from upload_pipeline.storage import failures
 from upload_pipeline.storage.backend import Backend
 from upload_pipeline.storage.descriptors import GuardedDescriptor
+from upload_pipeline.storage.encryption import AES256, Encryption
 from upload_pipeline.storage.keys import incoming_key, validate_key
 from upload_pipeline.storage.local_backend import LocalBackend
 from upload_pipeline.storage.local_tree import FILE_MODE, LocalTree, make_root
@@ -350,13 +351,20 @@ class ObjectStore:
             raise failures.translate(error, action, key) from error
 
 
-def open_store(url: str, *, public_endpoint: str = "", progress_seconds: float = PROGRESS_SECONDS) -> ObjectStore:
+def open_store(
+    url: str,
+    *,
+    public_endpoint: str = "",
+    encryption: Encryption = AES256,
+    progress_seconds: float = PROGRESS_SECONDS,
+) -> ObjectStore:
     """Opens the store that a URL names.
 
     Args:
         url: as `storage_address.parse_storage_url` takes it. A directory is made, with permissions for the owner
             only, where it is missing; a bucket is not, and is not asked for anything yet.
         public_endpoint: of a bucket, where clients reach it by signed URLs; empty: where this process does.
+        encryption: asked of a bucket with each write.
         progress_seconds: see `ObjectStore`.
 
     Raises:
@@ -372,7 +380,7 @@ def open_store(url: str, *, public_endpoint: str = "", progress_seconds: float =
             {"setting": failures.STORAGE_SETTING, "value": without_password(url), "allowed": list(ALLOWED)},
         ) from error
     if isinstance(address, Bucket):
-        return ObjectStore(open_bucket(address, public_endpoint), progress_seconds)
+        return ObjectStore(open_bucket(address, public_endpoint, encryption), progress_seconds)
     root = address.path
     try:
         make_root(root)
