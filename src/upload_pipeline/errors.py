@@ -16,6 +16,7 @@ class ErrorCode(StrEnum):
 
     # the file itself
     EMPTY_FILE = "EMPTY_FILE"
+    FILE_TOO_SMALL = "FILE_TOO_SMALL"
     FILE_TOO_LARGE = "FILE_TOO_LARGE"
     FILE_NOT_FOUND = "FILE_NOT_FOUND"
     FILE_UNREADABLE = "FILE_UNREADABLE"
@@ -24,6 +25,8 @@ class ErrorCode(StrEnum):
     TYPE_MISMATCH = "TYPE_MISMATCH"
     ENCRYPTED = "ENCRYPTED"
     CORRUPT_FILE = "CORRUPT_FILE"
+    CORRUPT_IMAGE = "CORRUPT_IMAGE"
+    IMAGE_TOO_LARGE = "IMAGE_TOO_LARGE"
     MALWARE_FOUND = "MALWARE_FOUND"
     # what came with it
     INVALID_METADATA = "INVALID_METADATA"
@@ -113,6 +116,7 @@ RETRYABLE: frozenset[ErrorCode] = frozenset(
 
 HTTP_STATUS: dict[ErrorCode, int] = {
     ErrorCode.EMPTY_FILE: 400,
+    ErrorCode.FILE_TOO_SMALL: 400,
     ErrorCode.FILE_TOO_LARGE: 413,
     ErrorCode.FILE_NOT_FOUND: 400,
     ErrorCode.FILE_UNREADABLE: 400,
@@ -121,6 +125,8 @@ HTTP_STATUS: dict[ErrorCode, int] = {
     ErrorCode.TYPE_MISMATCH: 415,
     ErrorCode.ENCRYPTED: 400,
     ErrorCode.CORRUPT_FILE: 400,
+    ErrorCode.CORRUPT_IMAGE: 400,
+    ErrorCode.IMAGE_TOO_LARGE: 413,
     ErrorCode.MALWARE_FOUND: 400,
     ErrorCode.INVALID_METADATA: 400,
     ErrorCode.INVALID_ARGUMENT: 400,

@@ -128,6 +128,9 @@ class Settings(BaseSettings):
     parse_memory_bytes: int = Field(
         default=1024**3, ge=128 * 1024**2, description="Memory that one parse may use, in bytes."
     )
+    max_photo_pixels: int = Field(
+        default=120_000_000, gt=0, description="Largest photo that is decoded, width times height."
+    )
     stage_timeout: Seconds = Field(
         default=300.0, description="Seconds that a job may stay in one step before its lease is let go."
     )
