@@ -59,6 +59,13 @@ class ErrorCode(StrEnum):
     EMBED_QUOTA = "EMBED_QUOTA"
     EMBED_DENIED = "EMBED_DENIED"
     REQUEST_OVER_BUDGET = "REQUEST_OVER_BUDGET"
+    # detection in photos
+    DETECT_UNAVAILABLE = "DETECT_UNAVAILABLE"
+    DETECT_TIMEOUT = "DETECT_TIMEOUT"
+    DETECT_QUOTA = "DETECT_QUOTA"
+    DETECT_DENIED = "DETECT_DENIED"
+    DETECT_REJECTED = "DETECT_REJECTED"
+    DETECT_FAILED = "DETECT_FAILED"
     # jobs
     LEASE_LOST = "LEASE_LOST"
     STAGE_TIMEOUT = "STAGE_TIMEOUT"
@@ -105,6 +112,10 @@ RETRYABLE: frozenset[ErrorCode] = frozenset(
         ErrorCode.EMBED_FAILED,
         ErrorCode.EMBED_QUOTA,
         ErrorCode.EMBED_DENIED,
+        ErrorCode.DETECT_UNAVAILABLE,
+        ErrorCode.DETECT_TIMEOUT,
+        ErrorCode.DETECT_QUOTA,
+        ErrorCode.DETECT_DENIED,
         ErrorCode.STAGE_TIMEOUT,
         ErrorCode.WORKER_LOST,
         ErrorCode.DOCUMENT_NOT_READY,
@@ -155,6 +166,12 @@ HTTP_STATUS: dict[ErrorCode, int] = {
     ErrorCode.EMBED_QUOTA: 503,
     ErrorCode.EMBED_DENIED: 503,
     ErrorCode.REQUEST_OVER_BUDGET: 400,
+    ErrorCode.DETECT_UNAVAILABLE: 503,
+    ErrorCode.DETECT_TIMEOUT: 503,
+    ErrorCode.DETECT_QUOTA: 503,
+    ErrorCode.DETECT_DENIED: 503,
+    ErrorCode.DETECT_REJECTED: 400,
+    ErrorCode.DETECT_FAILED: 400,
     ErrorCode.LEASE_LOST: 409,
     ErrorCode.STAGE_TIMEOUT: 503,
     ErrorCode.WORKER_LOST: 503,

@@ -94,6 +94,43 @@ class Settings(BaseSettings):
         default=0, ge=0, description="Tokens in a minute, of all workers; 0: as many as the provider says."
     )
 
+    # detection in photos
+    detector: Literal["none", "openai", "webhook"] = Field(
+        default="none", description="Who looks for things in photos; `openai` uses OPENAI_API_KEY and OPENAI_BASE_URL."
+    )
+    detection_model: str = Field(
+        default="gpt-4.1-mini",
+        min_length=1,
+        max_length=200,
+        description="Model of the detector `openai`: one that sees images and keeps to a JSON schema.",
+    )
+    detection_detail: Literal["low", "high", "auto"] = Field(
+        default="auto", description="How closely that model looks at the thumbnail; `low` costs least."
+    )
+    detection_max_tokens: int = Field(
+        default=4000, ge=100, le=100_000, description="Most tokens of that model's answer, its reasoning counted."
+    )
+    detection_concurrency: int = Field(default=4, ge=1, le=100, description="Requests of one worker at once.")
+    detection_timeout: float = Field(
+        default=60.0, gt=0, le=250, description="Seconds that one request to a detector may take."
+    )
+    detection_url: str = Field(
+        default="",
+        pattern=r"^(https?://[^/@\s]+(/\S*)?)?$",
+        description="Where the detector `webhook` is sent its messages.",
+    )
+    detection_secret: SecretStr = Field(
+        default=SecretStr(""),
+        description="What messages to the detector `webhook` and its callbacks are signed with, 32 bytes or more.",
+    )
+    detection_callback_seconds: Seconds = Field(
+        default=600.0, description="Seconds in which the detector `webhook` has to call back; then it is asked again."
+    )
+    detection_patience: Seconds = Field(
+        default=86_400.0,
+        description="Seconds that a photo waits for a detector that cannot be reached before that counts as a failure.",
+    )
+
     # what it costs
     prices: dict[str, dict[str, float]] = Field(
         default={},
@@ -362,6 +399,9 @@ class Settings(BaseSettings):
         signing = self.signing_secret.get_secret_value()
         if signing and len(signing.encode()) < 32:
             raise ValueError("signing_secret must have 32 bytes or more (RFC 2104, section 3)")
+        detection = self.detection_secret.get_secret_value()
+        if detection and len(detection.encode()) < 32:
+            raise ValueError("detection_secret must have 32 bytes or more (RFC 2104, section 3)")
         return self
 
     @property
