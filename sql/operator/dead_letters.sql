@@ -7,9 +7,10 @@ select o.error_code, j.stage, count(*) as jobs, max(j.finished_at) as latest
  group by o.error_code, j.stage
  order by jobs desc, o.error_code, j.stage;
 
-select j.job_id, j.user_id, d.filename, j.stage, o.error_code, left(o.error_message, 120) as error_message, j.finished_at
+select j.job_id, j.user_id, coalesce(d.filename, p.file_name) as filename, j.stage, o.error_code, left(o.error_message, 120) as error_message, j.finished_at
   from upload_pipeline.upload_jobs j
-  join upload_pipeline.documents d on d.document_id = j.document_id
+  left join upload_pipeline.documents d on d.document_id = j.document_id
+  left join upload_pipeline.photos p on p.photo_id = j.photo_id
   left join upload_pipeline.job_outcomes o on o.job_id = j.job_id
  where j.state = 'deadletter'
  order by j.finished_at desc

@@ -1,5 +1,5 @@
--- Action: every dead letter of one error code starts again where it stopped. Those of a document that is being deleted
--- or has another live job are left. At most `at_most` (default 1000) a run, oldest first: run it again for the rest.
+-- Action: every dead letter of one error code starts again where it stopped. Those of a document or a photo that is being
+-- deleted, and those of a document that has another live job, are left. At most `at_most` (default 1000) a run, oldest first: run it again for the rest.
 --   psql "$WORKER_URL" -v code=PARSER_FAILED -f sql/operator/retry_dead_letters.sql
 \if :{?at_most}
 \else
@@ -9,8 +9,9 @@ select r.job_id, r.stage, r.state
   from (select j.job_id
           from upload_pipeline.upload_jobs j
           join upload_pipeline.job_outcomes o on o.job_id = j.job_id and o.error_code = :'code'
-          join upload_pipeline.documents d on d.document_id = j.document_id and d.deleted_at is null
-         where j.state = 'deadletter'
+          left join upload_pipeline.documents d on d.document_id = j.document_id and d.deleted_at is null
+          left join upload_pipeline.photos p on p.photo_id = j.photo_id and p.deleted_at is null
+         where j.state = 'deadletter' and (d.document_id is not null or p.photo_id is not null)
            -- the latest of a document, and nothing else of it under way: one of its jobs may be live at a time
            and not exists (select from upload_pipeline.upload_jobs k
                             where k.document_id = j.document_id and k.pipeline = j.pipeline

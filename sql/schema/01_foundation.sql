@@ -17,6 +17,7 @@
 --   UP003  the job's or the document's state does not allow this
 --   UP004  the stage does not allow this
 --   UP005  the work handed in is not whole or does not fit
+--   UP006  the caller's role does not allow this
 
 create schema if not exists upload_pipeline;
 
@@ -53,6 +54,10 @@ create type upload_pipeline.event_code as enum (
   'document_searchable',
   'document_deletion_started',
   'document_deleted',
+  'photo_status_changed',
+  'photo_deletion_started',
+  'photo_deleted',
+  'photo_expired',
   'job_enqueued',
   'job_claimed',
   'job_advanced',

@@ -28,7 +28,13 @@ insert into upload_pipeline.stages (pipeline, stage, position, progress, final) 
   ('document', 'chunked',              7,  55, false),
   ('document', 'embedding',            8,  70, false),
   ('document', 'embeddings_buffered',  9,  75, false),
-  ('document', 'embedded',            10, 100, true);
+  ('document', 'embedded',            10, 100, true),
+  ('photo',    'pending_upload',       0,   0, false),
+  ('photo',    'uploaded',             1,  20, false),
+  ('photo',    'extracting',           2,  40, false),
+  ('photo',    'extracted',            3,  60, false),
+  ('photo',    'detecting',            4,  80, false),
+  ('photo',    'completed',            5, 100, true);
 
 -- Which vectors exist and which serve searches. Exactly one model is active once any is registered.
 create table upload_pipeline.embedding_models (
@@ -86,14 +92,16 @@ create index documents_embed_model on upload_pipeline.documents (embed_model) wh
 -- deletions that a crash left half done
 create index documents_deleting on upload_pipeline.documents (deleted_at) where deleted_at is not null;
 
--- One narrow row a job: what a claim, a renewal and a transition touch, and nothing else. Results and errors stand
+-- One narrow row a job: what a claim, a renewal and a transition touch, and nothing else. It is about one document or one
+-- photo (05_photo), its subject; no verb of the queue reads which. Results and errors stand
 -- in `job_outcomes`, history in `events`. `stage`, the lease and the counters are in no index, so a stage change and
 -- a renewal are HOT updates (heap-only, no index written).
 create table upload_pipeline.upload_jobs (
   -- ids come in order and each row is written again at least twice: room for that in the pages
   job_id           uuid primary key with (fillfactor = 70) default upload_pipeline.new_job_id(),
   seq              bigint generated always as identity,
-  document_id      uuid not null,
+  document_id      uuid,
+  photo_id         uuid,
   user_id          uuid not null,
   pipeline         text not null,
   stage            text not null,
@@ -114,6 +122,7 @@ create table upload_pipeline.upload_jobs (
   foreign key (document_id, user_id) references upload_pipeline.documents (document_id, user_id)
     on update cascade on delete cascade,
   foreign key (pipeline, stage) references upload_pipeline.stages,
+  constraint upload_jobs_subject check (num_nonnulls(document_id, photo_id) = 1),
   -- a job has a lease and a holder exactly while it is working: the fence reads the one for the other
   constraint upload_jobs_lease check ((state = 'working') = (lease_expires_at is not null)),
   constraint upload_jobs_holder check ((state = 'working') = (worker_id is not null)),
@@ -137,9 +146,9 @@ create index upload_jobs_working on upload_pipeline.upload_jobs (pool, user_id) 
 create index upload_jobs_retryable on upload_pipeline.upload_jobs (run_at) where state = 'retryable';
 -- enqueue_jobs: at most one live job for a document and pipeline
 create unique index upload_jobs_live on upload_pipeline.upload_jobs (document_id, pipeline)
-  where state in ('queued', 'working', 'retryable');
+  where state in ('queued', 'working', 'retryable') and document_id is not null;
 -- a document's jobs, newest last; the foreign key to documents
-create index upload_jobs_document on upload_pipeline.upload_jobs (document_id, seq);
+create index upload_jobs_document on upload_pipeline.upload_jobs (document_id, seq) where document_id is not null;
 -- a user's jobs, newest first, page by page
 create index upload_jobs_listing on upload_pipeline.upload_jobs (user_id, created_at desc, job_id) with (fillfactor = 70);
 

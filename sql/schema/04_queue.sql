@@ -92,7 +92,7 @@ begin
      -- ... and the rows are written in id order: a row waits for another call's row of the same document, so two calls
      -- with the same documents in opposite order would wait for each other
      order by a.document_id, a.seq
-    on conflict (document_id, pipeline) where state in ('queued', 'working', 'retryable') do nothing
+    on conflict (document_id, pipeline) where state in ('queued', 'working', 'retryable') and document_id is not null do nothing
     returning job_id, document_id, user_id, stage
   ), logged as (
     insert into upload_pipeline.events (at, code, user_id, document_id, job_id, stage, correlation_id)
@@ -159,7 +159,7 @@ create function upload_pipeline.claim_jobs(
 )
 returns table (
   job_id           uuid,
-  document_id      uuid,
+  subject_id       uuid,
   user_id          uuid,
   pipeline         text,
   stage            text,
@@ -241,7 +241,7 @@ begin
            updated_at = greatest(v_now, j.run_at)
       from head h
      where j.job_id = h.job_id
-    returning j.job_id, j.document_id, j.user_id, j.pipeline, j.stage, j.retry_count, j.lease_token,
+    returning j.job_id, j.document_id, j.photo_id, j.user_id, j.pipeline, j.stage, j.retry_count, j.lease_token,
               j.lease_expires_at, j.correlation_id, h.turn, h.place
   ), logged as (
     insert into upload_pipeline.events
@@ -251,8 +251,8 @@ begin
       from taken t
   )
   -- in the turn's order, whatever plan the update had: the last row's user is the worker's next cursor
-  select t.job_id, t.document_id, t.user_id, t.pipeline, t.stage, t.retry_count, t.lease_token, t.lease_expires_at,
-         t.correlation_id
+  select t.job_id, coalesce(t.document_id, t.photo_id), t.user_id, t.pipeline, t.stage, t.retry_count, t.lease_token,
+         t.lease_expires_at, t.correlation_id
     from taken t
    order by t.turn, t.place;
 
@@ -794,10 +794,11 @@ set search_path = ''
 as $$
 #variable_conflict use_column
 declare
-  v_now    timestamptz := upload_pipeline.now();
-  v_job    upload_pipeline.upload_jobs;
-  v_at     upload_pipeline.stages;
-  v_target upload_pipeline.stages;
+  v_now     timestamptz := upload_pipeline.now();
+  v_job     upload_pipeline.upload_jobs;
+  v_at      upload_pipeline.stages;
+  v_target  upload_pipeline.stages;
+  v_subject text;
 begin
   select j.* into v_job from upload_pipeline.upload_jobs j where j.job_id = p_job_id for no key update;
   if not found then
@@ -819,15 +820,19 @@ begin
               select string_agg(s.stage, ', ' order by s.position) from upload_pipeline.stages s
                where s.pipeline = v_job.pipeline and s.position <= v_at.position and not s.final));
   end if;
+  v_subject := coalesce('document ' || v_job.document_id, 'photo ' || v_job.photo_id);
+  -- a photo has one job, ever
   if exists (select from upload_pipeline.upload_jobs o
               where o.document_id = v_job.document_id and o.pipeline = v_job.pipeline and o.job_id <> p_job_id
                 and o.state in ('queued', 'working', 'retryable')) then
-    raise exception 'document % has another job under way', v_job.document_id
+    raise exception '% has another job under way', v_subject
       using errcode = 'UP003', hint = 'Wait for that job to end, or cancel it first.';
   end if;
   if exists (select from upload_pipeline.documents d
-              where d.document_id = v_job.document_id and d.deleted_at is not null) then
-    raise exception 'document % is being deleted', v_job.document_id
+              where d.document_id = v_job.document_id and d.deleted_at is not null)
+     or exists (select from upload_pipeline.photos p
+                 where p.photo_id = v_job.photo_id and p.deleted_at is not null) then
+    raise exception '% is being deleted', v_subject
       using errcode = 'UP003', hint = 'Send the file again once it is gone.';
   end if;
   perform upload_pipeline.prepare_restart(v_job.pipeline, v_job.document_id, v_target.stage);
@@ -840,7 +845,7 @@ begin
      where j.job_id = p_job_id;
   exception when unique_violation then
     -- one was enqueued or started again since the look above
-    raise exception 'document % has another job under way', v_job.document_id
+    raise exception '% has another job under way', v_subject
       using errcode = 'UP003', hint = 'Wait for that job to end, or cancel it first.';
   end;
   delete from upload_pipeline.job_outcomes o where o.job_id = p_job_id;

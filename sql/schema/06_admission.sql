@@ -23,9 +23,10 @@ set enable_hashjoin = off
 set enable_mergejoin = off
 set jit = off
 as $$
-  select coalesce(sum(d.file_bytes), 0)::bigint
+  select coalesce(sum(coalesce(d.file_bytes, p.file_bytes)), 0)::bigint
     from upload_pipeline.upload_jobs j
-    join upload_pipeline.documents d on d.document_id = j.document_id
+    left join upload_pipeline.documents d on d.document_id = j.document_id
+    left join upload_pipeline.photos p on p.photo_id = j.photo_id
    where j.state = 'working'
 $$;
 

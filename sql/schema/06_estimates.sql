@@ -54,14 +54,15 @@ begin
     select r.job_id, r.code, r.stage, r.at, r.lease_token,
            lead(r.code) over job as next_code, lead(r.at) over job as next_at, lead(r.lease_token) over job as next_token
       from recent r
-     where r.job_id is not null and r.code <> 'document_searchable'
+     where r.job_id is not null and r.code not in ('document_searchable', 'photo_status_changed')
     window job as (partition by r.job_id order by r.event_id)
   ), sample as (
-    select j.pipeline, p.stage, upload_pipeline.size_class(d.file_bytes) as size_class,
+    select j.pipeline, p.stage, upload_pipeline.size_class(coalesce(d.file_bytes, f.file_bytes)) as size_class,
            extract(epoch from p.next_at - p.at)::double precision as seconds
       from passage p
       join upload_pipeline.upload_jobs j on j.job_id = p.job_id
-      join upload_pipeline.documents d on d.document_id = j.document_id
+      left join upload_pipeline.documents d on d.document_id = j.document_id
+      left join upload_pipeline.photos f on f.photo_id = j.photo_id
      where p.code in ('job_claimed', 'job_advanced') and p.next_code in ('job_advanced', 'job_handed_on', 'job_done')
        and p.next_token = p.lease_token
   )
@@ -194,7 +195,10 @@ begin
              end::integer as ahead
         from unnest(v_jobs, v_places) a (job_id, place)
        cross join lateral (select u.* from upload_pipeline.upload_jobs u where u.job_id = a.job_id) j
-       cross join lateral (select d.file_bytes from upload_pipeline.documents d where d.document_id = j.document_id) c
+       cross join lateral (
+         select d.file_bytes from upload_pipeline.documents d where d.document_id = j.document_id
+         union all
+         select p.file_bytes from upload_pipeline.photos p where p.photo_id = j.photo_id) c
     )
     select a.job_id, a.ahead,
            v_now + make_interval(secs => work.seconds + greatest(

@@ -2,13 +2,16 @@
 
 -- A job as a person asks after it.
 create view upload_pipeline.job_overview with (security_invoker = true) as
-select j.job_id, j.document_id, j.user_id, d.filename, j.pipeline, j.stage, j.state, s.progress, j.pool, j.priority,
+select j.job_id, j.document_id, j.photo_id, j.user_id, coalesce(d.filename, p.file_name) as filename, j.pipeline, j.stage, j.state, s.progress, j.pool, j.priority,
        j.retry_count, j.cancel_requested, j.run_at, j.created_at, j.started_at, j.updated_at, j.finished_at,
        o.error_code, o.error_message, o.results, j.worker_id, j.lease_expires_at, j.correlation_id, j.seq
   from upload_pipeline.upload_jobs j
-  join upload_pipeline.documents d on d.document_id = j.document_id
+  left join upload_pipeline.documents d on d.document_id = j.document_id
+  left join upload_pipeline.photos p on p.photo_id = j.photo_id
   join upload_pipeline.stages s on s.pipeline = j.pipeline and s.stage = j.stage
-  left join upload_pipeline.job_outcomes o on o.job_id = j.job_id;
+  left join upload_pipeline.job_outcomes o on o.job_id = j.job_id
+ -- what is being deleted is gone for its owner, with its jobs
+ where d.document_id is not null or p.photo_id is not null;
 
 -- How much stands where: jobs by pipeline, stage and state, and how long the oldest has been there.
 create view upload_pipeline.queue_depth with (security_invoker = true) as

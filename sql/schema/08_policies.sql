@@ -17,7 +17,7 @@ begin
     'stages', 'embedding_models', 'documents', 'upload_jobs', 'job_outcomes', 'lanes', 'events', 'document_chunk_buffer',
     'document_vector_buffer', 'document_chunks', 'document_nodes', 'document_edges', 'workers',
     'stage_durations', 'policies', 'batches', 'batch_members', 'processing_records', 'provider_budgets',
-    'provider_reservations', 'usage_records']
+    'provider_reservations', 'usage_records', 'organizations', 'organization_members', 'projects', 'photos']
   loop
     execute format('create policy %I on upload_pipeline.%I for select to upload_worker using (true)', v_table || '_worker', v_table);
     execute format('grant select on upload_pipeline.%I to upload_worker, service_role', v_table);
@@ -40,8 +40,25 @@ create policy documents_owner on upload_pipeline.documents for select to authent
   using (user_id = (select auth.uid()) and deleted_at is null);
 create policy document_chunks_owner on upload_pipeline.document_chunks for select to authenticated
   using (user_id = (select auth.uid()) and live);
+-- what belongs to an organisation is its members' to see: the array is found once for a statement, and is short
+do $$
+declare
+  v_table text;
+begin
+  foreach v_table in array array['organizations', 'organization_members', 'projects'] loop
+    execute format(
+      'create policy %I on upload_pipeline.%I for select to authenticated
+         using (organization_id = any ((select upload_pipeline.member_organizations())::uuid[]))',
+      v_table || '_member', v_table);
+    execute format('grant select on upload_pipeline.%I to authenticated', v_table);
+  end loop;
+end
+$$;
+create policy photos_member on upload_pipeline.photos for select to authenticated
+  using (organization_id = any ((select upload_pipeline.member_organizations())::uuid[]) and deleted_at is null);
 create policy stages_reader on upload_pipeline.stages for select to authenticated using (true);
-grant select on upload_pipeline.documents, upload_pipeline.document_chunks, upload_pipeline.stages to authenticated;
+grant select on upload_pipeline.documents, upload_pipeline.document_chunks, upload_pipeline.stages, upload_pipeline.photos
+  to authenticated;
 grant select on upload_pipeline.job_overview, upload_pipeline.queue_depth, upload_pipeline.upload_history,
   upload_pipeline.batch_overview, upload_pipeline.batch_member_overview,
   upload_pipeline.usage_by_user, upload_pipeline.usage_by_day, upload_pipeline.usage_by_model to authenticated, upload_worker, service_role;
@@ -52,6 +69,8 @@ revoke execute on all functions in schema upload_pipeline from public;
 grant execute on function
   upload_pipeline.now(),
   upload_pipeline.estimate_jobs(uuid[], double precision),
+  upload_pipeline.member_organizations(),
+  upload_pipeline.photo_progress(uuid[]),
   upload_pipeline.search_chunks(text, extensions.vector, text, integer, text, uuid[], jsonb)
   to authenticated;
 
@@ -66,7 +85,8 @@ begin
        and p.proname not in ('new_job_id', 'wake_lanes', 'check_step', 'prepare_restart', 'drop_event_partitions',
                              'notify_watchers', 'settle_batch_members', 'wake_job', 'lock_awaited', 'lock_latest_job',
                              'check_no_stranger', 'look_for_upload', 'resume_upload_job', 'move_session_documents',
-                             'forget_session_document', 'lock_budget', 'job_cost')
+                             'forget_session_document', 'lock_budget', 'job_cost', 'note_photo_status', 'lock_photo_job',
+                             'start_photo_deletion', 'check_owner')
   loop
     execute format('grant execute on function %s to upload_worker, service_role', v_function);
   end loop;

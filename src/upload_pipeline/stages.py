@@ -1,4 +1,4 @@
-"""The stages of the document pipeline, as `upload_pipeline.stages` has them.
+"""The stages of the pipelines, as `upload_pipeline.stages` has them.
 
 The database owns the rows; this module names them for code that must. A test holds the two against each
 other.
@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 DOCUMENT_PIPELINE = "document"
+PHOTO_PIPELINE = "photo"
 
 
 class Stage(StrEnum):
@@ -26,6 +27,27 @@ class Stage(StrEnum):
     EMBEDDING = "embedding"
     EMBEDDINGS_BUFFERED = "embeddings_buffered"
     EMBEDDED = "embedded"
+
+
+class PhotoStage(StrEnum):
+    """Where a photo's job stands: the work named before it is done, the step that leaves it is next."""
+
+    PENDING_UPLOAD = "pending_upload"
+    UPLOADED = "uploaded"
+    EXTRACTING = "extracting"
+    EXTRACTED = "extracted"
+    DETECTING = "detecting"
+    COMPLETED = "completed"
+
+
+class PhotoStatus(StrEnum):
+    """What everybody but the queue is told of a photo, as the function `upload_pipeline.photo_status` says it."""
+
+    PENDING_UPLOAD = "pending_upload"
+    UPLOADED = "uploaded"
+    PROCESSING = "processing"
+    COMPLETED = "completed"
+    FAILED = "failed"
 
 
 class JobState(StrEnum):
@@ -71,7 +93,7 @@ def shown_status(state: str, stage: str, *, awaited: bool = False) -> ShownStatu
 class StageRow:
     """One row of `upload_pipeline.stages`: position from 0, progress in percent."""
 
-    stage: Stage
+    stage: Stage | PhotoStage
     position: int
     progress: int
 
@@ -91,6 +113,20 @@ DOCUMENT_STAGES: tuple[StageRow, ...] = tuple(
             (Stage.EMBEDDING, 70),
             (Stage.EMBEDDINGS_BUFFERED, 75),
             (Stage.EMBEDDED, 100),
+        )
+    )
+)
+
+PHOTO_STAGES: tuple[StageRow, ...] = tuple(
+    StageRow(stage, position, progress)
+    for position, (stage, progress) in enumerate(
+        (
+            (PhotoStage.PENDING_UPLOAD, 0),
+            (PhotoStage.UPLOADED, 20),
+            (PhotoStage.EXTRACTING, 40),
+            (PhotoStage.EXTRACTED, 60),
+            (PhotoStage.DETECTING, 80),
+            (PhotoStage.COMPLETED, 100),
         )
     )
 )

@@ -21,6 +21,7 @@
 --   UP003  the job's or the document's state does not allow this
 --   UP004  the stage does not allow this
 --   UP005  the work handed in is not whole or does not fit
+--   UP006  the caller's role does not allow this
 
 create schema if not exists upload_pipeline;
 
@@ -57,6 +58,10 @@ create type upload_pipeline.event_code as enum (
   'document_searchable',
   'document_deletion_started',
   'document_deleted',
+  'photo_status_changed',
+  'photo_deletion_started',
+  'photo_deleted',
+  'photo_expired',
   'job_enqueued',
   'job_claimed',
   'job_advanced',
@@ -147,7 +152,13 @@ insert into upload_pipeline.stages (pipeline, stage, position, progress, final) 
   ('document', 'chunked',              7,  55, false),
   ('document', 'embedding',            8,  70, false),
   ('document', 'embeddings_buffered',  9,  75, false),
-  ('document', 'embedded',            10, 100, true);
+  ('document', 'embedded',            10, 100, true),
+  ('photo',    'pending_upload',       0,   0, false),
+  ('photo',    'uploaded',             1,  20, false),
+  ('photo',    'extracting',           2,  40, false),
+  ('photo',    'extracted',            3,  60, false),
+  ('photo',    'detecting',            4,  80, false),
+  ('photo',    'completed',            5, 100, true);
 
 -- Which vectors exist and which serve searches. Exactly one model is active once any is registered.
 create table upload_pipeline.embedding_models (
@@ -205,14 +216,16 @@ create index documents_embed_model on upload_pipeline.documents (embed_model) wh
 -- deletions that a crash left half done
 create index documents_deleting on upload_pipeline.documents (deleted_at) where deleted_at is not null;
 
--- One narrow row a job: what a claim, a renewal and a transition touch, and nothing else. Results and errors stand
+-- One narrow row a job: what a claim, a renewal and a transition touch, and nothing else. It is about one document or one
+-- photo (05_photo), its subject; no verb of the queue reads which. Results and errors stand
 -- in `job_outcomes`, history in `events`. `stage`, the lease and the counters are in no index, so a stage change and
 -- a renewal are HOT updates (heap-only, no index written).
 create table upload_pipeline.upload_jobs (
   -- ids come in order and each row is written again at least twice: room for that in the pages
   job_id           uuid primary key with (fillfactor = 70) default upload_pipeline.new_job_id(),
   seq              bigint generated always as identity,
-  document_id      uuid not null,
+  document_id      uuid,
+  photo_id         uuid,
   user_id          uuid not null,
   pipeline         text not null,
   stage            text not null,
@@ -233,6 +246,7 @@ create table upload_pipeline.upload_jobs (
   foreign key (document_id, user_id) references upload_pipeline.documents (document_id, user_id)
     on update cascade on delete cascade,
   foreign key (pipeline, stage) references upload_pipeline.stages,
+  constraint upload_jobs_subject check (num_nonnulls(document_id, photo_id) = 1),
   -- a job has a lease and a holder exactly while it is working: the fence reads the one for the other
   constraint upload_jobs_lease check ((state = 'working') = (lease_expires_at is not null)),
   constraint upload_jobs_holder check ((state = 'working') = (worker_id is not null)),
@@ -256,9 +270,9 @@ create index upload_jobs_working on upload_pipeline.upload_jobs (pool, user_id) 
 create index upload_jobs_retryable on upload_pipeline.upload_jobs (run_at) where state = 'retryable';
 -- enqueue_jobs: at most one live job for a document and pipeline
 create unique index upload_jobs_live on upload_pipeline.upload_jobs (document_id, pipeline)
-  where state in ('queued', 'working', 'retryable');
+  where state in ('queued', 'working', 'retryable') and document_id is not null;
 -- a document's jobs, newest last; the foreign key to documents
-create index upload_jobs_document on upload_pipeline.upload_jobs (document_id, seq);
+create index upload_jobs_document on upload_pipeline.upload_jobs (document_id, seq) where document_id is not null;
 -- a user's jobs, newest first, page by page
 create index upload_jobs_listing on upload_pipeline.upload_jobs (user_id, created_at desc, job_id) with (fillfactor = 70);
 
@@ -783,7 +797,7 @@ begin
      -- ... and the rows are written in id order: a row waits for another call's row of the same document, so two calls
      -- with the same documents in opposite order would wait for each other
      order by a.document_id, a.seq
-    on conflict (document_id, pipeline) where state in ('queued', 'working', 'retryable') do nothing
+    on conflict (document_id, pipeline) where state in ('queued', 'working', 'retryable') and document_id is not null do nothing
     returning job_id, document_id, user_id, stage
   ), logged as (
     insert into upload_pipeline.events (at, code, user_id, document_id, job_id, stage, correlation_id)
@@ -850,7 +864,7 @@ create function upload_pipeline.claim_jobs(
 )
 returns table (
   job_id           uuid,
-  document_id      uuid,
+  subject_id       uuid,
   user_id          uuid,
   pipeline         text,
   stage            text,
@@ -932,7 +946,7 @@ begin
            updated_at = greatest(v_now, j.run_at)
       from head h
      where j.job_id = h.job_id
-    returning j.job_id, j.document_id, j.user_id, j.pipeline, j.stage, j.retry_count, j.lease_token,
+    returning j.job_id, j.document_id, j.photo_id, j.user_id, j.pipeline, j.stage, j.retry_count, j.lease_token,
               j.lease_expires_at, j.correlation_id, h.turn, h.place
   ), logged as (
     insert into upload_pipeline.events
@@ -942,8 +956,8 @@ begin
       from taken t
   )
   -- in the turn's order, whatever plan the update had: the last row's user is the worker's next cursor
-  select t.job_id, t.document_id, t.user_id, t.pipeline, t.stage, t.retry_count, t.lease_token, t.lease_expires_at,
-         t.correlation_id
+  select t.job_id, coalesce(t.document_id, t.photo_id), t.user_id, t.pipeline, t.stage, t.retry_count, t.lease_token,
+         t.lease_expires_at, t.correlation_id
     from taken t
    order by t.turn, t.place;
 
@@ -1485,10 +1499,11 @@ set search_path = ''
 as $$
 #variable_conflict use_column
 declare
-  v_now    timestamptz := upload_pipeline.now();
-  v_job    upload_pipeline.upload_jobs;
-  v_at     upload_pipeline.stages;
-  v_target upload_pipeline.stages;
+  v_now     timestamptz := upload_pipeline.now();
+  v_job     upload_pipeline.upload_jobs;
+  v_at      upload_pipeline.stages;
+  v_target  upload_pipeline.stages;
+  v_subject text;
 begin
   select j.* into v_job from upload_pipeline.upload_jobs j where j.job_id = p_job_id for no key update;
   if not found then
@@ -1510,15 +1525,19 @@ begin
               select string_agg(s.stage, ', ' order by s.position) from upload_pipeline.stages s
                where s.pipeline = v_job.pipeline and s.position <= v_at.position and not s.final));
   end if;
+  v_subject := coalesce('document ' || v_job.document_id, 'photo ' || v_job.photo_id);
+  -- a photo has one job, ever
   if exists (select from upload_pipeline.upload_jobs o
               where o.document_id = v_job.document_id and o.pipeline = v_job.pipeline and o.job_id <> p_job_id
                 and o.state in ('queued', 'working', 'retryable')) then
-    raise exception 'document % has another job under way', v_job.document_id
+    raise exception '% has another job under way', v_subject
       using errcode = 'UP003', hint = 'Wait for that job to end, or cancel it first.';
   end if;
   if exists (select from upload_pipeline.documents d
-              where d.document_id = v_job.document_id and d.deleted_at is not null) then
-    raise exception 'document % is being deleted', v_job.document_id
+              where d.document_id = v_job.document_id and d.deleted_at is not null)
+     or exists (select from upload_pipeline.photos p
+                 where p.photo_id = v_job.photo_id and p.deleted_at is not null) then
+    raise exception '% is being deleted', v_subject
       using errcode = 'UP003', hint = 'Send the file again once it is gone.';
   end if;
   perform upload_pipeline.prepare_restart(v_job.pipeline, v_job.document_id, v_target.stage);
@@ -1531,7 +1550,7 @@ begin
      where j.job_id = p_job_id;
   exception when unique_violation then
     -- one was enqueued or started again since the look above
-    raise exception 'document % has another job under way', v_job.document_id
+    raise exception '% has another job under way', v_subject
       using errcode = 'UP003', hint = 'Wait for that job to end, or cancel it first.';
   end;
   delete from upload_pipeline.job_outcomes o where o.job_id = p_job_id;
@@ -2222,6 +2241,602 @@ begin
 end
 $$;
 
+-- sql/schema/05_organizations.sql
+
+-- Organisations, who is in them, and their projects. What belongs to a project is its organisation's: every member sees
+-- it, and nobody else learns that it is there.
+--
+--   role      may
+--   owner     all that an admin may
+--   admin     upload, say that a file has come, delete what anybody has uploaded
+--   member    upload, say that a file has come, delete what they have uploaded themselves
+--   viewer    look
+--
+-- Members, roles and projects are set by who runs the service (`upload-pipeline organizations`, `projects`).
+
+create table upload_pipeline.organizations (
+  organization_id uuid primary key default gen_random_uuid(),
+  name            text not null unique,
+  created_at      timestamptz not null default upload_pipeline.now(),
+  constraint organizations_name check (name <> '' and length(name) <= 200)
+);
+
+create table upload_pipeline.organization_members (
+  organization_id uuid not null references upload_pipeline.organizations on delete cascade,
+  user_id         uuid not null,
+  role            text not null,
+  created_at      timestamptz not null default upload_pipeline.now(),
+  primary key (organization_id, user_id),
+  constraint organization_members_role check (role in ('owner', 'admin', 'member', 'viewer')),
+  constraint organization_members_user check (user_id <> '00000000-0000-0000-0000-000000000000')
+);
+
+-- member_organizations: where a user is a member
+create index organization_members_user on upload_pipeline.organization_members (user_id, organization_id);
+
+create table upload_pipeline.projects (
+  project_id      uuid primary key default gen_random_uuid(),
+  organization_id uuid not null references upload_pipeline.organizations,
+  name            text not null,
+  -- photos of it are handed out without the place where they were taken
+  drop_gps        boolean not null default false,
+  created_at      timestamptz not null default upload_pipeline.now(),
+  unique (organization_id, name),
+  -- what the children's composite keys point at: a child can never name another organisation
+  unique (project_id, organization_id),
+  constraint projects_name check (name <> '' and length(name) <= 200)
+);
+
+-- The organisations of the caller, who is `auth.uid()`. What policies ask: `security definer`, since a policy of members
+-- that read members would ask itself.
+create function upload_pipeline.member_organizations()
+returns uuid[]
+language sql
+stable
+security definer
+set search_path = ''
+as $$
+  select coalesce(array_agg(m.organization_id), '{}') from upload_pipeline.organization_members m where m.user_id = auth.uid()
+$$;
+
+create function upload_pipeline.add_organization(p_name text)
+returns uuid
+language plpgsql
+security definer
+set search_path = ''
+as $$
+declare
+  v_organization uuid;
+begin
+  insert into upload_pipeline.organizations (name, created_at) values (p_name, upload_pipeline.now())
+  on conflict (name) do nothing
+  returning organization_id into v_organization;
+  if not found then
+    raise exception 'there is an organization "%" already', p_name
+      using errcode = 'UP003', hint = 'Choose another name, or use that one.';
+  end if;
+  return v_organization;
+end
+$$;
+
+-- Makes a user a member with this role, or gives a member this role. The last owner's role cannot be taken: UP003.
+create function upload_pipeline.set_member(p_organization_id uuid, p_user_id uuid, p_role text)
+returns void
+language plpgsql
+security definer
+set search_path = ''
+as $$
+begin
+  -- one change of an organisation at a time, so that two owners cannot step down at once
+  perform from upload_pipeline.organizations o where o.organization_id = p_organization_id for no key update;
+  if not found then
+    raise exception 'there is no organization %', p_organization_id
+      using errcode = 'UP002', hint = '`upload-pipeline organizations list` shows those that there are.';
+  end if;
+  insert into upload_pipeline.organization_members as m (organization_id, user_id, role, created_at)
+  values (p_organization_id, p_user_id, p_role, upload_pipeline.now())
+  on conflict (organization_id, user_id) do update set role = excluded.role;
+  perform upload_pipeline.check_owner(p_organization_id);
+end
+$$;
+
+-- Ends a membership. False where there is none. What the user has uploaded stays the organisation's.
+create function upload_pipeline.remove_member(p_organization_id uuid, p_user_id uuid)
+returns boolean
+language plpgsql
+security definer
+set search_path = ''
+as $$
+begin
+  perform from upload_pipeline.organizations o where o.organization_id = p_organization_id for no key update;
+  delete from upload_pipeline.organization_members m where m.organization_id = p_organization_id and m.user_id = p_user_id;
+  if not found then
+    return false;
+  end if;
+  perform upload_pipeline.check_owner(p_organization_id);
+  return true;
+end
+$$;
+
+-- Raises UP003 where an organisation that has members has no owner.
+create function upload_pipeline.check_owner(p_organization_id uuid)
+returns void
+language plpgsql
+security definer
+set search_path = ''
+as $$
+begin
+  if exists (select from upload_pipeline.organization_members m where m.organization_id = p_organization_id)
+     and not exists (select from upload_pipeline.organization_members m
+                      where m.organization_id = p_organization_id and m.role = 'owner') then
+    raise exception 'organization % would have members and no owner', p_organization_id
+      using errcode = 'UP003', hint = 'Make another member the owner first.';
+  end if;
+end
+$$;
+
+create function upload_pipeline.add_project(p_organization_id uuid, p_name text, p_drop_gps boolean default false)
+returns uuid
+language plpgsql
+security definer
+set search_path = ''
+as $$
+declare
+  v_project uuid;
+begin
+  perform from upload_pipeline.organizations o where o.organization_id = p_organization_id;
+  if not found then
+    raise exception 'there is no organization %', p_organization_id
+      using errcode = 'UP002', hint = '`upload-pipeline organizations list` shows those that there are.';
+  end if;
+  insert into upload_pipeline.projects (organization_id, name, drop_gps, created_at)
+  values (p_organization_id, p_name, p_drop_gps, upload_pipeline.now())
+  on conflict (organization_id, name) do nothing
+  returning project_id into v_project;
+  if not found then
+    raise exception 'the organization has a project "%" already', p_name
+      using errcode = 'UP003', hint = 'Choose another name, or use that one.';
+  end if;
+  return v_project;
+end
+$$;
+
+-- Changes what is given of a project; null leaves it. Photos that were processed before stay as they are.
+create function upload_pipeline.set_project(p_project_id uuid, p_name text default null, p_drop_gps boolean default null)
+returns void
+language plpgsql
+security definer
+set search_path = ''
+as $$
+begin
+  update upload_pipeline.projects p set name = coalesce(p_name, p.name), drop_gps = coalesce(p_drop_gps, p.drop_gps)
+   where p.project_id = p_project_id;
+  if not found then
+    raise exception 'there is no project %', p_project_id
+      using errcode = 'UP002', hint = '`upload-pipeline projects list` shows those that there are.';
+  end if;
+exception when unique_violation then
+  raise exception 'the organization has a project "%" already', p_name
+    using errcode = 'UP003', hint = 'Choose another name.';
+end
+$$;
+
+-- sql/schema/05_photo.sql
+
+-- Photos: a second pipeline of the same queue. A photo is announced, its bytes come by a signed URL, and a job of pipeline
+-- `photo` carries it along. It has one job, ever: where that has ended, it is retried.
+--
+--   status           the job is
+--   pending_upload   at its first stage, and nobody has seen the bytes
+--   uploaded         at its first stage, and somebody has (`uploaded_at`); or has checked them
+--   processing       between the check and the end
+--   completed        done
+--   failed           a dead letter, or cancelled
+--
+-- `photo_status` says so, in one place. The row carries it for lists, written by a trigger at each change of the job that
+-- changes it, with an event `photo_status_changed`: whatever verb moves the job, the status has moved with it.
+--
+-- Locks, each verb here: the photo's job, the photo, the user's lane.
+
+create table upload_pipeline.photos (
+  photo_id        uuid primary key,
+  project_id      uuid not null,
+  organization_id uuid not null,
+  -- who has uploaded it
+  user_id         uuid not null,
+  file_name       text not null,
+  file_bytes      bigint not null,
+  media_type      text not null,
+  raw_key         text not null unique,
+  detection_types text[] not null default '{}',
+  priority        text not null default 'normal',
+  status          text not null default 'pending_upload',
+  -- as displayed
+  width           integer,
+  height          integer,
+  exif            jsonb not null default '{}',
+  warnings        text[] not null default '{}',
+  thumbnail_key   text,
+  detections      jsonb,
+  detector        text,
+  -- until when the bytes may come; null once they were checked
+  upload_deadline timestamptz,
+  -- when somebody first saw that they were there
+  uploaded_at     timestamptz,
+  created_at      timestamptz not null default upload_pipeline.now(),
+  updated_at      timestamptz not null default upload_pipeline.now(),
+  deleted_at      timestamptz,
+  foreign key (project_id, organization_id) references upload_pipeline.projects (project_id, organization_id),
+  -- what a job's composite key points at
+  unique (photo_id, user_id),
+  constraint photos_file_name check (file_name <> '' and length(file_name) <= 1024),
+  constraint photos_bytes check (file_bytes > 0),
+  constraint photos_media_type check (media_type in ('image/jpeg', 'image/png')),
+  constraint photos_priority check (priority in ('low', 'normal', 'high')),
+  constraint photos_status check (status in ('pending_upload', 'uploaded', 'processing', 'completed', 'failed')),
+  constraint photos_size check ((width is null) = (height is null) and width > 0 and height > 0),
+  constraint photos_exif check (jsonb_typeof(exif) = 'object')
+);
+
+-- a project's photos, newest first, page by page; the foreign key to projects
+create index photos_listing on upload_pipeline.photos (project_id, created_at desc, photo_id);
+-- those of one status
+create index photos_status on upload_pipeline.photos (project_id, status, created_at desc, photo_id);
+-- begin_photo_expiry
+create index photos_awaited on upload_pipeline.photos (upload_deadline)
+  where upload_deadline is not null and uploaded_at is null;
+-- deletions that a crash left half done
+create index photos_deleting on upload_pipeline.photos (deleted_at) where deleted_at is not null;
+
+alter table upload_pipeline.upload_jobs add foreign key (photo_id, user_id)
+  references upload_pipeline.photos (photo_id, user_id) on update cascade on delete cascade;
+
+-- one job a photo
+create unique index upload_jobs_photo_live on upload_pipeline.upload_jobs (photo_id, pipeline)
+  where state in ('queued', 'working', 'retryable') and photo_id is not null;
+-- a photo's job; the foreign key to photos
+create index upload_jobs_photo on upload_pipeline.upload_jobs (photo_id, seq) where photo_id is not null;
+
+-- A photo's status, of its job and whether the bytes were seen.
+create function upload_pipeline.photo_status(p_stage text, p_state upload_pipeline.job_state, p_uploaded boolean)
+returns text
+language sql
+immutable
+set search_path = ''
+as $$
+  select case when p_state in ('deadletter', 'cancelled') then 'failed'
+              when p_state = 'done' then 'completed'
+              when p_stage = 'pending_upload' and not p_uploaded then 'pending_upload'
+              when p_stage in ('pending_upload', 'uploaded') then 'uploaded'
+              else 'processing' end
+$$;
+
+-- A job's priority within its user's lane, of the word that the photo came with.
+create function upload_pipeline.photo_priority(p_priority text)
+returns smallint
+language sql
+immutable
+set search_path = ''
+as $$ select case p_priority when 'low' then -10 when 'high' then 10 else 0 end::smallint $$;
+
+-- Carries a job's stage and state over to its photo. Who leaves the first stage has seen the bytes, and that they are those.
+create function upload_pipeline.note_photo_status()
+returns trigger
+language plpgsql
+security definer
+set search_path = ''
+as $$
+declare
+  v_now    timestamptz := upload_pipeline.now();
+  v_seen   boolean := new.stage <> 'pending_upload';
+  v_photo  upload_pipeline.photos;
+  v_status text;
+begin
+  select p.* into v_photo from upload_pipeline.photos p where p.photo_id = new.photo_id for no key update;
+  if v_photo.deleted_at is not null then
+    return null;
+  end if;
+  v_status := upload_pipeline.photo_status(new.stage, new.state, v_seen or v_photo.uploaded_at is not null);
+  if v_status = v_photo.status and not (v_seen and v_photo.upload_deadline is not null) then
+    return null;
+  end if;
+  update upload_pipeline.photos p
+     set status = v_status, updated_at = v_now,
+         uploaded_at = case when v_seen then coalesce(p.uploaded_at, v_now) else p.uploaded_at end,
+         upload_deadline = case when v_seen then null else p.upload_deadline end
+   where p.photo_id = new.photo_id;
+  if v_status <> v_photo.status then
+    insert into upload_pipeline.events (at, code, user_id, job_id, stage, lease_token, correlation_id, payload)
+    values (v_now, 'photo_status_changed', new.user_id, new.job_id, new.stage, new.lease_token, new.correlation_id,
+            jsonb_build_object('photo_id', new.photo_id, 'status', v_status));
+  end if;
+  return null;
+end
+$$;
+
+-- `finished_at` tells ended from live; asked of documents' jobs too, the condition is all that they pay
+create trigger note_photo_status after update of stage, state on upload_pipeline.upload_jobs
+  for each row
+  when (new.photo_id is not null
+        and (new.stage is distinct from old.stage or (new.finished_at is null) is distinct from (old.finished_at is null)))
+  execute function upload_pipeline.note_photo_status();
+
+-- A photo's job, locked; null where it has none.
+create function upload_pipeline.lock_photo_job(p_photo_id uuid)
+returns upload_pipeline.upload_jobs
+language sql
+security definer
+set search_path = ''
+as $$
+  select j.* from upload_pipeline.upload_jobs j where j.photo_id = p_photo_id order by j.seq desc limit 1 for no key update
+$$;
+
+-- Announces a photo whose bytes are going to come within p_window: makes photo, job and event. A project that there is not,
+-- or of an organisation that the user is not in, raises UP002; a role that may not upload, UP006. A photo of this id that is
+-- there breaks the primary key.
+create function upload_pipeline.reserve_photo(
+  p_photo_id        uuid,
+  p_user_id         uuid,
+  p_project_id      uuid,
+  p_file_name       text,
+  p_media_type      text,
+  p_file_bytes      bigint,
+  p_raw_key         text,
+  p_window          interval,
+  p_detection_types text[] default '{}',
+  p_priority        text default 'normal',
+  p_correlation_id  text default ''
+)
+returns table (photo_id uuid, job_id uuid, upload_deadline timestamptz)
+language plpgsql
+security definer
+set search_path = ''
+as $$
+#variable_conflict use_column
+declare
+  v_now     timestamptz := upload_pipeline.now();
+  v_job     uuid;
+  v_project record;
+  v_first   record;
+begin
+  if p_window is null or p_window <= interval '0' then
+    raise exception 'p_window is %, it must be longer than nothing', p_window using errcode = '22023';
+  end if;
+  select p.organization_id, m.role into v_project
+    from upload_pipeline.projects p
+    join upload_pipeline.organization_members m on m.organization_id = p.organization_id and m.user_id = p_user_id
+   where p.project_id = p_project_id;
+  if not found then
+    raise exception 'there is no project %', p_project_id using errcode = 'UP002', hint = 'Check the id.';
+  end if;
+  if v_project.role = 'viewer' then
+    raise exception 'role "viewer" may not upload' using errcode = 'UP006', hint = 'Ask an owner of the organization.';
+  end if;
+  insert into upload_pipeline.photos
+    (photo_id, project_id, organization_id, user_id, file_name, file_bytes, media_type, raw_key, detection_types, priority,
+     upload_deadline, created_at, updated_at)
+  values (p_photo_id, p_project_id, v_project.organization_id, p_user_id, p_file_name, p_file_bytes, p_media_type, p_raw_key,
+          p_detection_types, p_priority, v_now + p_window, v_now, v_now);
+
+  select s.stage, s.pool into v_first from upload_pipeline.stages s where s.pipeline = 'photo' and s.position = 0;
+  insert into upload_pipeline.upload_jobs as j
+    (photo_id, user_id, pipeline, stage, pool, priority, correlation_id, run_at, created_at, updated_at)
+  values (p_photo_id, p_user_id, 'photo', v_first.stage, v_first.pool, upload_pipeline.photo_priority(p_priority),
+          left(p_correlation_id, 200), v_now, v_now, v_now)
+  returning j.job_id into v_job;
+  insert into upload_pipeline.events (at, code, user_id, job_id, stage, correlation_id, payload)
+  values (v_now, 'job_enqueued', p_user_id, v_job, v_first.stage, left(p_correlation_id, 200),
+          jsonb_build_object('photo_id', p_photo_id)),
+         (v_now, 'photo_status_changed', p_user_id, v_job, v_first.stage, left(p_correlation_id, 200),
+          jsonb_build_object('photo_id', p_photo_id, 'status', 'pending_upload'));
+  perform upload_pipeline.wake_lanes(v_first.pool, array[p_user_id]);
+  return query select p_photo_id, v_job, v_now + p_window;
+end
+$$;
+
+-- Somebody says what a photo's status is now, and has looked: `uploaded` of one that awaits its bytes, whose job then looks
+-- at once. Of one that is past that nothing changes, so saying it twice is saying it once. Every other status is for the job
+-- to reach, and out of `failed` only a retry leads: those raise UP003 and name the status that there is. The deadline stays:
+-- nobody has checked the bytes yet. No photo, or one that is being deleted: UP002.
+create function upload_pipeline.announce_photo(p_photo_id uuid, p_status text)
+returns text
+language plpgsql
+security definer
+set search_path = ''
+as $$
+declare
+  v_now   timestamptz := upload_pipeline.now();
+  v_job   upload_pipeline.upload_jobs := upload_pipeline.lock_photo_job(p_photo_id);
+  v_photo upload_pipeline.photos;
+begin
+  select p.* into v_photo from upload_pipeline.photos p
+   where p.photo_id = p_photo_id and p.deleted_at is null for no key update;
+  if not found then
+    raise exception 'there is no photo %', p_photo_id using errcode = 'UP002', hint = 'Check the id.';
+  end if;
+  if p_status = v_photo.status or (p_status = 'uploaded' and v_photo.status in ('processing', 'completed')) then
+    return v_photo.status;
+  end if;
+  if p_status <> 'uploaded' or v_photo.status <> 'pending_upload' then
+    raise exception 'photo % is "%" and cannot become "%"', p_photo_id, v_photo.status, p_status
+      using errcode = 'UP003',
+            hint = case v_photo.status when 'failed' then 'Retry its job, or delete it and upload it again.'
+                                       else 'Only a photo that is "pending_upload" can be said to be "uploaded".' end;
+  end if;
+  update upload_pipeline.photos p set status = 'uploaded', uploaded_at = v_now, updated_at = v_now where p.photo_id = p_photo_id;
+  insert into upload_pipeline.events (at, code, user_id, job_id, stage, lease_token, correlation_id, payload)
+  values (v_now, 'photo_status_changed', v_job.user_id, v_job.job_id, v_job.stage, v_job.lease_token, v_job.correlation_id,
+          jsonb_build_object('photo_id', p_photo_id, 'status', 'uploaded'));
+  perform upload_pipeline.wake_job(v_job.job_id);
+  return 'uploaded';
+end
+$$;
+
+-- Where the jobs of some photos stand, what went wrong, and what their statuses were, oldest first. Of photos of the
+-- caller's organisations, who is `auth.uid()`, read here: jobs and events are otherwise their owner's to read, and a photo
+-- is also its uploader's colleagues'. Therefore `security definer`.
+create function upload_pipeline.photo_progress(p_photo_ids uuid[])
+returns table (
+  photo_id uuid, job_id uuid, error_code text, error_message text, error_details jsonb, statuses text[], times timestamptz[]
+)
+language plpgsql
+stable
+security definer
+set search_path = ''
+set enable_seqscan = off
+set enable_hashjoin = off
+set enable_mergejoin = off
+set jit = off
+as $$
+#variable_conflict use_column
+declare
+  v_organizations uuid[] := upload_pipeline.member_organizations();
+begin
+  return query
+    select p.photo_id, j.job_id,
+           case when p.status = 'failed'
+                then coalesce(o.error_code, case j.state when 'cancelled' then 'CANCELLED' else 'INTERNAL' end) end,
+           case when p.status = 'failed'
+                then coalesce(o.error_message, case j.state when 'cancelled' then 'The job was cancelled. Retry it to go on.'
+                                                            else 'The job failed.' end) end,
+           case when p.status = 'failed' then o.error_details end, h.statuses, h.times
+      from unnest(p_photo_ids) a (photo_id)
+      join upload_pipeline.photos p on p.photo_id = a.photo_id
+     cross join lateral (
+       select u.job_id, u.state from upload_pipeline.upload_jobs u where u.photo_id = p.photo_id order by u.seq desc limit 1) j
+      left join upload_pipeline.job_outcomes o on o.job_id = j.job_id
+     cross join lateral (
+       select coalesce(array_agg(e.payload ->> 'status' order by e.event_id), '{}') as statuses,
+              coalesce(array_agg(e.at order by e.event_id), '{}') as times
+         from upload_pipeline.events e
+        where e.job_id = j.job_id and e.code = 'photo_status_changed') h
+     where p.organization_id = any (v_organizations) and p.deleted_at is null;
+end
+$$;
+
+-- Hides a photo and ends its job, whose holder is fenced off. The caller has locked the job. False: there is no such photo.
+create function upload_pipeline.start_photo_deletion(
+  p_photo_id uuid, p_code upload_pipeline.event_code, p_correlation_id text
+)
+returns boolean
+language plpgsql
+security definer
+set search_path = ''
+as $$
+declare
+  v_now   timestamptz := upload_pipeline.now();
+  v_photo upload_pipeline.photos;
+begin
+  -- hidden first: then the end of the job is no change of a status that anybody is shown
+  update upload_pipeline.photos p set deleted_at = v_now, updated_at = v_now
+   where p.photo_id = p_photo_id and p.deleted_at is null
+  returning p.* into v_photo;
+  if not found then
+    return false;
+  end if;
+  with ended as (
+    update upload_pipeline.upload_jobs j
+       set state = 'cancelled', cancel_requested = true, lease_token = j.lease_token + 1, worker_id = null,
+           lease_expires_at = null, finished_at = v_now, updated_at = v_now
+     where j.photo_id = p_photo_id and j.state in ('queued', 'working', 'retryable')
+    returning j.job_id, j.user_id, j.stage, j.lease_token, j.correlation_id
+  )
+  insert into upload_pipeline.events (at, code, user_id, job_id, stage, lease_token, correlation_id)
+  select v_now, 'job_cancelled', e.user_id, e.job_id, e.stage, e.lease_token, e.correlation_id from ended e;
+  perform upload_pipeline.record_event(p_code, p_user_id => v_photo.user_id, p_correlation_id => p_correlation_id,
+    p_payload => jsonb_build_object('photo_id', p_photo_id, 'project_id', v_photo.project_id, 'file_name', v_photo.file_name));
+  return true;
+end
+$$;
+
+-- Deletion in two steps, as of documents: begin_photo_deletion hides the photo and names its objects' key; then the caller
+-- removes the objects; finish_photo_deletion removes the rows. Both are safe to repeat; what a crash leaves between them
+-- maintenance finishes. No row: there is no such photo.
+create function upload_pipeline.begin_photo_deletion(p_photo_id uuid, p_correlation_id text default '')
+returns table (photo_id uuid, raw_key text)
+language plpgsql
+security definer
+set search_path = ''
+as $$
+#variable_conflict use_column
+begin
+  perform upload_pipeline.lock_photo_job(p_photo_id);
+  perform upload_pipeline.start_photo_deletion(p_photo_id, 'photo_deletion_started', p_correlation_id);
+  return query select p.photo_id, p.raw_key from upload_pipeline.photos p where p.photo_id = p_photo_id;
+end
+$$;
+
+create function upload_pipeline.finish_photo_deletion(p_photo_id uuid, p_correlation_id text default '')
+returns boolean
+language plpgsql
+security definer
+set search_path = ''
+as $$
+declare
+  v_photo upload_pipeline.photos;
+begin
+  -- the job before the photo, which takes it along
+  perform upload_pipeline.lock_photo_job(p_photo_id);
+  delete from upload_pipeline.photos p
+   where p.photo_id = p_photo_id and p.deleted_at is not null
+  returning p.* into v_photo;
+  if not found then
+    return false;
+  end if;
+  perform upload_pipeline.record_event('photo_deleted', p_user_id => v_photo.user_id, p_correlation_id => p_correlation_id,
+    p_payload => jsonb_build_object('photo_id', p_photo_id, 'project_id', v_photo.project_id));
+  return true;
+end
+$$;
+
+-- Deletions begun before p_before and not finished.
+create function upload_pipeline.unfinished_photo_deletions(p_before timestamptz, p_limit integer default 100)
+returns table (photo_id uuid, raw_key text)
+language sql
+stable
+security definer
+set search_path = ''
+as $$
+  select p.photo_id, p.raw_key from upload_pipeline.photos p
+   where p.deleted_at is not null and p.deleted_at < p_before
+   order by p.deleted_at limit p_limit
+$$;
+
+-- Photos that were announced and of which nobody has seen the bytes, p_grace after the deadline: their deletion begins.
+-- Returns them. Any worker runs it, bounded, beside others; a photo whose job another transaction holds is for the next round.
+create function upload_pipeline.begin_photo_expiry(p_grace interval, p_limit integer default 100)
+returns table (photo_id uuid, raw_key text)
+language plpgsql
+security definer
+set search_path = ''
+as $$
+#variable_conflict use_column
+declare
+  v_before timestamptz := upload_pipeline.now() - p_grace;
+  v_photo  record;
+begin
+  for v_photo in
+    select p.photo_id, p.raw_key from upload_pipeline.photos p
+     where p.upload_deadline < v_before and p.uploaded_at is null and p.deleted_at is null
+       -- of one that failed otherwise bytes came, or nobody could tell: it stays, with the reason
+       and not exists (select from upload_pipeline.upload_jobs j
+                         join upload_pipeline.job_outcomes o on o.job_id = j.job_id
+                        where j.photo_id = p.photo_id and j.state = 'deadletter' and o.error_code <> 'UPLOAD_EXPIRED')
+     order by p.upload_deadline limit p_limit
+  loop
+    perform from upload_pipeline.upload_jobs j where j.photo_id = v_photo.photo_id for no key update skip locked;
+    continue when not found;
+    -- they may have come since the look above; who says so holds the job
+    continue when not exists (select from upload_pipeline.photos p
+                               where p.photo_id = v_photo.photo_id and p.uploaded_at is null and p.deleted_at is null);
+    perform upload_pipeline.start_photo_deletion(v_photo.photo_id, 'photo_expired', '');
+    photo_id := v_photo.photo_id;
+    raw_key := v_photo.raw_key;
+    return next;
+  end loop;
+end
+$$;
+
 -- sql/schema/05_uploads.sql
 
 -- Uploads whose bytes come after their announcement: document and job are there first, and wait for them.
@@ -2817,9 +3432,10 @@ set enable_hashjoin = off
 set enable_mergejoin = off
 set jit = off
 as $$
-  select coalesce(sum(d.file_bytes), 0)::bigint
+  select coalesce(sum(coalesce(d.file_bytes, p.file_bytes)), 0)::bigint
     from upload_pipeline.upload_jobs j
-    join upload_pipeline.documents d on d.document_id = j.document_id
+    left join upload_pipeline.documents d on d.document_id = j.document_id
+    left join upload_pipeline.photos p on p.photo_id = j.photo_id
    where j.state = 'working'
 $$;
 
@@ -3336,14 +3952,15 @@ begin
     select r.job_id, r.code, r.stage, r.at, r.lease_token,
            lead(r.code) over job as next_code, lead(r.at) over job as next_at, lead(r.lease_token) over job as next_token
       from recent r
-     where r.job_id is not null and r.code <> 'document_searchable'
+     where r.job_id is not null and r.code not in ('document_searchable', 'photo_status_changed')
     window job as (partition by r.job_id order by r.event_id)
   ), sample as (
-    select j.pipeline, p.stage, upload_pipeline.size_class(d.file_bytes) as size_class,
+    select j.pipeline, p.stage, upload_pipeline.size_class(coalesce(d.file_bytes, f.file_bytes)) as size_class,
            extract(epoch from p.next_at - p.at)::double precision as seconds
       from passage p
       join upload_pipeline.upload_jobs j on j.job_id = p.job_id
-      join upload_pipeline.documents d on d.document_id = j.document_id
+      left join upload_pipeline.documents d on d.document_id = j.document_id
+      left join upload_pipeline.photos f on f.photo_id = j.photo_id
      where p.code in ('job_claimed', 'job_advanced') and p.next_code in ('job_advanced', 'job_handed_on', 'job_done')
        and p.next_token = p.lease_token
   )
@@ -3476,7 +4093,10 @@ begin
              end::integer as ahead
         from unnest(v_jobs, v_places) a (job_id, place)
        cross join lateral (select u.* from upload_pipeline.upload_jobs u where u.job_id = a.job_id) j
-       cross join lateral (select d.file_bytes from upload_pipeline.documents d where d.document_id = j.document_id) c
+       cross join lateral (
+         select d.file_bytes from upload_pipeline.documents d where d.document_id = j.document_id
+         union all
+         select p.file_bytes from upload_pipeline.photos p where p.photo_id = j.photo_id) c
     )
     select a.job_id, a.ahead,
            v_now + make_interval(secs => work.seconds + greatest(
@@ -4580,13 +5200,16 @@ create trigger events_notify after insert on upload_pipeline.events
 
 -- A job as a person asks after it.
 create view upload_pipeline.job_overview with (security_invoker = true) as
-select j.job_id, j.document_id, j.user_id, d.filename, j.pipeline, j.stage, j.state, s.progress, j.pool, j.priority,
+select j.job_id, j.document_id, j.photo_id, j.user_id, coalesce(d.filename, p.file_name) as filename, j.pipeline, j.stage, j.state, s.progress, j.pool, j.priority,
        j.retry_count, j.cancel_requested, j.run_at, j.created_at, j.started_at, j.updated_at, j.finished_at,
        o.error_code, o.error_message, o.results, j.worker_id, j.lease_expires_at, j.correlation_id, j.seq
   from upload_pipeline.upload_jobs j
-  join upload_pipeline.documents d on d.document_id = j.document_id
+  left join upload_pipeline.documents d on d.document_id = j.document_id
+  left join upload_pipeline.photos p on p.photo_id = j.photo_id
   join upload_pipeline.stages s on s.pipeline = j.pipeline and s.stage = j.stage
-  left join upload_pipeline.job_outcomes o on o.job_id = j.job_id;
+  left join upload_pipeline.job_outcomes o on o.job_id = j.job_id
+ -- what is being deleted is gone for its owner, with its jobs
+ where d.document_id is not null or p.photo_id is not null;
 
 -- How much stands where: jobs by pipeline, stage and state, and how long the oldest has been there.
 create view upload_pipeline.queue_depth with (security_invoker = true) as
@@ -4642,7 +5265,7 @@ begin
     'stages', 'embedding_models', 'documents', 'upload_jobs', 'job_outcomes', 'lanes', 'events', 'document_chunk_buffer',
     'document_vector_buffer', 'document_chunks', 'document_nodes', 'document_edges', 'workers',
     'stage_durations', 'policies', 'batches', 'batch_members', 'processing_records', 'provider_budgets',
-    'provider_reservations', 'usage_records']
+    'provider_reservations', 'usage_records', 'organizations', 'organization_members', 'projects', 'photos']
   loop
     execute format('create policy %I on upload_pipeline.%I for select to upload_worker using (true)', v_table || '_worker', v_table);
     execute format('grant select on upload_pipeline.%I to upload_worker, service_role', v_table);
@@ -4665,8 +5288,25 @@ create policy documents_owner on upload_pipeline.documents for select to authent
   using (user_id = (select auth.uid()) and deleted_at is null);
 create policy document_chunks_owner on upload_pipeline.document_chunks for select to authenticated
   using (user_id = (select auth.uid()) and live);
+-- what belongs to an organisation is its members' to see: the array is found once for a statement, and is short
+do $$
+declare
+  v_table text;
+begin
+  foreach v_table in array array['organizations', 'organization_members', 'projects'] loop
+    execute format(
+      'create policy %I on upload_pipeline.%I for select to authenticated
+         using (organization_id = any ((select upload_pipeline.member_organizations())::uuid[]))',
+      v_table || '_member', v_table);
+    execute format('grant select on upload_pipeline.%I to authenticated', v_table);
+  end loop;
+end
+$$;
+create policy photos_member on upload_pipeline.photos for select to authenticated
+  using (organization_id = any ((select upload_pipeline.member_organizations())::uuid[]) and deleted_at is null);
 create policy stages_reader on upload_pipeline.stages for select to authenticated using (true);
-grant select on upload_pipeline.documents, upload_pipeline.document_chunks, upload_pipeline.stages to authenticated;
+grant select on upload_pipeline.documents, upload_pipeline.document_chunks, upload_pipeline.stages, upload_pipeline.photos
+  to authenticated;
 grant select on upload_pipeline.job_overview, upload_pipeline.queue_depth, upload_pipeline.upload_history,
   upload_pipeline.batch_overview, upload_pipeline.batch_member_overview,
   upload_pipeline.usage_by_user, upload_pipeline.usage_by_day, upload_pipeline.usage_by_model to authenticated, upload_worker, service_role;
@@ -4677,6 +5317,8 @@ revoke execute on all functions in schema upload_pipeline from public;
 grant execute on function
   upload_pipeline.now(),
   upload_pipeline.estimate_jobs(uuid[], double precision),
+  upload_pipeline.member_organizations(),
+  upload_pipeline.photo_progress(uuid[]),
   upload_pipeline.search_chunks(text, extensions.vector, text, integer, text, uuid[], jsonb)
   to authenticated;
 
@@ -4691,7 +5333,8 @@ begin
        and p.proname not in ('new_job_id', 'wake_lanes', 'check_step', 'prepare_restart', 'drop_event_partitions',
                              'notify_watchers', 'settle_batch_members', 'wake_job', 'lock_awaited', 'lock_latest_job',
                              'check_no_stranger', 'look_for_upload', 'resume_upload_job', 'move_session_documents',
-                             'forget_session_document', 'lock_budget', 'job_cost')
+                             'forget_session_document', 'lock_budget', 'job_cost', 'note_photo_status', 'lock_photo_job',
+                             'start_photo_deletion', 'check_owner')
   loop
     execute format('grant execute on function %s to upload_worker, service_role', v_function);
   end loop;

@@ -24,6 +24,7 @@ from upload_pipeline.errors import PipelineError
 FIELDS = {
     "job_id",
     "document_id",
+    "photo_id",
     "pipeline",
     "stage",
     "state",

@@ -10,6 +10,7 @@ from uuid import UUID, uuid4
 
 import psycopg
 import pytest
+from photo_verbs import add_project, reserve_photo
 from sessions import Connection
 from verbs import (
     add_document,
@@ -60,6 +61,10 @@ READERS = {
     "usage_by_day": {"authenticated", "upload_worker", "service_role"},
     "usage_by_model": {"authenticated", "upload_worker", "service_role"},
     "upload_history": {"authenticated", "upload_worker", "service_role"},
+    "organizations": {"authenticated", "upload_worker", "service_role"},
+    "organization_members": {"authenticated", "upload_worker", "service_role"},
+    "projects": {"authenticated", "upload_worker", "service_role"},
+    "photos": {"authenticated", "upload_worker", "service_role"},
 }
 """Who may read each table and view; the partitions of `events` that a month has made are nobody's."""
 
@@ -72,6 +77,10 @@ CALLERS = {
     **{
         key: set[str]()
         for key in (
+            "check_owner",
+            "lock_photo_job",
+            "note_photo_status",
+            "start_photo_deletion",
             "new_job_id",
             "wake_lanes",
             "check_step",
@@ -91,17 +100,25 @@ CALLERS = {
             "resume_upload_job",
         )
     },
-    **{key: {"authenticated", *BACK_END} for key in ("now", "search_chunks", "estimate_jobs")},
+    **{
+        key: {"authenticated", *BACK_END}
+        for key in ("now", "search_chunks", "estimate_jobs", "member_organizations", "photo_progress")
+    },
     **dict.fromkeys(
         (
             "accept_document",
             "accept_policy",
+            "add_organization",
+            "add_project",
             "admit_bytes",
+            "announce_photo",
             "advance_job",
             "advance_jobs",
             "announce_upload",
             "applied_migrations",
             "begin_deletion",
+            "begin_photo_deletion",
+            "begin_photo_expiry",
             "buffer_chunks",
             "buffer_vectors",
             "bytes_at_work",
@@ -130,6 +147,7 @@ CALLERS = {
             "find_session",
             "find_duplicate",
             "finish_deletion",
+            "finish_photo_deletion",
             "forget_full_buckets",
             "forget_lost_watches",
             "forget_lost_workers",
@@ -141,6 +159,8 @@ CALLERS = {
             "note_completed_batches",
             "open_session",
             "pause_provider",
+            "photo_priority",
+            "photo_status",
             "pending_vectors",
             "pour_buckets",
             "promote_due",
@@ -153,21 +173,26 @@ CALLERS = {
             "register_worker",
             "release_admission",
             "release_jobs",
+            "remove_member",
             "renew_admissions",
             "renew_leases",
             "retry_batch",
             "reserve_calls",
             "reserve_document",
+            "reserve_photo",
             "retry_delay",
             "retry_job",
             "revoke_api_key",
             "sessions_to_clean",
             "set_lane_cap",
+            "set_member",
+            "set_project",
             "settle_calls",
             "size_class",
             "snooze_job",
             "take_tokens",
             "unfinished_deletions",
+            "unfinished_photo_deletions",
             "unregister_worker",
             "unwatch_jobs",
             "watch_jobs",
@@ -271,6 +296,7 @@ def filled(admin: Connection, worker: Connection) -> Connection:
         enqueue(worker, add_document(admin, user), user)
         members = '[{"ordinal": 0, "filename": "a.txt", "error_code": "EMPTY_FILE", "error_message": "It is empty."}]'
         worker.execute("select upload_pipeline.create_batch(%s, %s, %s)", [uuid4(), user, members])
+        reserve_photo(worker, user, add_project(worker, user))
     return admin
 
 
@@ -341,8 +367,8 @@ def test_a_view_counts_the_readers_own_jobs_only(filled: Connection, worker: Con
         enqueue(worker, add_document(filled, STRANGER), STRANGER)
     with filled.transaction(force_rollback=True):
         speak_as(filled, "authenticated", OWNER)
-        assert value(filled, "select sum(jobs)::integer from upload_pipeline.queue_depth") == 1
-    assert value(worker, "select sum(jobs)::integer from upload_pipeline.queue_depth") == 4
+        assert value(filled, "select sum(jobs)::integer from upload_pipeline.queue_depth") == 2
+    assert value(worker, "select sum(jobs)::integer from upload_pipeline.queue_depth") == 6
 
 
 def test_chunks_that_are_not_live_and_documents_under_deletion_are_hidden_from_their_owner(filled: Connection) -> None:
@@ -352,9 +378,11 @@ def test_chunks_that_are_not_live_and_documents_under_deletion_are_hidden_from_t
             return int(value(filled, f"select count(*) from upload_pipeline.{table}"))
 
     assert count("document_chunks") == 1
-    assert (count("documents"), count("job_overview")) == (2, 2)
+    assert (count("documents"), count("photos"), count("job_overview")) == (2, 1, 3)
     filled.execute("update upload_pipeline.documents set deleted_at = now()")
-    assert (count("documents"), count("job_overview")) == (0, 0)
+    assert (count("documents"), count("photos"), count("job_overview")) == (0, 1, 1)
+    filled.execute("update upload_pipeline.photos set deleted_at = now()")
+    assert (count("documents"), count("photos"), count("job_overview")) == (0, 0, 0)
 
 
 @pytest.mark.parametrize("role", ROLES)

@@ -86,7 +86,7 @@ def claim(
 ) -> list[Any]:
     """What `claim_jobs` leases."""
     return db.execute(
-        "select * from upload_pipeline.claim_jobs(%s, %s, %s, %s, %s::interval)",
+        "select *, subject_id as document_id from upload_pipeline.claim_jobs(%s, %s, %s, %s, %s::interval)",
         [worker or uuid4(), pool, limit, after, ttl],
     ).fetchall()
 

@@ -29,6 +29,7 @@ import structlog
 from upload_pipeline.database import queue
 from upload_pipeline.errors import ErrorCode, PipelineError
 from upload_pipeline.logs import log_fields
+from upload_pipeline.stages import PHOTO_PIPELINE
 from upload_workers.leases import StopReason
 from upload_workers.passing import is_passing
 from upload_workers.steps import Advance, Commit, Snooze
@@ -246,7 +247,7 @@ def _outcome_of(error: BaseException, held: HeldLease) -> str:
 def _fields(job: ClaimedJob) -> dict[str, object]:
     return {
         "job_id": job.job_id,
-        "document_id": job.document_id,
+        "photo_id" if job.pipeline == PHOTO_PIPELINE else "document_id": job.subject_id,
         "user_id": job.user_id,
         "correlation_id": job.correlation_id,
         "stage": job.stage,

@@ -23,7 +23,7 @@ from uuid import UUID
 
 import structlog
 
-from upload_pipeline.database import documents, queue
+from upload_pipeline.database import documents, photos, queue
 from upload_pipeline.database.batches import note_completed_batches
 from upload_pipeline.database.deletion import finish_deletions
 from upload_pipeline.database.documents import DeletedDocument
@@ -116,8 +116,9 @@ async def _finish_deletions(db: Executor, store: ObjectStore, now: datetime) -> 
 
 
 async def _sweep(db: Executor, store: ObjectStore, now: datetime, grace: timedelta) -> Swept:
-    async def known(document_ids: list[UUID]) -> set[UUID]:
-        return await documents.existing_documents(db, document_ids)
+    async def known(subject_ids: list[UUID]) -> set[UUID]:
+        found = await documents.existing_documents(db, subject_ids)
+        return found | await photos.existing_photos(db, [each for each in subject_ids if each not in found])
 
     swept = await sweep(store, known, now=now, grace=grace)
     if swept.objects:

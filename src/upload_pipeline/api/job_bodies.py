@@ -18,6 +18,7 @@ _DOCUMENT = "0b2f1c1e-6c0e-5d0a-8f57-0f5d1c2b3a49"
 JOB_EXAMPLE: dict[str, Any] = {
     "job_id": _JOB,
     "document_id": _DOCUMENT,
+    "photo_id": None,
     "pipeline": "document",
     "stage": "embedding",
     "state": "working",
@@ -60,8 +61,9 @@ class Job(BaseModel):
     model_config = ConfigDict(from_attributes=True, json_schema_extra={"examples": [JOB_EXAMPLE]})
 
     job_id: UUID
-    document_id: UUID
-    pipeline: str = Field(description="`document`.")
+    document_id: UUID | None = Field(description="What it is about; null for a job about a photo.")
+    photo_id: UUID | None = Field(description="What it is about; null for a job about a document.")
+    pipeline: str = Field(description="`document` or `photo`.")
     stage: str = Field(description="The stage that it has reached; a step leads it on from there.")
     state: JobState
     progress: int = Field(ge=0, le=100, description="Percent; finer within `embedding`.")

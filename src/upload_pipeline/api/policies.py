@@ -151,7 +151,7 @@ async def read_policy_status(
     """Of policies only; `GET /api/v2/jobs/{job_id}` tells more, and of every job of yours."""
     async with as_user(resources.db, principal.user_id) as connection:
         job = await find_job(connection, job_id, default_seconds=resources.settings.estimate_seconds)
-        if job is None or not await is_policy(connection, job.document_id):
+        if job is None or job.document_id is None or not await is_policy(connection, job.document_id):
             raise no_such_job(job_id)
     state = _state(job)
     failed = state is PolicyState.FAILED

@@ -180,6 +180,7 @@ def _print_job(job: JobListing) -> None:
             ("Job", job.job_id),
             ("File", job.filename),
             ("Document", job.document_id),
+            ("Photo", job.photo_id),
             ("User", job.user_id),
             ("State", state_text(job.state)),
             ("Stage", f"{job.stage} ({job.progress} %)"),

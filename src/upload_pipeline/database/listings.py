@@ -28,6 +28,7 @@ class JobListing:
     """A job as a person asks after it.
 
     Attributes:
+        document_id: what it is about; None where that is a photo, and the other way round.
         progress: percent that the stage stands for.
         error_code: of the last failure, also while the job waits for its next try; None where it never failed or
             has been started again.
@@ -35,7 +36,8 @@ class JobListing:
     """
 
     job_id: UUID
-    document_id: UUID
+    document_id: UUID | None
+    photo_id: UUID | None
     user_id: UUID
     filename: str
     pipeline: str
@@ -132,7 +134,7 @@ class LiveWorker:
 
 
 _JOB_COLUMNS = """
-    job_id, document_id, user_id, filename, pipeline, stage, state::text as state, progress, pool, priority,
+    job_id, document_id, photo_id, user_id, filename, pipeline, stage, state::text as state, progress, pool, priority,
     retry_count, cancel_requested, run_at, created_at, started_at, updated_at, finished_at, error_code, error_message,
     results, worker_id, lease_expires_at, correlation_id
 """

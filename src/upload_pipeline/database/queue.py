@@ -20,6 +20,7 @@ NOT_FOUND = "UP002"
 INVALID_STATE = "UP003"
 INVALID_STAGE = "UP004"
 NOT_WHOLE = "UP005"
+NOT_ALLOWED = "UP006"
 
 WAKE_CHANNEL = "upload_pipeline_jobs"
 """Where `wake_lanes` notifies; the payload is the pool."""
@@ -48,10 +49,14 @@ class Lease:
 
 @dataclass(frozen=True, slots=True)
 class ClaimedJob:
-    """A job that `claim_jobs` leased to this worker."""
+    """A job that `claim_jobs` leased to this worker.
+
+    Attributes:
+        subject_id: the document or the photo that it is about; which one, the pipeline says.
+    """
 
     lease: Lease
-    document_id: UUID
+    subject_id: UUID
     user_id: UUID
     pipeline: str
     stage: str
@@ -62,6 +67,16 @@ class ClaimedJob:
     def job_id(self) -> UUID:
         """The job's id, which the lease carries."""
         return self.lease.job_id
+
+    @property
+    def document_id(self) -> UUID:
+        """The subject, of a job that is about a document."""
+        return self.subject_id
+
+    @property
+    def photo_id(self) -> UUID:
+        """The subject, of a job that is about a photo."""
+        return self.subject_id
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,7 +157,7 @@ async def claim_jobs(
     return [
         ClaimedJob(
             Lease(row["job_id"], row["lease_token"]),
-            row["document_id"],
+            row["subject_id"],
             row["user_id"],
             row["pipeline"],
             row["stage"],

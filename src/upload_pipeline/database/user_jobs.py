@@ -23,6 +23,7 @@ class JobStatus:
     """Where a job stands.
 
     Attributes:
+        document_id: what it is about; None where that is a photo, and the other way round.
         progress: percent.
         queued_ahead: jobs that are claimed before this one; None once it has ended.
         estimated_completion_at: when it should be done; None once it has ended.
@@ -31,7 +32,8 @@ class JobStatus:
     """
 
     job_id: UUID
-    document_id: UUID
+    document_id: UUID | None
+    photo_id: UUID | None
     pipeline: str
     stage: str
     state: str
@@ -112,10 +114,10 @@ class News:
     oldest_running: int
 
 
-# One call estimates for the whole page. Whether a document is being deleted is for its policy to say.
+# One call estimates for the whole page. Whether a document or a photo is being deleted is for its policy to say.
 _STATUS = """
 with page as materialized ({page})
-select p.job_id, p.document_id, p.pipeline, p.stage, p.state::text as state,
+select p.job_id, p.document_id, p.photo_id, p.pipeline, p.stage, p.state::text as state,
        coalesce(e.progress, s.progress::integer) as progress, p.retry_count::integer as retry_count, e.queued_ahead,
        e.estimated_completion_at, o.results, o.error_code, o.error_message, o.error_details, p.created_at,
        p.started_at, p.updated_at, p.finished_at
@@ -127,22 +129,22 @@ select p.job_id, p.document_id, p.pipeline, p.stage, p.state::text as state,
  order by p.created_at desc, p.job_id
 """
 
-_ONE = _STATUS.format(
-    seconds="$2",
-    page="""
+_OF_SOMETHING_SEEN = """
   select j.* from upload_pipeline.upload_jobs j
-    join upload_pipeline.documents d on d.document_id = j.document_id
-   where j.job_id = $1
-""",
-)
+    left join upload_pipeline.documents d on d.document_id = j.document_id
+    left join upload_pipeline.photos f on f.photo_id = j.photo_id
+   where (d.document_id is not null or f.photo_id is not null)
+"""
+
+_ONE = _STATUS.format(seconds="$2", page=_OF_SOMETHING_SEEN + "and j.job_id = $1")
 
 # The first bound is always there, so that a plan for any parameters, which Postgres may settle on at the sixth call,
 # begins in the index where the page begins. As `case` and not as `coalesce`, which is not taken for leakproof and so
 # would be asked only behind row-level security, of each row.
-_SELECTED = """
-  select j.* from upload_pipeline.upload_jobs j
-    join upload_pipeline.documents d on d.document_id = j.document_id
-   where ($3::text is null or j.state = $3::text::upload_pipeline.job_state)
+_SELECTED = (
+    _OF_SOMETHING_SEEN
+    + """
+     and ($3::text is null or j.state = $3::text::upload_pipeline.job_state)
      and ($4::text is null or j.stage = $4)
      and ($5::text is null or j.pipeline = $5)
      and ($6::timestamptz is null or j.created_at >= $6)
@@ -152,6 +154,7 @@ _SELECTED = """
    order by j.created_at desc, j.job_id
    limit $1
 """
+)
 
 # A batch has few jobs: they are looked up by their ids, however many others the user has.
 _IN_BATCH = """
@@ -245,8 +248,9 @@ async def last_event_id(connection: Executor, job_id: UUID) -> int | None:
         """
         select coalesce((select max(e.event_id) from upload_pipeline.events e where e.job_id = j.job_id), 0)
           from upload_pipeline.upload_jobs j
-          join upload_pipeline.documents d on d.document_id = j.document_id
-         where j.job_id = $1
+          left join upload_pipeline.documents d on d.document_id = j.document_id
+          left join upload_pipeline.photos f on f.photo_id = j.photo_id
+         where j.job_id = $1 and (d.document_id is not null or f.photo_id is not null)
         """,
         job_id,
     )

@@ -1,4 +1,4 @@
-"""What a crash leaves in the store: objects without a document, uploads that never ended, writes cut short.
+"""What a crash leaves in the store: objects without a document or a photo, uploads that never ended, writes cut short.
 
 An object is written before its row, so a process that dies in between leaves an object that nothing names. It
 is left alone for a grace time, in which its row may still come.
@@ -13,13 +13,14 @@ from uuid import UUID
 
 from upload_pipeline.storage.keys import is_incoming_key, parse_key
 from upload_pipeline.storage.objects import ObjectInfo
+from upload_pipeline.storage.photo_keys import parse_photo_key
 from upload_pipeline.storage.store import ObjectStore
 
 LOOKUP_BATCH = 500
-"""Document ids that one lookup asks for, and the most objects held in memory."""
+"""Ids that one lookup asks for, and the most objects held in memory."""
 
-KnownDocuments = Callable[[list[UUID]], Awaitable[set[UUID]]]
-"""Which of these document ids (distinct, at most `LOOKUP_BATCH`) have a row."""
+KnownSubjects = Callable[[list[UUID]], Awaitable[set[UUID]]]
+"""Which of these ids of documents and photos (distinct, at most `LOOKUP_BATCH`) have a row."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +28,7 @@ class Swept:
     """What a sweep removed.
 
     Attributes:
-        objects: objects without a document and uploads that never ended.
+        objects: objects without a document or a photo and uploads that never ended.
         object_bytes: their size in all.
         unfinished: files of writes that were cut short.
     """
@@ -38,16 +39,16 @@ class Swept:
 
 
 async def find_orphans(
-    listing: AsyncIterator[ObjectInfo], known: KnownDocuments, *, now: datetime, grace: timedelta
+    listing: AsyncIterator[ObjectInfo], known: KnownSubjects, *, now: datetime, grace: timedelta
 ) -> AsyncIterator[ObjectInfo]:
     """The objects of a listing that nothing will ever name.
 
-    That is: written more than `grace` ago and either an upload under `incoming/` or of a document that has no
-    row. Keys of any other form are somebody else's and never in it.
+    That is: written more than `grace` ago and either an upload under `incoming/` or of a document or a photo that
+    has no row. Keys of any other form are somebody else's and never in it.
 
     Args:
         listing: objects in any order; read a batch at a time, never whole.
-        known: tells which documents have a row.
+        known: tells which documents and photos have a row.
         now: the time, with time zone.
         grace: how old an orphan must be.
     """
@@ -57,17 +58,17 @@ async def find_orphans(
             continue
         if is_incoming_key(info.key):
             yield info
-        elif (parsed := parse_key(info.key)) is not None:
-            batch.append((info, parsed.document_id))
+        elif (subject := _subject_of(info.key)) is not None:
+            batch.append((info, subject))
             if len(batch) == LOOKUP_BATCH:
-                for orphan in await _without_document(batch, known):
+                for orphan in await _without_row(batch, known):
                     yield orphan
                 batch.clear()
-    for orphan in await _without_document(batch, known):
+    for orphan in await _without_row(batch, known):
         yield orphan
 
 
-async def sweep(store: ObjectStore, known: KnownDocuments, *, now: datetime, grace: timedelta) -> Swept:
+async def sweep(store: ObjectStore, known: KnownSubjects, *, now: datetime, grace: timedelta) -> Swept:
     """Removes the orphans of a store and the files of writes that were cut short.
 
     Safe to repeat and to run twice at once.
@@ -76,7 +77,7 @@ async def sweep(store: ObjectStore, known: KnownDocuments, *, now: datetime, gra
 
     Args:
         store: the store.
-        known: tells which documents have a row.
+        known: tells which documents and photos have a row.
         now: the time, with time zone, by the clock that the store stamps objects with.
         grace: how old an orphan must be; far longer than an intake takes from its first byte to its commit.
 
@@ -94,8 +95,15 @@ async def sweep(store: ObjectStore, known: KnownDocuments, *, now: datetime, gra
     return Swept(objects, object_bytes, await store.remove_unfinished(now - grace))
 
 
-async def _without_document(batch: list[tuple[ObjectInfo, UUID]], known: KnownDocuments) -> list[ObjectInfo]:
+def _subject_of(key: str) -> UUID | None:
+    if (document := parse_key(key)) is not None:
+        return document.document_id
+    photo = parse_photo_key(key)
+    return photo.photo_id if photo is not None else None
+
+
+async def _without_row(batch: list[tuple[ObjectInfo, UUID]], known: KnownSubjects) -> list[ObjectInfo]:
     if not batch:
         return []
-    rows = await known(list({document for _, document in batch}))
-    return [info for info, document in batch if document not in rows]
+    rows = await known(list({subject for _, subject in batch}))
+    return [info for info, subject in batch if subject not in rows]
