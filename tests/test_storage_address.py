@@ -6,7 +6,7 @@ import pytest
 
 from upload_pipeline.errors import ErrorCode, PipelineError
 from upload_pipeline.settings import load_settings
-from upload_pipeline.storage_address import Bucket, Directory, parse_storage_url
+from upload_pipeline.storage_address import Bucket, Directory, SupabaseBucket, parse_storage_url
 
 
 @pytest.mark.parametrize(
@@ -18,6 +18,11 @@ from upload_pipeline.storage_address import Bucket, Directory, parse_storage_url
         ("s3://bucket/", Bucket("bucket", "")),
         ("s3://my.buck-et/a/b", Bucket("my.buck-et", "a/b")),
         ("s3://bucket/a/b//", Bucket("bucket", "a/b")),
+        ("supabase://abcdefghijklmnopqrst/b", SupabaseBucket("https://abcdefghijklmnopqrst.supabase.co", "b", "")),
+        ("supabase://files.example.com/My_files/a/", SupabaseBucket("https://files.example.com", "My_files", "a")),
+        ("supabase://kong:8443/files", SupabaseBucket("https://kong:8443", "files", "")),
+        ("supabase+http://kong/files/a/b", SupabaseBucket("http://kong", "files", "a/b")),
+        ("supabase+http://[::1]:54321/files", SupabaseBucket("http://[::1]:54321", "files", "")),
     ],
 )
 def test_a_url_names_a_directory_or_a_bucket(url, address):
@@ -44,6 +49,16 @@ BAD = [
     "s3://bucket/é",
     "s3://bucket/" + "a" * 513,
     "s3://bucket/a\0",
+    "supabase://",
+    "supabase://abcdefghijklmnopqrst",
+    "supabase://abcdefghijklmnopqrst/",
+    "supabase:///files",
+    "supabase://key:hunter2@host/files",
+    "supabase://host:port/files",
+    "supabase://a b/files",
+    "supabase://abcdefghijklmnopqrst/a b",
+    "supabase://abcdefghijklmnopqrst/files/../b",
+    "supabase+https://host/files",
     "file://relative",
     "file:///",
 ]
@@ -51,7 +66,7 @@ BAD = [
 
 @pytest.mark.parametrize("url", BAD)
 def test_a_url_that_names_nothing_is_refused_with_what_is_allowed(url):
-    with pytest.raises(ValueError, match=r"file:///|s3://|512"):
+    with pytest.raises(ValueError, match=r"file:///|s3://|supabase://<project>/|512"):
         parse_storage_url(url)
 
 

@@ -45,7 +45,8 @@ class Settings(BaseSettings):
     )
     storage_url: str = Field(
         default="",
-        description="Object store: `file:///<path>` or `s3://<bucket>[/<prefix>]`; empty means `file://<home>/storage`.",
+        description="Object store: `file:///<path>`, `s3://<bucket>[/<prefix>]` or "
+        "`supabase://<project>/<bucket>[/<prefix>]`; empty means `file://<home>/storage`.",
     )
     storage_public_endpoint: str = Field(
         default="",
@@ -64,6 +65,12 @@ class Settings(BaseSettings):
         pattern=r"^[A-Za-z0-9:/_.-]*$",
         description="Key of the key service, by id, ARN or alias, where STORAGE_ENCRYPTION is `kms`; empty: the "
         "account's own for S3.",
+    )
+
+    supabase_publishable_key: SecretStr = Field(
+        default=SecretStr(""),
+        description="The project's publishable key (`sb_publishable_…`, or the anon key), where files lie in Supabase "
+        "Storage: users then get its signed URLs; empty: the service's own.",
     )
 
     # what does the work

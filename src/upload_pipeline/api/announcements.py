@@ -20,6 +20,7 @@ from upload_pipeline.storage.signed_urls import Grant
 if TYPE_CHECKING:
     from starlette.requests import Request
 
+    from upload_pipeline.api.principals import Principal
     from upload_pipeline.api.resources import Resources
     from upload_pipeline.intake.reserve import ReservedUpload
 
@@ -57,9 +58,11 @@ async def read_announcement(request: Request) -> UploadRequest:
 
 
 async def sign_target(
-    request: Request, resources: Resources, reserved: ReservedUpload, wanted: UploadRequest
+    request: Request, resources: Resources, principal: Principal, reserved: ReservedUpload, wanted: UploadRequest
 ) -> Target:
     """Where the bytes of an announced file may be sent: to the store where it signs URLs, else to this service.
+
+    A store that ends its URLs earlier than was asked for is believed; one that ends them later is not waited for.
 
     Raises:
         PipelineError: `STORAGE_UNAVAILABLE`, `STORAGE_DENIED`.
@@ -72,9 +75,11 @@ async def sign_target(
         file_bytes=wanted.bytes_len,
         file_sha256=wanted.sha256,
         expires_in=life,
+        caller_token=principal.token_for(reserved.raw_key),
     )
     if signed is not None:
-        return Target(signed.url, {name.title(): value for name, value in signed.headers.items()}, expires_at)
+        headers = {name.title(): value for name, value in signed.headers.items()}
+        return Target(signed.url, headers, min(expires_at, signed.expires_at or expires_at))
     grant = Grant(
         "PUT",
         reserved.document_id,

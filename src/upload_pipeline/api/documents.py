@@ -168,6 +168,7 @@ async def download_document(
     url, expires_at = await download_url(
         request,
         resources,
+        principal,
         document_id=document_id,
         raw_key=document.raw_key,
         filename=document.filename,

@@ -163,6 +163,7 @@ async def _item(request: Request, resources: Resources, row: HistoryRow) -> Hist
             item.download_url, _ = await download_url(
                 request,
                 resources,
+                None,
                 document_id=row.document_id,
                 raw_key=row.raw_key,
                 filename=row.filename,

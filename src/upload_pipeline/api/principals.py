@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Literal
 from uuid import UUID
 
@@ -15,6 +15,7 @@ from upload_pipeline.api.same_site import require_same_site
 from upload_pipeline.api.session_cookies import COOKIE, find_or_open_session
 from upload_pipeline.errors import ErrorCode, PipelineError
 from upload_pipeline.logs import log_fields
+from upload_pipeline.storage.keys import uploader_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,12 +27,21 @@ class Principal:
         roles: of the application, as `ADMIN`; never the database's.
         kind: how it was found.
         expires_at: seconds since 1970 after which its credentials are good no more; None where they stay good.
+        token: that it came with, where another service would know it, too.
     """
 
     user_id: UUID
     roles: frozenset[str]
     kind: Literal["jwt", "api_key", "session"]
     expires_at: float | None = None
+    token: str | None = field(default=None, repr=False)
+
+    def token_for(self, raw_key: str) -> str | None:
+        """Its token, to ask the object store for a URL; None where there is none, or the key is not in its folder.
+
+        A document of a session that has become a user's stays in the session's, where a store's policies hide it.
+        """
+        return self.token if uploader_of(raw_key) == self.user_id else None
 
 
 _bearer = HTTPBearer(auto_error=False, bearerFormat="JWT", description="A user's access token.")
@@ -49,7 +59,9 @@ async def _current_principal(
     # The first credentials that are there decide: a bad token beside a good key is no mistake to overlook.
     if bearer is not None:
         known = await resources.tokens.verify(bearer.credentials)
-        principal = Principal(known.user_id, known.roles, "jwt", known.expires_at)
+        # Those for development are known to nobody else.
+        token = None if resources.settings.development_tokens else bearer.credentials
+        principal = Principal(known.user_id, known.roles, "jwt", known.expires_at, token)
     elif api_key is not None:
         found = await find_user(resources.db, api_key)
         if found is None:

@@ -87,6 +87,7 @@ async def open_resources(settings: Settings, database_url: str) -> AsyncGenerato
         )
         stack.push_async_callback(_close_pool, db)
         store = configured_store(settings)
+        stack.push_async_callback(store.close)
         provider_calls = ProviderCalls()
         own_embedder = open_embedder(settings.embedder, settings)
         embedder = MeasuredEmbedder(own_embedder, provider_calls)

@@ -12,7 +12,7 @@ from upload_pipeline.api.announcements import read_announcement, sign_target
 from upload_pipeline.api.documents import DocumentId, owned_document
 from upload_pipeline.api.error_bodies import documented_errors
 from upload_pipeline.api.multipart import MULTIPART
-from upload_pipeline.api.principals import CurrentPrincipal
+from upload_pipeline.api.principals import CurrentPrincipal, Principal
 from upload_pipeline.api.public_urls import status_url
 from upload_pipeline.api.received_file import accept_form
 from upload_pipeline.api.request_context import CorrelationId
@@ -68,7 +68,7 @@ async def upload(
     if kind == MULTIPART:
         told = await _take(request, resources, principal.user_id, correlation_id)
     elif kind == JSON:
-        told = await _announce(request, resources, principal.user_id, correlation_id)
+        told = await _announce(request, resources, principal, correlation_id)
     else:
         raise PipelineError(
             ErrorCode.UNSUPPORTED_TYPE,
@@ -129,7 +129,7 @@ async def _take(request: Request, resources: Resources, user_id: UUID, correlati
     )
 
 
-async def _announce(request: Request, resources: Resources, user_id: UUID, correlation_id: str) -> Upload:
+async def _announce(request: Request, resources: Resources, principal: Principal, correlation_id: str) -> Upload:
     settings = resources.settings
     wanted = await read_announcement(request)
     reserved = await reserve_upload(
@@ -138,7 +138,7 @@ async def _announce(request: Request, resources: Resources, user_id: UUID, corre
         file_bytes=wanted.bytes_len,
         media_type=wanted.mime,
         file_sha256=wanted.sha256,
-        user_id=user_id,
+        user_id=principal.user_id,
         metadata=wanted.metadata,
         correlation_id=correlation_id,
         window=timedelta(seconds=settings.upload_url_seconds + settings.upload_finish_seconds),
@@ -152,7 +152,7 @@ async def _announce(request: Request, resources: Resources, user_id: UUID, corre
     )
     if reserved.duplicate:
         return told
-    target = await sign_target(request, resources, reserved, wanted)
+    target = await sign_target(request, resources, principal, reserved, wanted)
     return told.model_copy(
         update={
             "upload_url": target.url,

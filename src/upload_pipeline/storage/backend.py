@@ -41,11 +41,45 @@ class Backend(Protocol):
         """Removes what writers that died left behind before that time; gives the number of files removed."""
 
     async def sign_put(
-        self, key: str, *, media_type: str, file_bytes: int, file_sha256: str | None, expires_in: timedelta
+        self,
+        key: str,
+        *,
+        media_type: str,
+        file_bytes: int,
+        file_sha256: str | None,
+        expires_in: timedelta,
+        caller_token: str | None,
     ) -> SignedUrl | None:
         """A URL to store the object by one PUT, `None` where the place gives out none."""
 
     async def sign_get(
-        self, key: str, *, filename: str, media_type: str | None, expires_in: timedelta
+        self, key: str, *, filename: str, media_type: str | None, expires_in: timedelta, caller_token: str | None
     ) -> SignedUrl | None:
         """A URL to fetch the object by one GET, `None` where the place gives out none."""
+
+    async def close(self) -> None:
+        """Lets go of what is open between calls; the next call opens it again."""
+
+
+class UrlSource(Protocol):
+    """What makes the signed URLs of a bucket. Both methods give `None` where it signs none for this caller."""
+
+    async def put(
+        self,
+        key: str,
+        *,
+        media_type: str,
+        file_bytes: int,
+        file_sha256: str | None,
+        expires_in: timedelta,
+        caller_token: str | None,
+    ) -> SignedUrl | None:
+        """As `Backend.sign_put`."""
+
+    async def get(
+        self, key: str, *, filename: str, media_type: str | None, expires_in: timedelta, caller_token: str | None
+    ) -> SignedUrl | None:
+        """As `Backend.sign_get`."""
+
+    async def close(self) -> None:
+        """As `Backend.close`."""

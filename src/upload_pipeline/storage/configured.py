@@ -21,6 +21,7 @@ def configured_store(settings: Settings) -> ObjectStore:
         settings.effective_storage_url,
         public_endpoint=settings.storage_public_endpoint,
         encryption=configured_encryption(settings),
+        publishable_key=settings.supabase_publishable_key.get_secret_value(),
     )
 
 

@@ -102,16 +102,26 @@ class LocalBackend:
         return await self._run(self._remove_unfinished, older_than)
 
     async def sign_put(
-        self, key: str, *, media_type: str, file_bytes: int, file_sha256: str | None, expires_in: timedelta
+        self,
+        key: str,
+        *,
+        media_type: str,
+        file_bytes: int,
+        file_sha256: str | None,
+        expires_in: timedelta,
+        caller_token: str | None,
     ) -> SignedUrl | None:
         """None: nobody but this machine reaches the directory."""
         return None
 
     async def sign_get(
-        self, key: str, *, filename: str, media_type: str | None, expires_in: timedelta
+        self, key: str, *, filename: str, media_type: str | None, expires_in: timedelta, caller_token: str | None
     ) -> SignedUrl | None:
         """None: nobody but this machine reaches the directory."""
         return None
+
+    async def close(self) -> None:
+        """Nothing is open between calls."""
 
     def _remove_unfinished(self, older_than: datetime) -> int:
         removed = 0

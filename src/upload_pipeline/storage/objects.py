@@ -46,7 +46,9 @@ class SignedUrl:
     Attributes:
         url: where to; a secret, so it belongs in no log.
         headers: what the request must send besides, by lower-case name.
+        expires_at: when it ends, with time zone, where that is not what was asked for.
     """
 
     url: str = field(repr=False)
     headers: Mapping[str, str]
+    expires_at: datetime | None = None

@@ -15,9 +15,9 @@ from datetime import datetime, timedelta
 import obstore
 from obstore.store import ObjectStore as Place
 
+from upload_pipeline.storage.backend import UrlSource
 from upload_pipeline.storage.failures import missing
 from upload_pipeline.storage.objects import ObjectInfo, SignedUrl
-from upload_pipeline.storage.presigned import Presigner
 from upload_pipeline.storage.s3_failures import MISSING_BUCKET, s3_code
 
 PART_BYTES = 5 * 1024 * 1024
@@ -49,11 +49,11 @@ class ObstoreBackend:
 
     Attributes:
         place: the store.
-        presigner: signs URLs for it; without one there are none.
+        urls: signs URLs for it; without it there are none.
     """
 
     place: Place
-    presigner: Presigner | None = None
+    urls: UrlSource | None = None
 
     async def write(self, key: str, blocks: AsyncIterator[bytes]) -> None:
         """Sends a small object by one PUT, a larger one in parts."""
@@ -166,22 +166,41 @@ class ObstoreBackend:
         return 0
 
     async def sign_put(
-        self, key: str, *, media_type: str, file_bytes: int, file_sha256: str | None, expires_in: timedelta
+        self,
+        key: str,
+        *,
+        media_type: str,
+        file_bytes: int,
+        file_sha256: str | None,
+        expires_in: timedelta,
+        caller_token: str | None,
     ) -> SignedUrl | None:
-        """Binds type, length and content."""
-        if self.presigner is None:
+        """Binds what the store can bind; see `urls`."""
+        if self.urls is None:
             return None
-        return await self.presigner.put(
-            key, media_type=media_type, file_bytes=file_bytes, file_sha256=file_sha256, expires_in=expires_in
+        return await self.urls.put(
+            key,
+            media_type=media_type,
+            file_bytes=file_bytes,
+            file_sha256=file_sha256,
+            expires_in=expires_in,
+            caller_token=caller_token,
         )
 
     async def sign_get(
-        self, key: str, *, filename: str, media_type: str | None, expires_in: timedelta
+        self, key: str, *, filename: str, media_type: str | None, expires_in: timedelta, caller_token: str | None
     ) -> SignedUrl | None:
         """Binds the name that the file is saved under."""
-        if self.presigner is None:
+        if self.urls is None:
             return None
-        return await self.presigner.get(key, filename=filename, media_type=media_type, expires_in=expires_in)
+        return await self.urls.get(
+            key, filename=filename, media_type=media_type, expires_in=expires_in, caller_token=caller_token
+        )
+
+    async def close(self) -> None:
+        """Closes the connections of `urls`; obstore's own go with the process."""
+        if self.urls is not None:
+            await self.urls.close()
 
 
 def _absent(error: FileNotFoundError, key: str) -> Exception:

@@ -43,7 +43,14 @@ class Presigner:
     encryption: Encryption = AES256
 
     async def put(
-        self, key: str, *, media_type: str, file_bytes: int, file_sha256: str | None, expires_in: timedelta
+        self,
+        key: str,
+        *,
+        media_type: str,
+        file_bytes: int,
+        file_sha256: str | None,
+        expires_in: timedelta,
+        caller_token: str | None = None,
     ) -> SignedUrl | None:
         """A PUT of just these bytes as that type; `None` where obstore signs with other credentials."""
         headers = {"content-type": media_type, "content-length": str(file_bytes), **self.encryption.headers()}
@@ -53,13 +60,18 @@ class Presigner:
         url = await self._sign("PUT", key, expires_in, headers=headers, query={})
         return None if url is None else SignedUrl(url, headers)
 
-    async def get(self, key: str, *, filename: str, media_type: str | None, expires_in: timedelta) -> SignedUrl | None:
+    async def get(
+        self, key: str, *, filename: str, media_type: str | None, expires_in: timedelta, caller_token: str | None = None
+    ) -> SignedUrl | None:
         """A GET that a browser saves under the name; `None` where obstore signs with other credentials."""
         query = {"response-content-disposition": attachment(filename)}
         if media_type is not None:
             query["response-content-type"] = media_type
         url = await self._sign("GET", key, expires_in, headers={}, query=query)
         return None if url is None else SignedUrl(url, {})
+
+    async def close(self) -> None:
+        """Nothing is open between calls."""
 
     async def _sign(
         self,

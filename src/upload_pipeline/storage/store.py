@@ -24,7 +24,8 @@ from upload_pipeline.storage.local_tree import FILE_MODE, LocalTree, make_root
 from upload_pipeline.storage.measured import BLOCK_BYTES, MeasuredStream
 from upload_pipeline.storage.objects import ObjectInfo, SignedUrl, StoredObject
 from upload_pipeline.storage.s3 import open_bucket
-from upload_pipeline.storage_address import ALLOWED, Bucket, parse_storage_url
+from upload_pipeline.storage.supabase import open_supabase_bucket
+from upload_pipeline.storage_address import ALLOWED, Bucket, Directory, SupabaseBucket, parse_storage_url
 from upload_pipeline.url_secrets import without_password
 
 HEAD_BYTES = 65536
@@ -260,12 +261,20 @@ class ObjectStore:
         return await self._bounded(self.backend.remove_unfinished(older_than), "remove unfinished writes")
 
     async def sign_put(
-        self, key: str, *, media_type: str, file_bytes: int, file_sha256: str | None = None, expires_in: timedelta
+        self,
+        key: str,
+        *,
+        media_type: str,
+        file_bytes: int,
+        file_sha256: str | None = None,
+        expires_in: timedelta,
+        caller_token: str | None = None,
     ) -> SignedUrl | None:
         """A URL by which somebody else stores the object with one PUT, and nothing else.
 
-        The store refuses a body of another length or type, or other bytes than those of the sha256. Until it
-        expires, the URL may be used again and replaces what stands under the key.
+        S3 refuses a body of another length or type, or other bytes than those of the sha256; until it expires, the
+        URL may be used again and replaces what stands under the key. Supabase binds none of that, and replaces
+        nothing. So what arrives by a URL has to be looked at in any case.
 
         Args:
             key: where to.
@@ -273,33 +282,55 @@ class ObjectStore:
             file_bytes: the length that its body must have.
             file_sha256: of its body, 64 hexadecimal digits; `None` leaves the content open.
             expires_in: from now; whole seconds, at most seven days. A PUT that began in time may end later.
+            caller_token: the access token of whoever is to have the URL, for stores that ask their own policies
+                about it; `None` where there is none.
 
         Returns:
-            The URL and the headers to send, or `None` where the store cannot sign: then the service takes the
-            bytes itself.
+            The URL, when it ends and the headers to send, or `None` where the store cannot sign: then the service
+            takes the bytes itself.
+
+        Raises:
+            PipelineError: `STORAGE_DENIED` also where the store's policies refuse the caller.
         """
         validate_key(key)
         signing = self.backend.sign_put(
-            key, media_type=media_type, file_bytes=file_bytes, file_sha256=file_sha256, expires_in=expires_in
+            key,
+            media_type=media_type,
+            file_bytes=file_bytes,
+            file_sha256=file_sha256,
+            expires_in=expires_in,
+            caller_token=caller_token,
         )
         return await self._bounded(signing, f"sign a URL for {key}", key)
 
     async def sign_get(
-        self, key: str, *, filename: str, media_type: str | None = None, expires_in: timedelta
+        self,
+        key: str,
+        *,
+        filename: str,
+        media_type: str | None = None,
+        expires_in: timedelta,
+        caller_token: str | None = None,
     ) -> SignedUrl | None:
         """A URL by which somebody else fetches the object; a browser saves it and never shows it in place.
 
         Args:
-            key: of the object, which need not be there yet.
+            key: of the object, which for most stores need not be there yet.
             filename: what it is saved as; any characters.
             media_type: the `Content-Type` of the answer; `None` leaves it to the store.
             expires_in: from now; whole seconds, at most seven days.
+            caller_token: as for `sign_put`.
 
         Returns:
             The URL, or `None` where the store cannot sign: then the service sends the bytes itself.
+
+        Raises:
+            PipelineError: `OBJECT_MISSING` where the store looks and finds none that the caller may read.
         """
         validate_key(key)
-        signing = self.backend.sign_get(key, filename=filename, media_type=media_type, expires_in=expires_in)
+        signing = self.backend.sign_get(
+            key, filename=filename, media_type=media_type, expires_in=expires_in, caller_token=caller_token
+        )
         return await self._bounded(signing, f"sign a URL for {key}", key)
 
     async def require_room(self, *, floor: int, expected: int = 0) -> None:
@@ -341,6 +372,10 @@ class ObjectStore:
         finally:
             await self.delete([key])
 
+    async def close(self) -> None:
+        """Lets go of what is open between calls; the next call opens it again."""
+        await self.backend.close()
+
     async def _bounded(self, work: Awaitable[R], action: str, key: str = "") -> R:
         try:
             async with asyncio.timeout(self.progress_seconds):
@@ -356,6 +391,7 @@ def open_store(
     *,
     public_endpoint: str = "",
     encryption: Encryption = AES256,
+    publishable_key: str = "",
     progress_seconds: float = PROGRESS_SECONDS,
 ) -> ObjectStore:
     """Opens the store that a URL names.
@@ -365,6 +401,7 @@ def open_store(
             only, where it is missing; a bucket is not, and is not asked for anything yet.
         public_endpoint: of a bucket, where clients reach it by signed URLs; empty: where this process does.
         encryption: asked of a bucket with each write.
+        publishable_key: of a Supabase project; empty: it signs no URLs.
         progress_seconds: see `ObjectStore`.
 
     Raises:
@@ -379,14 +416,22 @@ def open_store(
             f"{failures.STORAGE_SETTING}={without_password(url)!r} is not allowed: {error}.",
             {"setting": failures.STORAGE_SETTING, "value": without_password(url), "allowed": list(ALLOWED)},
         ) from error
-    if isinstance(address, Bucket):
-        return ObjectStore(open_bucket(address, public_endpoint, encryption), progress_seconds)
-    root = address.path
+    match address:
+        case Bucket():
+            backend: Backend = open_bucket(address, public_endpoint, encryption)
+        case SupabaseBucket():
+            backend = open_supabase_bucket(address, public_endpoint=public_endpoint, publishable_key=publishable_key)
+        case Directory(root):
+            backend = _open_directory(root)
+    return ObjectStore(backend, progress_seconds)
+
+
+def _open_directory(root: Path) -> LocalBackend:
     try:
         make_root(root)
     except OSError as error:
         raise failures.translate(error, f"make the directory {root}") from error
-    return ObjectStore(LocalBackend(LocalTree(root)), progress_seconds)
+    return LocalBackend(LocalTree(root))
 
 
 def _extend(limit: asyncio.Timeout, seconds: float) -> None:
