@@ -10,21 +10,54 @@ import sys
 from pathlib import Path
 
 from postgres_servers import Database
-from s3_servers import S3Server
+from s3_servers import ACCESS_KEY_ID, REGION, SECRET_ACCESS_KEY, S3Server
 
+from tests.simulators.simulator_process import running_simulator
+from tests.simulators.supabase_wire import PUBLISHABLE_KEY
 from upload_pipeline.storage import s3_failures
 
 GUIDE = (Path(__file__).parents[2] / "docs" / "storage.md").read_text()
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```$", GUIDE, re.MULTILINE | re.DOTALL)
+def blocks(language: str, section: str = "") -> list[str]:
+    """The code blocks of a language, of the whole guide or of one section."""
+    text = GUIDE.partition(f"## {section}\n")[2].partition("\n## ")[0] if section else GUIDE
+    return re.findall(rf"^```{language}\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
 
 
 def test_its_commands_run_against_a_bucket(
     s3_server: S3Server, s3_bucket: str, database: Database, tmp_path: Path
 ) -> None:
-    (commands,) = blocks("sh")
+    (commands,) = blocks("sh", "A bucket on S3")
+    storage = doctors_word(commands, tmp_path, database, {"BUCKET": s3_bucket})
+    assert storage.startswith("ok")
+    assert f"s3://{s3_bucket}/upload-pipeline can be written; clients get URLs of the bucket" in storage
+    assert "<Key>" not in s3_server.listing(s3_bucket)
+
+
+def test_its_commands_run_against_supabase(database: Database, tmp_path: Path) -> None:
+    (commands,) = blocks("sh", "A bucket of Supabase Storage")
+    commands = commands.replace("supabase://", "supabase+http://")  # the simulator has no TLS
+    with running_simulator("tests.simulators.supabase_storage", "--bucket", "files") as url:
+        given = {
+            "PROJECT": url.removeprefix("http://"),
+            "BUCKET": "files",
+            "AWS_ACCESS_KEY_ID": ACCESS_KEY_ID,
+            "AWS_SECRET_ACCESS_KEY": SECRET_ACCESS_KEY,
+            "AWS_REGION": REGION,
+            "UPLOAD_PIPELINE_SUPABASE_PUBLISHABLE_KEY": PUBLISHABLE_KEY,
+        }
+        storage = doctors_word(commands, tmp_path, database, given)
+        assert storage.startswith("ok")
+        assert "/files/claims can be written; users with tokens get URLs of Supabase" in storage
+        given["UPLOAD_PIPELINE_SUPABASE_PUBLISHABLE_KEY"] = "sb_publishable_other"
+        storage = doctors_word(commands, tmp_path, database, given)
+        assert storage.startswith("problem")
+        assert "Set UPLOAD_PIPELINE_SUPABASE_PUBLISHABLE_KEY to the project's publishable key" in storage
+
+
+def doctors_word(commands: str, tmp_path: Path, database: Database, given: dict[str, str]) -> str:
+    """What `doctor` says of the store, after the commands that end with it."""
     done = subprocess.run(
         ["/bin/bash", "-euc", commands],
         env={
@@ -32,7 +65,7 @@ def test_its_commands_run_against_a_bucket(
             "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
             "UPLOAD_PIPELINE_HOME": str(tmp_path / "home"),
             "UPLOAD_PIPELINE_DATABASE_URL": database.worker_url,
-            "BUCKET": s3_bucket,
+            **given,
         },
         cwd=tmp_path,
         capture_output=True,
@@ -40,11 +73,10 @@ def test_its_commands_run_against_a_bucket(
         timeout=60,
         check=False,
     )
-    assert done.returncode == 0, done.stdout + done.stderr
-    (storage,) = [line for line in done.stdout.splitlines() if line.split()[1] == "storage"]
-    assert storage.startswith("ok")
-    assert f"s3://{s3_bucket}/upload-pipeline" in storage
-    assert "<Key>" not in s3_server.listing(s3_bucket)
+    lines = [line for line in done.stdout.splitlines() if line.split()[1:2] == ["storage"]]
+    assert len(lines) == 1, done.stdout + done.stderr
+    assert (done.returncode == 0) is lines[0].startswith("ok"), done.stdout
+    return lines[0]
 
 
 def test_its_documents_are_json_and_grant_what_a_refusal_asks_for() -> None:

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import base64
 import json
-import subprocess
-import sys
 import time
 from collections.abc import AsyncIterator
 from datetime import timedelta
-from pathlib import Path
 from urllib.parse import quote
 from uuid import uuid4
 
@@ -24,6 +21,7 @@ from storage3.exceptions import StorageApiError
 from storage3.types import CreateSignedUploadUrlOptions
 
 from tests.simulators.object_server import Bucket
+from tests.simulators.simulator_process import running_simulator
 from tests.simulators.supabase_storage import API, SupabaseStorage
 from tests.simulators.supabase_wire import PUBLISHABLE_KEY, SECRET_KEY
 
@@ -304,19 +302,12 @@ async def test_an_answer_can_be_dropped_when_all_is_done_or_never_come(server):
 
 
 def test_it_runs_on_its_own():
-    command = [sys.executable, "-m", "tests.simulators.supabase_storage", "--bucket", "files"]
-    root = Path(__file__).parents[2]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=root) as process:
-        try:
-            assert process.stdout is not None
-            url = process.stdout.readline().strip()
-            headers = {"apikey": SECRET_KEY, "Authorization": f"Bearer {SECRET_KEY}"}
-            with httpx.Client(base_url=url, headers=headers) as http:
-                metadata = base64.b64encode(json.dumps({"a": "b"}).encode()).decode()
-                assert http.post(f"{API}/object/files/raw/x", content=b"1", headers={"x-metadata": metadata}).is_success
-                assert http.get(f"{API}/object/info/files/raw/x").json()["metadata"] == {"a": "b"}
-                assert http.post("/misbehave", json={"fault": "slow_down"}).json() == {}
-                assert http.get(f"{API}/object/files/raw/x").status_code == 429
-                assert http.get("/requests").json()[f"POST {API}/object/files/raw/x"] == 1
-        finally:
-            process.terminate()
+    with running_simulator("tests.simulators.supabase_storage", "--bucket", "files") as url:
+        headers = {"apikey": SECRET_KEY, "Authorization": f"Bearer {SECRET_KEY}"}
+        with httpx.Client(base_url=url, headers=headers) as http:
+            metadata = base64.b64encode(json.dumps({"a": "b"}).encode()).decode()
+            assert http.post(f"{API}/object/files/raw/x", content=b"1", headers={"x-metadata": metadata}).is_success
+            assert http.get(f"{API}/object/info/files/raw/x").json()["metadata"] == {"a": "b"}
+            assert http.post("/misbehave", json={"fault": "slow_down"}).json() == {}
+            assert http.get(f"{API}/object/files/raw/x").status_code == 429
+            assert http.get("/requests").json()[f"POST {API}/object/files/raw/x"] == 1

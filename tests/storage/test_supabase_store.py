@@ -159,7 +159,19 @@ async def test_a_publishable_key_of_another_project_is_named(supabase, supabase_
     assert error.code is ErrorCode.STORAGE_DENIED
     assert "UPLOAD_PIPELINE_SUPABASE_PUBLISHABLE_KEY" in error.message
     assert "sb_publishable_other" not in error.message
+    with pytest.raises(PipelineError, match="UPLOAD_PIPELINE_SUPABASE_PUBLISHABLE_KEY"):
+        await store.check_urls()
     await store.close()
+
+
+async def test_whether_urls_can_be_signed_is_known_before_anybody_asks_for_one(supabase, supabase_store):
+    assert "users with tokens get URLs of Supabase" in await supabase_store.check_urls()
+    assert supabase.keys("files") == set()
+    keyless = open_store(supabase.url.replace("http", "supabase+http") + "/files")
+    assert "URLs of the service" in await keyless.check_urls()
+    del supabase.buckets["files"]
+    with pytest.raises(PipelineError, match="the bucket does not exist. Create it"):
+        await supabase_store.check_urls()
 
 
 async def test_a_missing_bucket_is_no_missing_object(supabase, supabase_store):

@@ -196,9 +196,13 @@ async def _check_storage(settings: Settings) -> str:
 
     store = configured_store(settings)
     key = incoming_key(uuid4())
-    await store.put_bytes(key, b"doctor")
-    await store.delete([key])
-    return f"{without_password(settings.effective_storage_url)} can be written"
+    try:
+        await store.put_bytes(key, b"doctor")
+        await store.delete([key])
+        urls = await store.check_urls()
+    finally:
+        await store.close()
+    return f"{without_password(settings.effective_storage_url)} can be written; {urls}"
 
 
 async def _check_scanner(settings: Settings) -> str:

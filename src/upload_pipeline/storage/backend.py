@@ -57,6 +57,9 @@ class Backend(Protocol):
     ) -> SignedUrl | None:
         """A URL to fetch the object by one GET, `None` where the place gives out none."""
 
+    async def check_urls(self) -> str:
+        """Says in a clause who hands out URLs to clients; raises where that is set up and cannot work."""
+
     async def close(self) -> None:
         """Lets go of what is open between calls; the next call opens it again."""
 
@@ -80,6 +83,9 @@ class UrlSource(Protocol):
         self, key: str, *, filename: str, media_type: str | None, expires_in: timedelta, caller_token: str | None
     ) -> SignedUrl | None:
         """As `Backend.sign_get`."""
+
+    async def check(self) -> str:
+        """As `Backend.check_urls`."""
 
     async def close(self) -> None:
         """As `Backend.close`."""

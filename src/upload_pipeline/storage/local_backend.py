@@ -18,7 +18,7 @@ from upload_pipeline.storage.failures import missing
 from upload_pipeline.storage.free_space import free_bytes
 from upload_pipeline.storage.local_tree import UNFINISHED, LocalTree
 from upload_pipeline.storage.local_write import LocalWrite
-from upload_pipeline.storage.objects import ObjectInfo, SignedUrl
+from upload_pipeline.storage.objects import OWN_URLS, ObjectInfo, SignedUrl
 
 THREADS = 8
 """Disk calls at once, in a pool apart from asyncio's own, which a busy parser or embedder may fill."""
@@ -119,6 +119,10 @@ class LocalBackend:
     ) -> SignedUrl | None:
         """None: nobody but this machine reaches the directory."""
         return None
+
+    async def check_urls(self) -> str:
+        """The service does."""
+        return OWN_URLS
 
     async def close(self) -> None:
         """Nothing is open between calls."""

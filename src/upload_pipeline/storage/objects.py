@@ -6,6 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 
+OWN_URLS = "clients get URLs of the service"
+"""Said of a store that signs none."""
+
 
 @dataclass(frozen=True, slots=True)
 class ObjectInfo:

@@ -17,7 +17,7 @@ from obstore.store import ObjectStore as Place
 
 from upload_pipeline.storage.backend import UrlSource
 from upload_pipeline.storage.failures import missing
-from upload_pipeline.storage.objects import ObjectInfo, SignedUrl
+from upload_pipeline.storage.objects import OWN_URLS, ObjectInfo, SignedUrl
 from upload_pipeline.storage.s3_failures import MISSING_BUCKET, s3_code
 
 PART_BYTES = 5 * 1024 * 1024
@@ -196,6 +196,10 @@ class ObstoreBackend:
         return await self.urls.get(
             key, filename=filename, media_type=media_type, expires_in=expires_in, caller_token=caller_token
         )
+
+    async def check_urls(self) -> str:
+        """The bucket does where it signs URLs."""
+        return OWN_URLS if self.urls is None else await self.urls.check()
 
     async def close(self) -> None:
         """Closes the connections of `urls`; obstore's own go with the process."""

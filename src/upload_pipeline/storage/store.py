@@ -372,6 +372,14 @@ class ObjectStore:
         finally:
             await self.delete([key])
 
+    async def check_urls(self) -> str:
+        """Says in a clause who hands out URLs to clients.
+
+        Raises:
+            PipelineError: URLs are set up and cannot work, with the remedy.
+        """
+        return await self._bounded(self.backend.check_urls(), "sign URLs")
+
     async def close(self) -> None:
         """Lets go of what is open between calls; the next call opens it again."""
         await self.backend.close()

@@ -16,11 +16,13 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from typing import Any
 from urllib.parse import parse_qs, quote, urlsplit
+from uuid import uuid4
 
 import aiohttp
 
 from upload_pipeline.storage.failures import unavailable
 from upload_pipeline.storage.http_bounds import CONNECT_SECONDS, RETRY_PAUSES
+from upload_pipeline.storage.keys import incoming_key
 from upload_pipeline.storage.objects import SignedUrl
 from upload_pipeline.storage.supabase_answers import Answer, Verdict, read_answer, refusal
 
@@ -100,6 +102,18 @@ class SupabaseUrls:
         answer = await self._ask("object/sign", key, caller_token, {"expiresIn": seconds}, {})
         path = self._given(answer, "signedURL", key)
         return SignedUrl(f"{self.shown_api}{path}&download={quote(filename, safe='')}", {})
+
+    async def check(self) -> str:
+        """Asks for a URL that nobody may have: the answer tells whether gateway, key and bucket are right.
+
+        Raises:
+            PipelineError: `STORAGE_DENIED`, `STORAGE_UNAVAILABLE`.
+        """
+        key = incoming_key(uuid4())
+        answer = await self._ask("object/sign", key, self.publishable_key, {"expiresIn": 1}, {})
+        if answer.verdict not in {Verdict.NO_OBJECT, Verdict.DENIED, Verdict.BAD_TOKEN}:
+            raise refusal(answer, "sign URLs", key)
+        return "users with tokens get URLs of Supabase, all others those of the service"
 
     async def close(self) -> None:
         """Closes the connections."""
