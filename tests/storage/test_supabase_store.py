@@ -170,7 +170,7 @@ async def test_whether_urls_can_be_signed_is_known_before_anybody_asks_for_one(s
     keyless = open_store(supabase.url.replace("http", "supabase+http") + "/files")
     assert "URLs of the service" in await keyless.check_urls()
     del supabase.buckets["files"]
-    with pytest.raises(PipelineError, match="the bucket does not exist. Create it"):
+    with pytest.raises(PipelineError, match="the bucket does not exist"):
         await supabase_store.check_urls()
 
 
