@@ -4,19 +4,33 @@ from __future__ import annotations
 
 from typing import Final
 
+from upload_pipeline.errors import ErrorCode, PipelineError
+
 JPEG: Final = "image/jpeg"
 PNG: Final = "image/png"
-
-PHOTO_EXTENSIONS: Final = {JPEG: "jpg", PNG: "png"}
-"""The media types of photos, and how the key of such a photo ends."""
-
-MIN_PHOTO_BYTES: Final = 1024
-"""A smaller file is no photo."""
 
 SIGNATURES: Final = {JPEG: b"\xff\xd8\xff", PNG: b"\x89PNG\r\n\x1a\n"}
 """How files begin: ITU-T T.81 B.1.1.3 (SOI, then any marker), PNG (third edition) section 5.2."""
 
 
-def photo_type_of(head: bytes) -> str | None:
-    """The media type of a file by its first eight bytes or more; None where it is no photo."""
-    return next((media_type for media_type, start in SIGNATURES.items() if head.startswith(start)), None)
+_SPOKEN: Final = {JPEG: "a JPEG", PNG: "a PNG", None: "neither JPEG nor PNG"}
+
+
+def check_photo_type(head: bytes, media_type: str) -> None:
+    """Sees that a file is what it was declared to be, by its first bytes.
+
+    Args:
+        head: eight bytes or more, or all that there are.
+        media_type: JPEG or PNG.
+
+    Raises:
+        PipelineError: `TYPE_MISMATCH`.
+    """
+    found = next((kind for kind, start in SIGNATURES.items() if head.startswith(start)), None)
+    if found != media_type:
+        raise PipelineError(
+            ErrorCode.TYPE_MISMATCH,
+            f"The file was declared as {media_type} but its content is {_SPOKEN[found]}. Ask for another upload "
+            "URL with the type that it has, or send the photo that was meant.",
+            {"expected": media_type, "found": found},
+        )

@@ -1,4 +1,4 @@
-"""Calls of providers, counted and timed: wrappers around a parser and an embedder, and what Prometheus reads of them.
+"""Calls of providers, counted and timed: wrappers around a parser, an embedder and a reader of photos, for Prometheus.
 
 A provider knows nothing of it, so each that is added is measured like the others.
 """
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
     from upload_pipeline.providers.embedding import Embedder, EmbeddingModel
     from upload_pipeline.providers.parsing import ParsedMarkdown, Parser
+    from upload_pipeline.providers.photo_reading import PhotoFacts, PhotoReader
 
 _PREFIX = "upload_pipeline_provider_"
 
@@ -36,7 +37,7 @@ class ProviderCalls:
         self.registry = CollectorRegistry()
         self._calls = Counter(
             f"{_PREFIX}calls",
-            "Calls of parsers and embedders by outcome: ok, an error code, cancelled, or crashed.",
+            "Calls of parsers, embedders and readers of photos by outcome: ok, an error code, cancelled, or crashed.",
             ("provider", "operation", "outcome"),
             registry=self.registry,
         )
@@ -49,7 +50,7 @@ class ProviderCalls:
         )
         self._units = Counter(
             f"{_PREFIX}units",
-            "What was worked on by calls that succeeded: pages, or documents where there are none; texts.",
+            "What was worked on by calls that succeeded: pages, or documents where there are none; texts; photos.",
             ("provider", "operation", "unit"),
             registry=self.registry,
         )
@@ -109,6 +110,32 @@ class MeasuredParser:
         with self.calls.measured(self.name, "inspect"):
             await self.parser.inspect(path, media_type)
         self.calls.worked(self.name, "inspect", "documents", 1)
+
+
+@dataclass(frozen=True, slots=True)
+class MeasuredPhotoReader:
+    """A reader of photos whose calls are measured."""
+
+    reader: PhotoReader
+    calls: ProviderCalls
+
+    @property
+    def name(self) -> str:
+        """As the reader's."""
+        return self.reader.name
+
+    async def read(self, path: Path, media_type: str) -> PhotoFacts:
+        """As the reader's."""
+        with self.calls.measured(self.name, "read_photo"):
+            facts = await self.reader.read(path, media_type)
+        self.calls.worked(self.name, "read_photo", "photos", 1)
+        return facts
+
+    async def write_without_place(self, path: Path, media_type: str, target: Path) -> None:
+        """As the reader's."""
+        with self.calls.measured(self.name, "drop_place"):
+            await self.reader.write_without_place(path, media_type, target)
+        self.calls.worked(self.name, "drop_place", "photos", 1)
 
 
 @dataclass(frozen=True, slots=True)

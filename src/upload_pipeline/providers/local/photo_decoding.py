@@ -16,10 +16,9 @@ from PIL.JpegImagePlugin import JpegImageFile
 from PIL.PngImagePlugin import PngImageFile
 
 from upload_pipeline.errors import ErrorCode, PipelineError
-from upload_pipeline.photo_types import JPEG, PNG, photo_type_of
+from upload_pipeline.photo_types import JPEG
 from upload_pipeline.providers.local.thumbnail import THUMBNAIL_PIXELS
 
-_SPOKEN: Final = {JPEG: "a JPEG", PNG: "a PNG", None: "neither JPEG nor PNG"}
 _DAMAGED: Final = (
     OSError,
     SyntaxError,
@@ -36,22 +35,6 @@ _DAMAGED: Final = (
 """What Pillow raises at a picture that is damaged; memory that runs out is none of them."""
 
 
-def check_photo_type(head: bytes, media_type: str) -> None:
-    """Sees that a file is what it was declared to be, by its first bytes.
-
-    Raises:
-        PipelineError: `TYPE_MISMATCH`.
-    """
-    found = photo_type_of(head)
-    if found != media_type:
-        raise PipelineError(
-            ErrorCode.TYPE_MISMATCH,
-            f"The file was declared as {media_type} but its content is {_SPOKEN[found]}. Ask for another upload "
-            "URL with the type that it has, or send the photo that was meant.",
-            {"expected": media_type, "found": found},
-        )
-
-
 def decoded_photo(path: Path, media_type: str, max_pixels: int) -> tuple[Image.Image, int, int]:
     """Decodes a photo; of several pictures in a file, the first.
 
@@ -60,7 +43,7 @@ def decoded_photo(path: Path, media_type: str, max_pixels: int) -> tuple[Image.I
 
     Args:
         path: the file.
-        media_type: JPEG or PNG, as `check_photo_type` found it.
+        media_type: JPEG or PNG, as its first bytes say.
         max_pixels: width times height, at most.
 
     Returns:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from upload_pipeline.photo_types import PNG
+from upload_pipeline.photo_types import PNG, check_photo_type
 from upload_pipeline.providers.local.exif import read_exif
 from upload_pipeline.providers.local.gps_removal import bytes_behind, photo_without_place
-from upload_pipeline.providers.local.photo_decoding import check_photo_type, decoded_photo
+from upload_pipeline.providers.local.photo_decoding import decoded_photo
 from upload_pipeline.providers.local.thumbnail import thumbnail_of
 
 _TURNED = 5

@@ -19,7 +19,8 @@ from PIL import Image
 from upload_pipeline.errors import ErrorCode, PipelineError
 from upload_pipeline.photo_types import JPEG, PNG
 from upload_pipeline.providers.local.photo_tasks import read_photo
-from upload_pipeline.providers.photo_reader import PhotoFacts, PhotoReader
+from upload_pipeline.providers.local_photo_reader import LocalPhotoReader
+from upload_pipeline.providers.photo_reading import PhotoFacts, PhotoReader
 
 MIB = 1024**2
 MAX_PIXELS = 20_000_000
@@ -30,7 +31,7 @@ CORPUS = Path(__file__).resolve().parents[3] / "shared" / "corpus"
 
 @pytest.fixture(scope="module")
 def reader() -> Iterator[PhotoReader]:
-    made = PhotoReader(timeout=30, memory_bytes=512 * MIB, max_pixels=MAX_PIXELS, max_bytes=50 * MIB)
+    made = LocalPhotoReader(timeout=30, memory_bytes=512 * MIB, max_pixels=MAX_PIXELS)
     yield made
     made.close()
 
@@ -163,7 +164,7 @@ async def test_a_bomb_is_refused_before_it_unpacks(reader: PhotoReader, tmp_path
 
 
 async def test_a_bomb_within_the_limit_of_pixels_ends_with_its_process_only(tmp_path: Path) -> None:
-    reader = PhotoReader(timeout=30, memory_bytes=128 * MIB, max_pixels=10**10, max_bytes=MIB)
+    reader = LocalPhotoReader(timeout=30, memory_bytes=128 * MIB, max_pixels=10**10)
     try:
         with pytest.raises(PipelineError) as caught:
             await read(reader, tmp_path, BOMB, PNG)
@@ -174,7 +175,7 @@ async def test_a_bomb_within_the_limit_of_pixels_ends_with_its_process_only(tmp_
 
 
 async def test_a_photo_that_takes_too_long_is_given_up(tmp_path: Path) -> None:
-    reader = PhotoReader(timeout=0.3, memory_bytes=1024 * MIB, max_pixels=10**10, max_bytes=MIB)
+    reader = LocalPhotoReader(timeout=0.3, memory_bytes=1024 * MIB, max_pixels=10**10)
     try:
         await read(reader, tmp_path, png(), PNG)
         with pytest.raises(PipelineError) as caught:
@@ -252,7 +253,7 @@ def corpus_photos() -> list[dict[str, str]]:
 async def test_the_corpus_ends_as_its_manifest_says(reader: PhotoReader, row: dict[str, str]) -> None:
     path = CORPUS / row["path"]
     verdict, _, code = row["expected"].partition(" ")
-    if code == "FILE_TOO_SMALL":
+    if code == ErrorCode.FILE_TOO_SMALL:
         assert path.stat().st_size < 1024  # refused when it is announced
         return
     reading = reader.read(path, PNG if path.suffix == ".png" else JPEG)
