@@ -32,6 +32,10 @@ create table upload_pipeline.photos (
   exif            jsonb not null default '{}',
   warnings        text[] not null default '{}',
   thumbnail_key   text,
+  -- the copy that is handed out in the original's place, which tells no place; null: the original is
+  shared_key      text,
+  -- of the object that is handed out; null before it was looked at
+  file_sha256     text,
   detections      jsonb,
   detector        text,
   -- until when the bytes may come; null once they were checked
@@ -50,6 +54,7 @@ create table upload_pipeline.photos (
   constraint photos_priority check (priority in ('low', 'normal', 'high')),
   constraint photos_status check (status in ('pending_upload', 'uploaded', 'processing', 'completed', 'failed')),
   constraint photos_size check ((width is null) = (height is null) and width > 0 and height > 0),
+  constraint photos_sha256 check (file_sha256 ~ '^[0-9a-f]{64}$'),
   constraint photos_exif check (jsonb_typeof(exif) = 'object')
 );
 

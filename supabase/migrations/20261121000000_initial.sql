@@ -2457,6 +2457,10 @@ create table upload_pipeline.photos (
   exif            jsonb not null default '{}',
   warnings        text[] not null default '{}',
   thumbnail_key   text,
+  -- the copy that is handed out in the original's place, which tells no place; null: the original is
+  shared_key      text,
+  -- of the object that is handed out; null before it was looked at
+  file_sha256     text,
   detections      jsonb,
   detector        text,
   -- until when the bytes may come; null once they were checked
@@ -2475,6 +2479,7 @@ create table upload_pipeline.photos (
   constraint photos_priority check (priority in ('low', 'normal', 'high')),
   constraint photos_status check (status in ('pending_upload', 'uploaded', 'processing', 'completed', 'failed')),
   constraint photos_size check ((width is null) = (height is null) and width > 0 and height > 0),
+  constraint photos_sha256 check (file_sha256 ~ '^[0-9a-f]{64}$'),
   constraint photos_exif check (jsonb_typeof(exif) = 'object')
 );
 
@@ -2834,6 +2839,73 @@ begin
     raw_key := v_photo.raw_key;
     return next;
   end loop;
+end
+$$;
+
+-- sql/schema/05_photo_facts.sql
+
+-- What the steps find out about a photo's bytes. As with documents, a step's effect and the transition that says it has
+-- happened are one call; asked the same again, each verb answers the same again (check_step).
+
+-- uploaded -> extracting of a photo whose project drops the place where photos were taken: the copy without it is in the
+-- store. From now on the copy is the photo, whatever the project says later; the original may go.
+create function upload_pipeline.commit_photo_copy(
+  p_job_id     uuid,
+  p_token      bigint,
+  p_shared_key text,
+  p_keep       boolean default true,
+  p_ttl        interval default '60 seconds'
+)
+returns table (job_id uuid, stage text, state upload_pipeline.job_state, lease_expires_at timestamptz)
+language plpgsql
+security definer
+set search_path = ''
+as $$
+declare
+  v_job upload_pipeline.upload_jobs := upload_pipeline.check_step(p_job_id, p_token, 'extracting');
+begin
+  if v_job.stage = 'extracting' then
+    return query select v_job.job_id, v_job.stage, v_job.state, v_job.lease_expires_at;
+    return;
+  end if;
+  update upload_pipeline.photos p set shared_key = p_shared_key, updated_at = upload_pipeline.now()
+   where p.photo_id = v_job.photo_id;
+  return query select * from upload_pipeline.advance_job(p_job_id, p_token, 'uploaded', 'extracting', p_keep, p_ttl);
+end
+$$;
+
+-- extracting -> extracted: the photo was decoded and its EXIF read, and its thumbnail is in the store. Size and sha256 are
+-- of the object that is handed out.
+create function upload_pipeline.commit_photo_facts(
+  p_job_id        uuid,
+  p_token         bigint,
+  p_width         integer,
+  p_height        integer,
+  p_exif          jsonb,
+  p_warnings      text[],
+  p_thumbnail_key text,
+  p_file_bytes    bigint,
+  p_file_sha256   text,
+  p_keep          boolean default true,
+  p_ttl           interval default '60 seconds'
+)
+returns table (job_id uuid, stage text, state upload_pipeline.job_state, lease_expires_at timestamptz)
+language plpgsql
+security definer
+set search_path = ''
+as $$
+declare
+  v_job upload_pipeline.upload_jobs := upload_pipeline.check_step(p_job_id, p_token, 'extracted');
+begin
+  if v_job.stage = 'extracted' then
+    return query select v_job.job_id, v_job.stage, v_job.state, v_job.lease_expires_at;
+    return;
+  end if;
+  update upload_pipeline.photos p
+     set width = p_width, height = p_height, exif = p_exif, warnings = p_warnings, thumbnail_key = p_thumbnail_key,
+         file_bytes = p_file_bytes, file_sha256 = p_file_sha256, updated_at = upload_pipeline.now()
+   where p.photo_id = v_job.photo_id;
+  return query select * from upload_pipeline.advance_job(p_job_id, p_token, 'extracting', 'extracted', p_keep, p_ttl);
 end
 $$;
 

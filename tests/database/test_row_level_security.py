@@ -133,6 +133,8 @@ CALLERS = {
             "commit_embeddings",
             "commit_markdown",
             "commit_parse",
+            "commit_photo_copy",
+            "commit_photo_facts",
             "commit_validation",
             "confirm_upload",
             "count_open_jobs",

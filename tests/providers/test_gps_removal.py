@@ -119,9 +119,13 @@ def test_frames_of_an_animation_stay() -> None:
         assert getattr(image, "n_frames", 1) == 3
 
 
-def test_a_jpeg_without_its_end_is_given_one() -> None:
-    whole = jpeg()
-    assert photo_without_place(whole[:-2], JPEG) == photo_without_place(whole, JPEG)
+def test_a_jpeg_that_is_cut_off_stays_so() -> None:
+    whole = jpeg(noisy())
+    with (
+        Image.open(io.BytesIO(photo_without_place(whole[:-3000], JPEG))) as image,
+        pytest.raises(OSError, match="trunc"),
+    ):
+        image.load()  # given an end, a decoder would fill up with grey
 
 
 @pytest.mark.parametrize(

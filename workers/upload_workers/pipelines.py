@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from upload_pipeline.stages import DOCUMENT_PIPELINE, Stage
+from upload_pipeline.stages import DOCUMENT_PIPELINE, PHOTO_PIPELINE, PhotoStage, Stage
 from upload_workers.stages.check_markdown import check_markdown
 from upload_workers.stages.chunk import chunk
 from upload_workers.stages.embed import embed
 from upload_workers.stages.open_step import open_step
 from upload_workers.stages.parse import parse
+from upload_workers.stages.photo_check import photo_check
+from upload_workers.stages.photo_copy import photo_copy
+from upload_workers.stages.photo_extract import photo_extract
 from upload_workers.stages.publish import publish
 from upload_workers.stages.store_chunks import store_chunks
 from upload_workers.stages.submit import submit
@@ -27,4 +30,7 @@ STEPS: Mapping[tuple[str, str], Step] = {
     (DOCUMENT_PIPELINE, Stage.CHUNKED): open_step,
     (DOCUMENT_PIPELINE, Stage.EMBEDDING): embed,
     (DOCUMENT_PIPELINE, Stage.EMBEDDINGS_BUFFERED): publish,
+    (PHOTO_PIPELINE, PhotoStage.PENDING_UPLOAD): photo_check,
+    (PHOTO_PIPELINE, PhotoStage.UPLOADED): photo_copy,
+    (PHOTO_PIPELINE, PhotoStage.EXTRACTING): photo_extract,
 }

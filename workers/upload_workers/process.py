@@ -17,9 +17,10 @@ import upload_pipeline
 from upload_pipeline.database import documents, queue
 from upload_pipeline.database.connection import connect, connection_options
 from upload_pipeline.database.pools import BoundedPool, open_pool
-from upload_pipeline.providers.calls import MeasuredEmbedder, MeasuredParser, ProviderCalls
+from upload_pipeline.providers.calls import MeasuredEmbedder, MeasuredParser, MeasuredPhotoReader, ProviderCalls
 from upload_pipeline.providers.embedding import open_embedder
 from upload_pipeline.providers.local_parser import LocalParser
+from upload_pipeline.providers.local_photo_reader import LocalPhotoReader
 from upload_pipeline.settings import Settings
 from upload_pipeline.storage.configured import configured_store
 from upload_pipeline.storage.store import ObjectStore
@@ -85,6 +86,8 @@ async def running_worker(
         local_parser = LocalParser(settings.parse_timeout, settings.parse_memory_bytes)
         stack.callback(local_parser.close)
         parser = MeasuredParser(local_parser, calls)
+        local_photos = LocalPhotoReader(settings.parse_timeout, settings.parse_memory_bytes, settings.max_photo_pixels)
+        stack.callback(local_photos.close)
         await documents.register_model(
             db, model=embedder.model, provider=settings.embedder, dimensions=embedder.dimensions
         )
@@ -108,6 +111,7 @@ async def running_worker(
                 scratch,
                 open_scanner(settings.clamd_url, seconds=settings.clamd_timeout),
                 batcher,
+                MeasuredPhotoReader(local_photos, calls),
             ),
             steps,
             await queue.load_steps(db),

@@ -19,6 +19,7 @@ from upload_pipeline.database.queue import ClaimedJob, Executor, Lease, Transiti
 if TYPE_CHECKING:
     from upload_pipeline.providers.embedding import Embedder
     from upload_pipeline.providers.parsing import Parser
+    from upload_pipeline.providers.photo_reading import PhotoReader
     from upload_pipeline.settings import Settings
     from upload_pipeline.storage.store import ObjectStore
     from upload_pipeline.storage.virus_scan import VirusScanner
@@ -33,6 +34,7 @@ class StepContext:
         scratch: directory for temporary files of this process.
         scanner: sees bytes that reached the store by themselves; None where there is none.
         batcher: embeds texts that are paid for; None where the embedder is our own.
+        photos: reads photos; None where no step of them is run.
     """
 
     db: Executor
@@ -43,6 +45,7 @@ class StepContext:
     scratch: Path
     scanner: VirusScanner | None = None
     batcher: EmbeddingBatcher | None = None
+    photos: PhotoReader | None = None
 
 
 class CommitVerb(Protocol):

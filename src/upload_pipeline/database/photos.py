@@ -33,6 +33,7 @@ class Photo:
         width: in pixels, as displayed; None before it was looked at.
         height: the same.
         thumbnail_key: None before there is one.
+        shared_key: of the copy that is handed out in the original's place; None where the original is.
         awaited: None once its bytes were checked.
     """
 
@@ -50,6 +51,7 @@ class Photo:
     width: int | None
     height: int | None
     thumbnail_key: str | None
+    shared_key: str | None
     awaited: AwaitedBytes | None = None
 
 
@@ -76,7 +78,7 @@ async def load_photo(db: Executor, photo_id: UUID) -> Photo | None:
         """
         select p.photo_id, p.project_id, p.organization_id, p.user_id, p.file_name, p.file_bytes, p.media_type,
                p.raw_key, p.detection_types, p.priority, j.drop_gps, p.width, p.height, p.thumbnail_key,
-               p.created_at as since, p.upload_deadline as deadline,
+               p.shared_key, p.created_at as since, p.upload_deadline as deadline,
                upload_pipeline.now() - p.created_at as waited, p.upload_deadline - upload_pipeline.now() as left
           from upload_pipeline.photos p
           join upload_pipeline.projects j on j.project_id = p.project_id

@@ -29,14 +29,11 @@ from upload_pipeline.errors import ErrorCode, PipelineError
 from upload_pipeline.media_types import HEAD_BYTES, detect_media_type
 from upload_pipeline.storage.objects import ObjectInfo
 from upload_pipeline.storage.virus_scan import PIECE_BYTES
+from upload_workers.stages.arrival import not_there, not_yet, show_to_scanner
 from upload_workers.stages.source import document_of, local_copy, other_bytes
-from upload_workers.steps import Advance, Commit, Outcome, Snooze, StepContext
+from upload_workers.steps import Advance, Commit, Outcome, StepContext
 
 log = structlog.get_logger(__name__)
-
-SHORTEST_WAIT = timedelta(seconds=1)
-LONGEST_WAIT = timedelta(seconds=30)
-"""Between two looks for bytes that are announced; the wait grows with the time that they have been awaited."""
 
 
 async def validate(job: ClaimedJob, context: StepContext) -> Outcome:
@@ -53,20 +50,21 @@ async def validate(job: ClaimedJob, context: StepContext) -> Outcome:
 async def _look_for_bytes(document: Document, awaited: AwaitedBytes, context: StepContext) -> Outcome:
     found = await context.store.head(document.raw_key)
     if found is None:
-        return _not_there(document, awaited)
+        return not_there(document.filename, awaited)
     try:
         if found.size != document.file_bytes:
             raise other_bytes(document, found.size, None)
         async with local_copy(document, context) as path:
-            await _show_to_scanner(document, path, context)
+            async with aclosing(_blocks(path)) as blocks:
+                await show_to_scanner(document.filename, document.raw_key, blocks, context)
             media_type = await _found_type(document, path)
             await context.parser.inspect(path, media_type)
     except PipelineError as error:
         if _is_not_theirs(error, found, awaited):
-            return _not_there(document, awaited)
+            return not_there(document.filename, awaited)
         if error.code is ErrorCode.SCANNER_UNAVAILABLE and awaited.left > timedelta(0):
             log.warning("scanner_awaited", error=error.message)
-            return _not_yet(awaited)
+            return not_yet(awaited)
         raise
     return Commit(partial(commit_validation, media_type=media_type))
 
@@ -76,38 +74,6 @@ def _is_not_theirs(error: PipelineError, found: ObjectInfo, awaited: AwaitedByte
     return error.code is ErrorCode.OBJECT_MISSING or (
         error.code is ErrorCode.CHECKSUM_MISMATCH and found.modified_at < awaited.since
     )
-
-
-def _not_there(document: Document, awaited: AwaitedBytes) -> Snooze:
-    if awaited.left <= timedelta(0):
-        raise PipelineError(
-            ErrorCode.UPLOAD_EXPIRED,
-            f"The bytes of {document.filename!r} did not come until {awaited.deadline:%Y-%m-%d %H:%M:%S} UTC. "
-            "Announce the file again, and send its bytes to the new URL.",
-            {"deadline": awaited.deadline.isoformat()},
-        )
-    return _not_yet(awaited)
-
-
-def _not_yet(awaited: AwaitedBytes) -> Snooze:
-    delay = min(max(awaited.waited / 2, SHORTEST_WAIT), LONGEST_WAIT)
-    # The last look is the one at the deadline.
-    return Snooze(min(delay, max(awaited.left, SHORTEST_WAIT)))
-
-
-async def _show_to_scanner(document: Document, path: Path, context: StepContext) -> None:
-    if context.scanner is None:
-        return
-    try:
-        async with context.scanner.scan(document.filename) as scan, aclosing(_blocks(path)) as blocks:
-            async for _ in scan.passing(blocks):
-                pass
-            await scan.verdict()
-    except PipelineError as error:
-        if error.code is ErrorCode.MALWARE_FOUND:
-            log.warning("malware_found", filename=document.filename, signature=error.details["signature"])
-            await context.store.delete([document.raw_key])
-        raise
 
 
 async def _blocks(path: Path) -> AsyncGenerator[bytes, None]:

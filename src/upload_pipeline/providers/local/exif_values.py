@@ -1,6 +1,6 @@
 """Single values of EXIF made safe: whatever a camera, or somebody who means harm, wrote there.
 
-What comes out can be held by JSON and by Postgres: finite numbers, whole numbers, short texts without control
+What comes out can be held by JSON and by Postgres: numbers, short texts without control
 characters. What cannot be made sense of comes out as None.
 """
 
@@ -15,6 +15,9 @@ from typing import Any, Final
 MAX_TEXT_CHARS: Final = 200
 """The longest text of a field; a name of a camera or a lens has some 40 characters."""
 _MAX_WHOLE: Final = 2**31 - 1
+_MAX_NUMBER: Final = 1e9
+_MIN_NUMBER: Final = 1e-9
+"""No camera measures what is larger, or smaller and not zero; JSON would spell it with hundreds of digits."""
 
 _DATE_TIME: Final = re.compile(r"(\d{4}):(\d{2}):(\d{2}) (\d{2}):(\d{2}):(\d{2})")
 _OFFSET: Final = re.compile(r"([+-])(\d{2}):(\d{2})")
@@ -45,7 +48,7 @@ def text_of(value: Any) -> str | None:
 
 
 def number_of(value: Any) -> float | None:
-    """A finite number; None for NaN, for what is infinite or divided by zero, and for anything else."""
+    """A number; None for NaN, for what is infinite, out of proportion or divided by zero, and for anything else."""
     first = value[0] if isinstance(value, tuple) and value else value
     if isinstance(first, (str, bytes, tuple, bool)):
         return None
@@ -53,7 +56,9 @@ def number_of(value: Any) -> float | None:
         number = float(first)
     except (TypeError, ValueError, ArithmeticError):
         return None
-    return number + 0.0 if math.isfinite(number) else None  # never -0.0
+    if not math.isfinite(number) or abs(number) > _MAX_NUMBER:
+        return None
+    return number if abs(number) >= _MIN_NUMBER else 0.0
 
 
 def positive_of(value: Any) -> float | None:

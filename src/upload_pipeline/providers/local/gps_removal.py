@@ -43,7 +43,7 @@ class _Segment(NamedTuple):
 
 
 def photo_without_place(photo: bytes, media_type: str) -> bytes:
-    """Gives the photo without what tells, or may tell, where it was taken.
+    """Gives the photo without what tells, or may tell, where it was taken; one that is cut off stays so.
 
     Args:
         photo: the file.
@@ -81,8 +81,6 @@ def _jpeg_parts(photo: bytes) -> Iterator[bytes]:
                 written = True
         elif _is_kept(photo, one):
             yield photo[one.start : one.end]
-    if not segments or segments[-1].marker != _EOI:
-        yield bytes((0xFF, _EOI))
 
 
 def _is_exif(photo: bytes, one: _Segment) -> bool:
