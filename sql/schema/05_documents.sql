@@ -272,6 +272,31 @@ as $$
    limit p_limit
 $$;
 
+-- The dimensions of a model that is registered, which are those of all the vectors.
+create function upload_pipeline.check_vectors(p_model text, p_embeddings extensions.vector[])
+returns integer
+language plpgsql
+stable
+security definer
+set search_path = ''
+as $$
+declare
+  v_dimensions integer;
+  v_wrong      integer;
+begin
+  select m.dimensions into v_dimensions from upload_pipeline.embedding_models m where m.model = p_model;
+  if not found then
+    raise exception 'there is no embedding model "%"', p_model
+      using errcode = 'UP002', hint = 'Register it with upload_pipeline.register_model.';
+  end if;
+  select extensions.vector_dims(e) into v_wrong from unnest(p_embeddings) e where extensions.vector_dims(e) <> v_dimensions limit 1;
+  if found then
+    raise exception 'a vector of % dimensions came for model "%", which has %', v_wrong, p_model, v_dimensions using errcode = 'UP005';
+  end if;
+  return v_dimensions;
+end
+$$;
+
 -- Stores vectors of buffered chunks as they arrive; ones that are there already stay. Returns how many were new.
 create function upload_pipeline.buffer_vectors(
   p_job_id     uuid,
@@ -292,23 +317,13 @@ set enable_material = off
 set jit = off
 as $$
 declare
-  v_job        upload_pipeline.upload_jobs := upload_pipeline.check_lease(p_job_id, p_token);
-  v_dimensions integer;
-  v_wrong      integer;
-  v_new        integer;
+  v_job upload_pipeline.upload_jobs := upload_pipeline.check_lease(p_job_id, p_token);
+  v_new integer;
 begin
-  select m.dimensions into v_dimensions from upload_pipeline.embedding_models m where m.model = p_model;
-  if not found then
-    raise exception 'there is no embedding model "%"', p_model
-      using errcode = 'UP002', hint = 'Register it with upload_pipeline.register_model.';
-  end if;
   if cardinality(p_chunk_ids) <> cardinality(p_embeddings) then
     raise exception '% vectors came for % chunks', cardinality(p_embeddings), cardinality(p_chunk_ids) using errcode = 'UP005';
   end if;
-  select extensions.vector_dims(e) into v_wrong from unnest(p_embeddings) e where extensions.vector_dims(e) <> v_dimensions limit 1;
-  if found then
-    raise exception 'a vector of % dimensions came for model "%", which has %', v_wrong, p_model, v_dimensions using errcode = 'UP005';
-  end if;
+  perform upload_pipeline.check_vectors(p_model, p_embeddings);
   insert into upload_pipeline.document_vector_buffer (chunk_id, embed_model, document_id, embedding)
   select a.chunk_id, p_model, v_job.document_id, a.embedding
     from unnest(p_chunk_ids, p_embeddings) a (chunk_id, embedding)

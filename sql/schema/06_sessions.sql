@@ -228,6 +228,7 @@ begin
           or e.document_id in (select c.document_id from upload_pipeline.claimed_documents c where c.session_id = p_session_id));
   update upload_pipeline.batches b set user_id = v_session.claimed_by where b.user_id = v_session.user_id;
   update upload_pipeline.usage_records r set user_id = v_session.claimed_by where r.user_id = v_session.user_id;
+  perform upload_pipeline.move_user_vectors(v_session.user_id, v_session.claimed_by);
   for v_lanes in
     select j.pool from upload_pipeline.upload_jobs j
      where j.job_id = any (v_jobs) and j.state = 'queued' group by j.pool order by j.pool
@@ -328,6 +329,8 @@ begin
     perform upload_pipeline.move_session_documents(p_session_id);
   else
     perform from upload_pipeline.upload_jobs j where j.user_id = v_session.user_id order by j.job_id for no key update;
+    -- with the documents that they were made of; and what came late, when this is called again
+    perform upload_pipeline.forget_user_vectors(v_session.user_id);
     for v_document in
       select d.document_id from upload_pipeline.documents d
        where d.user_id = v_session.user_id and d.deleted_at is null

@@ -86,7 +86,8 @@ begin
                              'notify_watchers', 'settle_batch_members', 'wake_job', 'lock_awaited', 'lock_latest_job',
                              'check_no_stranger', 'look_for_upload', 'resume_upload_job', 'move_session_documents',
                              'forget_session_document', 'lock_budget', 'job_cost', 'note_photo_status', 'lock_photo_job',
-                             'start_photo_deletion', 'check_owner')
+                             'start_photo_deletion', 'check_owner', 'check_vectors', 'today', 'touch_vectors',
+                             'move_user_vectors')
   loop
     execute format('grant execute on function %s to upload_worker, service_role', v_function);
   end loop;

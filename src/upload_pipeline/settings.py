@@ -100,6 +100,9 @@ class Settings(BaseSettings):
     openai_tokens_per_minute: int = Field(
         default=0, ge=0, description="Tokens in a minute, of all workers; 0: as many as the provider says."
     )
+    embedding_cache_days: int = Field(
+        default=90, ge=1, le=36_500, description="Days after its last use that a vector that was paid for is forgotten."
+    )
 
     # detection in photos
     detector: Literal["none", "openai", "webhook"] = Field(

@@ -1952,6 +1952,31 @@ as $$
    limit p_limit
 $$;
 
+-- The dimensions of a model that is registered, which are those of all the vectors.
+create function upload_pipeline.check_vectors(p_model text, p_embeddings extensions.vector[])
+returns integer
+language plpgsql
+stable
+security definer
+set search_path = ''
+as $$
+declare
+  v_dimensions integer;
+  v_wrong      integer;
+begin
+  select m.dimensions into v_dimensions from upload_pipeline.embedding_models m where m.model = p_model;
+  if not found then
+    raise exception 'there is no embedding model "%"', p_model
+      using errcode = 'UP002', hint = 'Register it with upload_pipeline.register_model.';
+  end if;
+  select extensions.vector_dims(e) into v_wrong from unnest(p_embeddings) e where extensions.vector_dims(e) <> v_dimensions limit 1;
+  if found then
+    raise exception 'a vector of % dimensions came for model "%", which has %', v_wrong, p_model, v_dimensions using errcode = 'UP005';
+  end if;
+  return v_dimensions;
+end
+$$;
+
 -- Stores vectors of buffered chunks as they arrive; ones that are there already stay. Returns how many were new.
 create function upload_pipeline.buffer_vectors(
   p_job_id     uuid,
@@ -1972,23 +1997,13 @@ set enable_material = off
 set jit = off
 as $$
 declare
-  v_job        upload_pipeline.upload_jobs := upload_pipeline.check_lease(p_job_id, p_token);
-  v_dimensions integer;
-  v_wrong      integer;
-  v_new        integer;
+  v_job upload_pipeline.upload_jobs := upload_pipeline.check_lease(p_job_id, p_token);
+  v_new integer;
 begin
-  select m.dimensions into v_dimensions from upload_pipeline.embedding_models m where m.model = p_model;
-  if not found then
-    raise exception 'there is no embedding model "%"', p_model
-      using errcode = 'UP002', hint = 'Register it with upload_pipeline.register_model.';
-  end if;
   if cardinality(p_chunk_ids) <> cardinality(p_embeddings) then
     raise exception '% vectors came for % chunks', cardinality(p_embeddings), cardinality(p_chunk_ids) using errcode = 'UP005';
   end if;
-  select extensions.vector_dims(e) into v_wrong from unnest(p_embeddings) e where extensions.vector_dims(e) <> v_dimensions limit 1;
-  if found then
-    raise exception 'a vector of % dimensions came for model "%", which has %', v_wrong, p_model, v_dimensions using errcode = 'UP005';
-  end if;
+  perform upload_pipeline.check_vectors(p_model, p_embeddings);
   insert into upload_pipeline.document_vector_buffer (chunk_id, embed_model, document_id, embedding)
   select a.chunk_id, p_model, v_job.document_id, a.embedding
     from unnest(p_chunk_ids, p_embeddings) a (chunk_id, embedding)
@@ -2238,6 +2253,301 @@ begin
   exception when unique_violation then
     null; -- another process registered the first model at the same moment: that one is active
   end;
+end
+$$;
+
+-- sql/schema/05_embedding_cache.sql
+
+-- Vectors that a provider was paid for: a text that was once embedded for a user is not paid for again, in whatever
+-- document, cut or query it comes. Nobody reads the table: the verbs below do, for one user at a time.
+
+-- `text_sha256` is of the exact text that was sent, in UTF-8. The vector is stored as it was made (float32): what a search
+-- finds must not depend on whether a text came from here. The text itself is not kept. No foreign keys: a vector outlives
+-- the document that it was made for, and a retired model may come back.
+--
+-- A row is some 130 bytes in the table, 100 in the key and 10 in the other index; the vector stands out of line, 6.6 kB of
+-- 1,536 dimensions, and is neither read nor written again when `last_used_on` changes, which it does once a day at most.
+create table upload_pipeline.embedding_cache (
+  user_id      uuid not null,
+  model        text not null,
+  dimensions   integer not null,
+  text_sha256  bytea not null,
+  last_used_on date not null,
+  embedding    extensions.vector not null,
+  primary key (user_id, model, dimensions, text_sha256),
+  constraint embedding_cache_sha256 check (octet_length(text_sha256) = 32),
+  constraint embedding_cache_dimensions check (extensions.vector_dims(embedding) = dimensions)
+);
+
+-- forget_unused_vectors: those that were not used for the longest time
+create index embedding_cache_used on upload_pipeline.embedding_cache (last_used_on);
+
+-- The day (UTC) by which use is counted.
+create function upload_pipeline.today()
+returns date
+language sql
+stable
+set search_path = ''
+as $$
+  select (upload_pipeline.now() at time zone 'UTC')::date
+$$;
+
+-- Puts into the vector buffer what the cache has for the first p_limit pending chunks of a job's document, and gives these
+-- chunks: with their text where it is still to be embedded, without where the vector is there now. No row: none is pending.
+-- What came from the cache is written into the books as p_billed_as, the model as prices name it.
+create function upload_pipeline.fill_vectors(
+  p_job_id    uuid,
+  p_token     bigint,
+  p_model     text,
+  p_billed_as text,
+  p_limit     integer default 1024
+)
+returns table (chunk_id uuid, text text)
+language plpgsql
+security definer
+set search_path = ''
+set enable_seqscan = off
+set enable_bitmapscan = off
+set enable_hashjoin = off
+set enable_mergejoin = off
+set enable_material = off
+set jit = off
+as $$
+#variable_conflict use_column
+declare
+  v_job        upload_pipeline.upload_jobs := upload_pipeline.check_lease(p_job_id, p_token);
+  v_dimensions integer := upload_pipeline.check_vectors(p_model, '{}');
+  v_chunks     uuid[];
+  v_texts      bytea[];
+  v_found      uuid[];
+begin
+  select array_agg(p.chunk_id), array_agg(sha256(convert_to(p.text, 'UTF8')))
+    into v_chunks, v_texts
+    from upload_pipeline.pending_vectors(v_job.document_id, p_model, p_limit) p;
+  if v_chunks is null then
+    return;
+  end if;
+
+  with made as (
+    insert into upload_pipeline.document_vector_buffer (chunk_id, embed_model, document_id, embedding)
+    select p.chunk_id, p_model, v_job.document_id, c.embedding
+      from unnest(v_chunks, v_texts) p (chunk_id, text_sha256)
+     cross join lateral (
+       select e.embedding from upload_pipeline.embedding_cache e
+        where e.user_id = v_job.user_id and e.model = p_model and e.dimensions = v_dimensions
+          and e.text_sha256 = p.text_sha256
+       offset 0) c
+    on conflict (chunk_id, embed_model) do nothing
+    returning chunk_id
+  )
+  select array_agg(m.chunk_id) into v_found from made m;
+
+  if v_found is not null then
+    perform upload_pipeline.touch_vectors(v_job.user_id, p_model, v_dimensions,
+      (select array_agg(distinct p.text_sha256) from unnest(v_chunks, v_texts) p (chunk_id, text_sha256)
+        where p.chunk_id = any (v_found)));
+    insert into upload_pipeline.usage_records
+      (usage_id, at, job_id, document_id, user_id, provider, model, operation, cached, cost_micros)
+    select gen_random_uuid(), upload_pipeline.now(), v_job.job_id, v_job.document_id, v_job.user_id, m.provider, p_billed_as,
+           'embed', cardinality(v_found), 0
+      from upload_pipeline.embedding_models m where m.model = p_model;
+  end if;
+  return query
+    select p.chunk_id, case when f.chunk_id is null then b.text end
+      from unnest(v_chunks) with ordinality p (chunk_id, place)
+      join upload_pipeline.document_chunk_buffer b on b.chunk_id = p.chunk_id
+      left join unnest(v_found) f (chunk_id) on f.chunk_id = p.chunk_id
+     order by p.place;
+end
+$$;
+
+-- Says of a user's vectors that they were used today. One that somebody else is writing is being touched, or goes.
+create function upload_pipeline.touch_vectors(p_user_id uuid, p_model text, p_dimensions integer, p_texts bytea[])
+returns void
+language sql
+security definer
+set search_path = ''
+set enable_seqscan = off
+set enable_bitmapscan = off
+set enable_hashjoin = off
+set enable_mergejoin = off
+set enable_material = off
+set jit = off
+as $$
+  update upload_pipeline.embedding_cache c set last_used_on = upload_pipeline.today()
+   where c.ctid = any (array(
+     select e.ctid
+       from unnest(p_texts) t (text_sha256)
+      cross join lateral (
+        select u.ctid from upload_pipeline.embedding_cache u
+         where u.user_id = p_user_id and u.model = p_model and u.dimensions = p_dimensions
+           and u.text_sha256 = t.text_sha256 and u.last_used_on < upload_pipeline.today()
+           for no key update skip locked) e))
+$$;
+
+-- Keeps what a provider was paid for: each vector in the cache, for the user that it was made for, and in the buffers of the
+-- chunks that wait for it, whose jobs are asked by their leases. Returns how many chunks got theirs. The cache needs no lease:
+-- a job that lost its own gets nothing here, but what was paid for is there for whoever leads it now.
+--
+--   p_user_ids, p_texts, p_embeddings    one place a text: for whom, its SHA-256, its vector
+--   p_job_ids, p_tokens, p_chunk_ids     one place a chunk
+--   p_places                             where in p_embeddings its vector stands, counted from 1
+--
+-- A session's user may have been claimed meanwhile: then the vector is that of the user who has claimed it. The session's row
+-- is locked, as claim_session and clean_session lock it: either they see what is written here, or this sees what they did.
+-- For a session that is gone nothing is kept: of a user that there is something is known, if only the lane of a job that
+-- once was.
+create function upload_pipeline.keep_vectors(
+  p_model      text,
+  p_user_ids   uuid[],
+  p_texts      bytea[],
+  p_embeddings extensions.vector[],
+  p_job_ids    uuid[] default '{}',
+  p_tokens     bigint[] default '{}',
+  p_chunk_ids  uuid[] default '{}',
+  p_places     integer[] default '{}'
+)
+returns integer
+language plpgsql
+security definer
+set search_path = ''
+set enable_seqscan = off
+set enable_bitmapscan = off
+set enable_hashjoin = off
+set enable_mergejoin = off
+set enable_material = off
+set jit = off
+as $$
+declare
+  v_dimensions integer := upload_pipeline.check_vectors(p_model, p_embeddings);
+  v_told       uuid[];
+  v_owners     uuid[];
+  v_held       uuid[];
+  v_new        integer;
+begin
+  if cardinality(p_user_ids) <> cardinality(p_embeddings) or cardinality(p_texts) <> cardinality(p_embeddings) then
+    raise exception '% vectors came for % texts of % users', cardinality(p_embeddings), cardinality(p_texts),
+      cardinality(p_user_ids) using errcode = 'UP005';
+  end if;
+  perform from upload_pipeline.sessions s where s.user_id = any (p_user_ids) order by s.session_id for share;
+  select array_agg(t.user_id), array_agg(coalesce(s.claimed_by, t.user_id)) into v_told, v_owners
+    from (select distinct u from unnest(p_user_ids) u) t (user_id)
+    left join upload_pipeline.sessions s on s.user_id = t.user_id
+   where s.user_id is not null
+      or exists (select from upload_pipeline.lanes l
+                  where l.user_id = t.user_id and l.pool in (select g.pool from upload_pipeline.stages g));
+
+  -- jobs before what hangs on them, and all in order, as everywhere: nobody waits in a circle
+  select array_agg(h.job_id) into v_held
+    from (select j.job_id
+            from (select distinct a.job_id, a.token from unnest(p_job_ids, p_tokens) a (job_id, token)) asked
+            join upload_pipeline.upload_jobs j on j.job_id = asked.job_id
+           where j.lease_token = asked.token and j.lease_expires_at is not null
+           order by j.job_id
+             for share of j) h;
+
+  insert into upload_pipeline.embedding_cache (user_id, model, dimensions, text_sha256, last_used_on, embedding)
+  select o.owner, p_model, v_dimensions, t.text_sha256, upload_pipeline.today(), t.embedding
+    from unnest(p_user_ids, p_texts, p_embeddings) t (user_id, text_sha256, embedding)
+    join unnest(v_told, v_owners) o (told, owner) on o.told = t.user_id
+   order by o.owner, t.text_sha256
+  on conflict (user_id, model, dimensions, text_sha256) do nothing;
+
+  insert into upload_pipeline.document_vector_buffer (chunk_id, embed_model, document_id, embedding)
+  select b.chunk_id, p_model, b.document_id, p_embeddings[a.place]
+    from unnest(p_job_ids, p_chunk_ids, p_places) a (job_id, chunk_id, place)
+    join upload_pipeline.upload_jobs j on j.job_id = a.job_id and j.job_id = any (v_held)
+    join upload_pipeline.document_chunk_buffer b on b.chunk_id = a.chunk_id and b.document_id = j.document_id
+   order by b.chunk_id
+  on conflict (chunk_id, embed_model) do nothing;
+  get diagnostics v_new = row_count;
+  return v_new;
+end
+$$;
+
+-- The vector that a user's text has in the cache, or null.
+create function upload_pipeline.cached_vector(p_user_id uuid, p_model text, p_text bytea)
+returns extensions.vector
+language plpgsql
+security definer
+set search_path = ''
+set enable_seqscan = off
+as $$
+declare
+  v_found upload_pipeline.embedding_cache;
+begin
+  select c.* into v_found
+    from upload_pipeline.embedding_models m
+    join upload_pipeline.embedding_cache c
+      on c.user_id = p_user_id and c.model = m.model and c.dimensions = m.dimensions and c.text_sha256 = p_text
+   where m.model = p_model;
+  if v_found.last_used_on < upload_pipeline.today() then
+    perform upload_pipeline.touch_vectors(p_user_id, p_model, v_found.dimensions, array[p_text]);
+  end if;
+  return v_found.embedding;
+end
+$$;
+
+-- Removes vectors that nobody has used for p_unused, the oldest first, at most p_limit. Returns how many.
+create function upload_pipeline.forget_unused_vectors(p_unused interval, p_limit integer default 1000)
+returns integer
+language plpgsql
+security definer
+set search_path = ''
+set enable_seqscan = off
+set enable_bitmapscan = off
+set enable_hashjoin = off
+set enable_mergejoin = off
+set enable_material = off
+set jit = off
+as $$
+declare
+  v_count integer;
+begin
+  -- by place: a lock that is held keeps the row where it is
+  delete from upload_pipeline.embedding_cache c
+   where c.ctid = any (array(
+     select e.ctid from upload_pipeline.embedding_cache e
+      where e.last_used_on < ((upload_pipeline.now() - p_unused) at time zone 'UTC')::date
+      order by e.last_used_on limit p_limit
+        for update skip locked));
+  get diagnostics v_count = row_count;
+  return v_count;
+end
+$$;
+
+-- Removes all that is kept for a user. Returns how many vectors that was.
+create function upload_pipeline.forget_user_vectors(p_user_id uuid)
+returns integer
+language plpgsql
+security definer
+set search_path = ''
+set enable_seqscan = off
+as $$
+declare
+  v_count integer;
+begin
+  delete from upload_pipeline.embedding_cache c where c.user_id = p_user_id;
+  get diagnostics v_count = row_count;
+  return v_count;
+end
+$$;
+
+-- Makes a user's vectors another's, who may have some of them.
+create function upload_pipeline.move_user_vectors(p_from uuid, p_to uuid)
+returns void
+language plpgsql
+security definer
+set search_path = ''
+set enable_seqscan = off
+as $$
+begin
+  insert into upload_pipeline.embedding_cache (user_id, model, dimensions, text_sha256, last_used_on, embedding)
+  select p_to, c.model, c.dimensions, c.text_sha256, c.last_used_on, c.embedding
+    from upload_pipeline.embedding_cache c where c.user_id = p_from
+   order by c.model, c.dimensions, c.text_sha256
+  on conflict (user_id, model, dimensions, text_sha256) do nothing;
+  delete from upload_pipeline.embedding_cache c where c.user_id = p_from;
 end
 $$;
 
@@ -5031,6 +5341,7 @@ begin
           or e.document_id in (select c.document_id from upload_pipeline.claimed_documents c where c.session_id = p_session_id));
   update upload_pipeline.batches b set user_id = v_session.claimed_by where b.user_id = v_session.user_id;
   update upload_pipeline.usage_records r set user_id = v_session.claimed_by where r.user_id = v_session.user_id;
+  perform upload_pipeline.move_user_vectors(v_session.user_id, v_session.claimed_by);
   for v_lanes in
     select j.pool from upload_pipeline.upload_jobs j
      where j.job_id = any (v_jobs) and j.state = 'queued' group by j.pool order by j.pool
@@ -5131,6 +5442,8 @@ begin
     perform upload_pipeline.move_session_documents(p_session_id);
   else
     perform from upload_pipeline.upload_jobs j where j.user_id = v_session.user_id order by j.job_id for no key update;
+    -- with the documents that they were made of; and what came late, when this is called again
+    perform upload_pipeline.forget_user_vectors(v_session.user_id);
     for v_document in
       select d.document_id from upload_pipeline.documents d
        where d.user_id = v_session.user_id and d.deleted_at is null
@@ -5406,7 +5719,8 @@ begin
                              'notify_watchers', 'settle_batch_members', 'wake_job', 'lock_awaited', 'lock_latest_job',
                              'check_no_stranger', 'look_for_upload', 'resume_upload_job', 'move_session_documents',
                              'forget_session_document', 'lock_budget', 'job_cost', 'note_photo_status', 'lock_photo_job',
-                             'start_photo_deletion', 'check_owner')
+                             'start_photo_deletion', 'check_owner', 'check_vectors', 'today', 'touch_vectors',
+                             'move_user_vectors')
   loop
     execute format('grant execute on function %s to upload_worker, service_role', v_function);
   end loop;

@@ -35,6 +35,7 @@ READERS = {
     "events_default": set(),
     "document_chunk_buffer": {"upload_worker", "service_role"},
     "document_vector_buffer": {"upload_worker", "service_role"},
+    "embedding_cache": set(),
     "document_chunks": {"authenticated", "upload_worker", "service_role"},
     "document_nodes": {"authenticated", "upload_worker", "service_role"},
     "document_edges": {"authenticated", "upload_worker", "service_role"},
@@ -84,12 +85,14 @@ CALLERS = {
             "new_job_id",
             "wake_lanes",
             "check_step",
+            "check_vectors",
             "prepare_restart",
             "drop_event_partitions",
             "forget_session_document",
             "job_cost",
             "lock_budget",
             "move_session_documents",
+            "move_user_vectors",
             "notify_watchers",
             "settle_batch_members",
             "wake_job",
@@ -98,6 +101,8 @@ CALLERS = {
             "check_no_stranger",
             "look_for_upload",
             "resume_upload_job",
+            "today",
+            "touch_vectors",
         )
     },
     **{
@@ -122,6 +127,7 @@ CALLERS = {
             "buffer_chunks",
             "buffer_vectors",
             "bytes_at_work",
+            "cached_vector",
             "cancel_batch",
             "cancel_job",
             "check_lease",
@@ -145,6 +151,7 @@ CALLERS = {
             "enqueue_jobs",
             "ensure_event_partitions",
             "fail_job",
+            "fill_vectors",
             "find_api_key",
             "find_session",
             "find_duplicate",
@@ -153,7 +160,10 @@ CALLERS = {
             "forget_full_buckets",
             "forget_lost_watches",
             "forget_lost_workers",
+            "forget_unused_vectors",
+            "forget_user_vectors",
             "freeze_budget",
+            "keep_vectors",
             "list_api_keys",
             "max_retries",
             "note_api_key_use",
@@ -299,6 +309,10 @@ def filled(admin: Connection, worker: Connection) -> Connection:
         members = '[{"ordinal": 0, "filename": "a.txt", "error_code": "EMPTY_FILE", "error_message": "It is empty."}]'
         worker.execute("select upload_pipeline.create_batch(%s, %s, %s)", [uuid4(), user, members])
         reserve_photo(worker, user, add_project(worker, user))
+        admin.execute(
+            "insert into upload_pipeline.embedding_cache values (%s, 'm3', 3, sha256('a'), '2026-01-31', '[1,0,0]')",
+            [user],
+        )
     return admin
 
 

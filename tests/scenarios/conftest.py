@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -14,8 +14,10 @@ import pytest
 
 from tests.api.live_service import token
 from tests.scenarios.document_reader import ROOT, Reader
+from tests.scenarios.paid_world import DIMENSIONS
 from tests.scenarios.service_process import service_process
 from tests.scenarios.world import World
+from tests.simulators.openai_embeddings import KEY, OpenAISimulator
 from upload_pipeline.ids import LOCAL_USER_ID
 
 SHORT_LEASES = {
@@ -54,4 +56,20 @@ def reader(database: Any, tmp_path: Path) -> Iterator[Reader]:
             }
             yield Reader(environment, folder)
     finally:
+        world.kill_all()
+
+
+@pytest.fixture
+async def simulator(world: World) -> AsyncIterator[OpenAISimulator]:
+    """The world's embedder; workers end before it does."""
+    async with OpenAISimulator(requests_per_minute=100_000) as simulator:
+        world.environment |= {
+            "UPLOAD_PIPELINE_EMBEDDER": "openai",
+            "UPLOAD_PIPELINE_OPENAI_API_KEY": KEY,
+            "UPLOAD_PIPELINE_OPENAI_BASE_URL": simulator.url,
+            "UPLOAD_PIPELINE_OPENAI_DIMENSIONS": str(DIMENSIONS),
+            "UPLOAD_PIPELINE_OPENAI_TIMEOUT": "3",
+            "UPLOAD_PIPELINE_EMBED_BATCH_SIZE": "6",
+        }
+        yield simulator
         world.kill_all()

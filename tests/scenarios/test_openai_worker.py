@@ -4,67 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import signal
-import subprocess
-import sys
-from collections import Counter
-from collections.abc import AsyncIterator
-from pathlib import Path
 
-import asyncpg
 import numpy as np
 import pytest
 
+from tests.scenarios.paid_world import DIMENSIONS, paid_more_than_needed, rows, run_command
 from tests.scenarios.world import World, spread_over_users, write_documents
-from tests.simulators.openai_embeddings import KEY, Fault, OpenAISimulator, vector_of
-
-DIMENSIONS = 32
-
-
-@pytest.fixture
-async def simulator(world: World) -> AsyncIterator[OpenAISimulator]:
-    async with OpenAISimulator(requests_per_minute=100_000) as simulator:
-        world.environment |= {
-            "UPLOAD_PIPELINE_EMBEDDER": "openai",
-            "UPLOAD_PIPELINE_OPENAI_API_KEY": KEY,
-            "UPLOAD_PIPELINE_OPENAI_BASE_URL": simulator.url,
-            "UPLOAD_PIPELINE_OPENAI_DIMENSIONS": str(DIMENSIONS),
-            "UPLOAD_PIPELINE_OPENAI_TIMEOUT": "3",
-            "UPLOAD_PIPELINE_EMBED_BATCH_SIZE": "6",
-        }
-        yield simulator
-        world.kill_all()
-
-
-async def rows(world: World, query: str) -> list[asyncpg.Record]:
-    connection = await asyncpg.connect(world.admin_url)
-    try:
-        return await connection.fetch(query)
-    finally:
-        await connection.close()
-
-
-async def paid_more_than_needed(world: World, simulator: OpenAISimulator) -> dict[str, int]:
-    """Texts that were paid for more often than chunks have them and their answers were lost."""
-    chunks = await rows(world, "select text from upload_pipeline.document_chunks where live")
-    needed = Counter(row["text"] for row in chunks)
-    assert set(needed) <= set(simulator.books.paid)
-    books = simulator.books
-    return {text: times for text, times in books.paid.items() if times > needed[text] + books.lost[text]}
-
-
-async def run_command(world: World, *arguments: str) -> subprocess.CompletedProcess[str]:
-    environment = {
-        **os.environ,
-        **world.environment,
-        "UPLOAD_PIPELINE_HOME": str(world.home),
-        "UPLOAD_PIPELINE_DATABASE_URL": world.worker_url,
-    }
-    command = [str(Path(sys.executable).parent / "upload-pipeline"), *arguments]
-    return await asyncio.to_thread(
-        subprocess.run, command, env=environment, capture_output=True, text=True, timeout=120, check=False
-    )
+from tests.simulators.openai_embeddings import Fault, OpenAISimulator, vector_of
 
 
 async def test_faults_and_a_killed_worker_leave_every_vector_and_nothing_paid_twice(

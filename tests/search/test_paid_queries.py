@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from typing import Any
-from uuid import UUID
+from uuid import UUID, uuid4
 
 import asyncpg
 import numpy as np
 import pytest
 
 from tests.simulators.openai_embeddings import KEY, Fault, OpenAISimulator, vector_of
+from upload_pipeline.database.documents import register_model
 from upload_pipeline.database.pools import BoundedPool
 from upload_pipeline.errors import ErrorCode, PipelineError
 from upload_pipeline.providers.calls import ProviderCalls
@@ -62,6 +63,42 @@ async def test_a_query_is_paid_for_once_and_stands_in_the_books_of_who_asked(
     assert float(cost) == pytest.approx(tokens * 0.02)
     budget = await admin.fetchrow("select calls, tokens, request_limit from upload_pipeline.provider_budgets")
     assert tuple(budget) == (1, tokens, 5)
+
+
+async def test_a_query_that_was_asked_before_costs_nothing_unless_another_user_asked_it(
+    paid: PaidQueries, simulator: OpenAISimulator, db: BoundedPool, admin: asyncpg.Connection, user: UUID
+) -> None:
+    other = uuid4()
+    await register_model(db, model=MODEL, provider="openai", dimensions=1536)
+    for who in (user, other):
+        await admin.execute("insert into upload_pipeline.lanes (pool, user_id) values ('default', $1)", who)
+    first = await paid.embed("water damage", user_id=user)
+    again = await paid.embed("water damage", user_id=user)
+    assert again.tobytes() == first.tobytes()
+    assert simulator.books.requests == 1
+    await paid.embed("water damage", user_id=other)
+    assert simulator.books.paid == {"water damage": 2}
+    rows = await admin.fetch("select user_id, requests, cached, cost_micros from upload_pipeline.usage_records")
+    assert sorted((row["user_id"] == user, row["requests"], row["cached"]) for row in rows) == [
+        (False, 1, 0),
+        (True, 0, 1),
+        (True, 1, 0),
+    ]
+    assert (
+        paid.calls.registry.get_sample_value(
+            "upload_pipeline_provider_cached_total", {"provider": "openai", "operation": "search"}
+        )
+        == 1
+    )
+
+
+async def test_a_cache_that_cannot_be_read_or_written_fails_no_search(
+    paid: PaidQueries, simulator: OpenAISimulator, admin: asyncpg.Connection, user: UUID
+) -> None:
+    await admin.execute("alter table upload_pipeline.embedding_cache rename to embedding_cache_away")
+    assert (await paid.embed("hail", user_id=user)).shape == (1536,)
+    await admin.execute("alter table upload_pipeline.embedding_cache_away rename to embedding_cache")
+    assert simulator.books.requests == 1
 
 
 async def test_a_full_minute_is_told_and_not_tried(paid: PaidQueries, simulator: OpenAISimulator, user: UUID) -> None:

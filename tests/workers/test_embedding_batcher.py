@@ -15,12 +15,13 @@ import numpy as np
 import pytest
 
 from tests.simulators.openai_embeddings import KEY, Fault, OpenAISimulator, vector_of
+from upload_pipeline.database.documents import register_model
 from upload_pipeline.database.pools import open_pool
 from upload_pipeline.database.queue import ClaimedJob, Lease
 from upload_pipeline.errors import ErrorCode, PipelineError
 from upload_pipeline.providers.calls import ProviderCalls
 from upload_pipeline.providers.openai_embedder import OpenAIEmbedder
-from upload_workers import embedding_batcher
+from upload_workers import embedding_batcher, vector_keeping
 from upload_workers.embedding_batcher import EmbeddingBatcher
 from upload_workers.embedding_line import PutOff
 
@@ -53,6 +54,7 @@ class Bench:
 @pytest.fixture
 async def db(database: Any) -> AsyncIterator[Any]:
     pool = await open_pool(database.worker_url, size=5)
+    await register_model(pool, model="text-embedding-3-small@16", provider="openai", dimensions=16)
     yield pool
     await pool.close()
 
@@ -160,6 +162,50 @@ async def test_each_job_has_its_share_of_what_was_used(bench: Bench, admin: asyn
     assert [used[job.job_id]["cached"] for job in jobs] == [0, 1, 0]
     assert used[jobs[0].job_id]["tokens"] > used[jobs[2].job_id]["tokens"] > 0
     assert all(row["cost_micros"] is not None for row in rows)
+
+
+async def test_an_answer_that_cannot_be_written_fails_the_jobs_and_nobody_is_told_of_it(
+    bench: Bench, admin: asyncpg.Connection
+) -> None:
+    await admin.execute("alter table upload_pipeline.embedding_cache rename to embedding_cache_away")
+    with pytest.raises(asyncpg.UndefinedTableError):
+        await bench.embed(texts(3))
+    assert bench.got == {}
+    await admin.execute("alter table upload_pipeline.embedding_cache_away rename to embedding_cache")
+    assert await bench.embed(texts(3)) == texts(3)
+
+
+async def test_a_database_that_is_away_for_a_moment_costs_nothing(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(vector_keeping, "_DELAY", 0.01)
+    kept = vector_keeping.keep_vectors
+    tries = []
+
+    async def lame(*arguments: Any, **options: Any) -> int:
+        tries.append(1)
+        if len(tries) < vector_keeping.TRIES:
+            raise ConnectionRefusedError
+        return await kept(*arguments, **options)
+
+    monkeypatch.setattr(vector_keeping, "keep_vectors", lame)
+    assert await bench.embed(texts(3)) == texts(3)
+    assert len(tries) == vector_keeping.TRIES
+    assert bench.simulator.books.paid_again() == {}
+
+
+async def test_what_is_under_way_when_the_worker_ends_is_kept(open_bench: OpenBench, admin: asyncpg.Connection) -> None:
+    await admin.execute("insert into upload_pipeline.lanes (pool, user_id) values ('default', $1)", USER)
+    async with OpenAISimulator(latency=0.3) as simulator:
+        bench = open_bench(simulator)
+        asked = asyncio.create_task(bench.embed(texts(3)))
+        while not simulator._in_flight:
+            await asyncio.sleep(0.01)
+        asked.cancel()
+        await asyncio.wait([asked])
+        await bench.batcher.close()
+        assert len(simulator.books.paid) == 3
+        assert await admin.fetchval("select count(*) from upload_pipeline.embedding_cache") == 3
 
 
 async def test_nothing_to_embed_is_nothing_to_wait_for(bench: Bench) -> None:

@@ -135,6 +135,25 @@ async def test_silent_workers_are_forgotten(
     assert await world.admin.fetchval("select count(*) from upload_pipeline.workers") == 1
 
 
+async def test_vectors_that_nobody_uses_go_and_a_round_is_bounded(
+    world: ProbeWorld, pool: asyncpg.Pool, store: ObjectStore, scratch: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(upkeep, "_CACHE_BATCH", 10)
+    monkeypatch.setattr(upkeep, "_CACHE_BATCHES", 2)
+    await world.admin.execute(
+        """
+        insert into upload_pipeline.embedding_cache
+        select gen_random_uuid(), 'm', 3, sha256(i::text::bytea), current_date - i, '[1,2,3]'
+          from generate_series(1, 30) i
+        """
+    )
+    options: dict[str, Any] = {"orphan_grace": NOW, "session_grace": timedelta(days=1), "cache_life": timedelta(days=5)}
+    assert (await maintain(pool, store, scratch, **options)).vectors_forgotten == 20
+    assert (await maintain(pool, store, scratch, **options)).vectors_forgotten == 5
+    assert (await maintain(pool, store, scratch, **options)).vectors_forgotten == 0
+    assert await world.admin.fetchval("select count(*) from upload_pipeline.embedding_cache") == 5
+
+
 async def test_part_that_fails_does_not_keep_the_others_from_being_done(
     world: ProbeWorld, pool: asyncpg.Pool, store: ObjectStore, scratch: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

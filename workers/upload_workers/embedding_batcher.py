@@ -2,14 +2,14 @@
 
 A text waits in line until a request has room for it; requests go out while fewer than `concurrency` are under way, each
 with as many texts as fit, and each job is given its own vectors as they arrive. The same text of the same user is sent
-once, however many chunks wait for it. What a request brought belongs to whoever still waits: a job that is cancelled
-leaves the line, and what is under way for it goes on, since others may share it.
+once, however many chunks wait for it. What a request brought is written first (`vector_keeping`): a job that is
+cancelled or has lost its lease leaves the line, and what is under way for it is paid for and goes on.
 
 Before a request its tokens are reserved from the budget that all workers share. Where that takes longer than
 `PATIENCE`, nobody waits here: the jobs are told when to come back, and their leases are free meanwhile.
 
     the request                       its texts
-    brought vectors                   done; one without a direction is sent again, then refused
+    brought vectors                   kept, then told; one without a direction is sent again, then refused
     was refused for its content       by halves, until the one at fault is alone and fails its own documents
     failed in a way that may pass     sent again a few times, then their jobs fail, to be tried again
     met a limit                       the budget is frozen as the answer said; sent again, or their jobs put off
@@ -34,6 +34,7 @@ from uuid import UUID, uuid4
 import structlog
 
 from upload_pipeline.database import provider_budget
+from upload_pipeline.database.embedding_cache import Filled, fill_vectors
 from upload_pipeline.database.usage import Usage, record_usage
 from upload_pipeline.errors import ErrorCode, PipelineError
 from upload_pipeline.providers.openai_embedder import PROVIDER, EmbeddingError, OpenAIEmbedder
@@ -42,6 +43,7 @@ from upload_pipeline.providers.request_packing import MAX_REQUEST_TOKENS
 from upload_pipeline.rate_headers import RateLimits, key_id_of, read_rate_limits
 from upload_workers.embedding_line import Item, Line, PutOff, Ticket
 from upload_workers.embedding_usage import usage_of_request
+from upload_workers.vector_keeping import keep_paid
 
 if TYPE_CHECKING:
     import numpy as np
@@ -121,7 +123,7 @@ class EmbeddingBatcher:
         self._dispatching: asyncio.Task[None] | None = None
 
     async def embed(
-        self, job: ClaimedJob, texts: Sequence[str], *, until: float
+        self, job: ClaimedJob, texts: Sequence[str], *, until: float, chunk_ids: Sequence[UUID] | None = None
     ) -> AsyncGenerator[tuple[list[int], NDArray[np.float32]]]:
         """Gives (positions in `texts`, their vectors) as they arrive, and behind them the failure, if any.
 
@@ -129,6 +131,8 @@ class EmbeddingBatcher:
             job: whose texts they are.
             texts: of its document.
             until: by the monotonic clock; what is still in line then is put off. What is under way is waited for.
+            chunk_ids: one for each text, where these are pending chunks of the job's document: what is given is in
+                their buffer then, as long as the job's lease holds and nobody else had asked for the same text.
 
         Raises:
             PutOff: some texts are to be sent later.
@@ -136,7 +140,7 @@ class EmbeddingBatcher:
         """
         if self._dispatching is None:
             self._dispatching = asyncio.create_task(self._dispatch(), name="embedding-batcher")
-        ticket = self._line.join(job, texts)
+        ticket = self._line.join(job, texts, chunk_ids)
         self._more.set()
         try:
             while ticket.left or not ticket.arrived.empty():
@@ -157,14 +161,34 @@ class EmbeddingBatcher:
         finally:
             self._line.withdraw(ticket)
 
+    async def fill(self, job: ClaimedJob, limit: int) -> Filled:
+        """Buffers what was paid for before of a job's first `limit` pending chunks, and says which are to be embedded.
+
+        Raises:
+            asyncpg.PostgresError: SQLSTATE UP001 where the lease is lost.
+        """
+        filled = await fill_vectors(
+            self._db, job.lease, model=self._embedder.model, billed_as=self._embedder.api_model, limit=limit
+        )
+        if filled.found:
+            self._calls.spared(PROVIDER, "embed", filled.found)
+        return filled
+
     async def close(self) -> None:
-        """Gives up what is in line and under way. A second call does nothing."""
-        tasks = [task for task in (self._dispatching, *self._under_way) if task is not None]
-        for task in tasks:
-            task.cancel()
-        if tasks:
-            await asyncio.wait(tasks, timeout=_SAY_GOODBYE)
-        self._dispatching = None
+        """Gives up what is in line; what is under way, and perhaps paid for, has a moment to come.
+
+        A second call does nothing.
+        """
+        if self._dispatching is not None:
+            self._dispatching.cancel()
+            await asyncio.wait([self._dispatching], timeout=_SAY_GOODBYE)
+            self._dispatching = None
+        if self._under_way:
+            _, late = await asyncio.wait(self._under_way, timeout=_SAY_GOODBYE)
+            for task in late:
+                task.cancel()
+            if late:
+                await asyncio.wait(late, timeout=_SAY_GOODBYE)
 
     async def _dispatch(self) -> None:
         while True:
@@ -203,7 +227,7 @@ class EmbeddingBatcher:
             self._line.fail(part, error)
         else:
             used = self._usage(part, answer)
-            self._deliver(part, answer)
+            await self._hand_out(part, answer)
             await self._record(used)
 
     async def _request(self, part: list[Item]) -> EmbeddingAnswer:
@@ -299,24 +323,35 @@ class EmbeddingBatcher:
         except Exception as failure:  # noqa: BLE001 - other workers will find out by themselves
             log.warning("pause_not_recorded", error=str(failure) or type(failure).__name__)
 
-    def _deliver(self, part: list[Item], answer: EmbeddingAnswer) -> None:
+    async def _hand_out(self, part: list[Item], answer: EmbeddingAnswer) -> None:
+        """Keeps what came, then tells the jobs; nobody is told of what could not be written."""
         unusable = [part[position] for position in answer.unusable]
         if unusable:
             refused = PipelineError(
                 ErrorCode.EMBED_REJECTED, f"The embedder gave a vector without a direction, {TRIES} times."
             )
             self._send_again(self._tried(unusable, refused))
+        usable = [row for row in range(len(part)) if row not in answer.unusable]
+        if not usable:
+            return
+        items, vectors = [part[row] for row in usable], answer.vectors[usable]
+        try:
+            await keep_paid(self._db, self._embedder.model, items, vectors)
+        except Exception as error:  # noqa: BLE001 - of the database, or a mistake: the jobs tell
+            self._line.fail(items, error)
+        else:
+            self._deliver(items, vectors)
+
+    def _deliver(self, items: list[Item], vectors: NDArray[np.float32]) -> None:
         mine: dict[Ticket, tuple[list[int], list[int]]] = defaultdict(lambda: ([], []))
-        for row, item in enumerate(part):
-            if row in answer.unusable:
-                continue
+        for row, item in enumerate(items):
             self._line.forget(item)
             for ticket, position in item.waiting:
                 positions, rows = mine[ticket]
                 positions.append(position)
                 rows.append(row)
         for ticket, (positions, rows) in mine.items():
-            ticket.give(positions, answer.vectors[rows])
+            ticket.give(positions, vectors[rows])
 
     def _usage(self, part: list[Item], answer: EmbeddingAnswer) -> list[Usage]:
         """What each job used of a request; a text that two jobs wait for is the first's."""

@@ -29,10 +29,15 @@ class PutOff(Exception):  # noqa: N818 - nothing is wrong
 
 @dataclass(eq=False)
 class Ticket:
-    """One call of `embed`, and what has come for it: (positions, vectors)."""
+    """One call of `embed`, and what has come for it: (positions, vectors).
+
+    Attributes:
+        chunk_ids: of the job's document, one for each text, that get their vectors as soon as they are there.
+    """
 
     job: ClaimedJob
     left: int
+    chunk_ids: Sequence[UUID] | None = None
     arrived: asyncio.Queue[tuple[list[int], NDArray[np.float32]] | None] = field(default_factory=asyncio.Queue)
     error: Exception | None = None
 
@@ -64,6 +69,11 @@ class Item:
         return self.key[2]
 
     @property
+    def user_id(self) -> UUID:
+        """For whom."""
+        return self.key[0]
+
+    @property
     def company(self) -> UUID | None:
         """Only texts with the same value share a request: None, or a job that goes by itself."""
         return self.key[1]
@@ -79,9 +89,9 @@ class Line:
     def __len__(self) -> int:
         return len(self._waiting)
 
-    def join(self, job: ClaimedJob, texts: Sequence[str]) -> Ticket:
+    def join(self, job: ClaimedJob, texts: Sequence[str], chunk_ids: Sequence[UUID] | None = None) -> Ticket:
         """A job's texts stand in line, or wait with others for one that does. One that failed before goes by itself."""
-        ticket = Ticket(job, len(texts))
+        ticket = Ticket(job, len(texts), chunk_ids)
         company = job.job_id if job.retry_count else None
         for position, text in enumerate(texts):
             key = (job.user_id, company, text)

@@ -7,6 +7,7 @@ import os
 import socket
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
+from datetime import timedelta
 from functools import partial
 from uuid import uuid4
 
@@ -144,6 +145,7 @@ async def running_worker(
             maintenance_interval=settings.maintenance_interval,
             orphan_grace=settings.orphan_grace,
             session_grace=settings.session_grace,
+            cache_life=timedelta(days=settings.embedding_cache_days),
             wake=runner.wake.set,
         )
         beside = [asyncio.create_task(upkeep.run(), name="upkeep")]

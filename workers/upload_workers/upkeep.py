@@ -4,8 +4,8 @@ every second or so      due retries and snoozes become ready
 every two seconds       batches whose last file has come to its end are noted
 every quarter lease     jobs whose lease ran out are taken back
 MAINTENANCE_INTERVAL    event partitions, silent workers, deletions that a crash cut short, orphaned objects,
-                        temporary files that a killed process left; sessions that are long over; how long the stages
-                        take is measured anew
+                        temporary files that a killed process left; sessions that are long over; vectors in the
+                        cache that nobody uses; how long the stages take is measured anew
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from upload_pipeline.database import documents, photos, queue
 from upload_pipeline.database.batches import note_completed_batches
 from upload_pipeline.database.deletion import finish_deletions
 from upload_pipeline.database.documents import DeletedDocument
+from upload_pipeline.database.embedding_cache import forget_unused_vectors
 from upload_pipeline.database.queue import Executor
 from upload_pipeline.database.sessions import clean_sessions
 from upload_pipeline.storage.document_objects import remove_document_objects
@@ -41,6 +42,12 @@ PROMOTE_INTERVAL = 1.0
 NOTE_INTERVAL = 2.0
 BATCH = 100
 """Jobs that one statement promotes or takes back."""
+
+CACHE_LIFE = timedelta(days=90)
+"""How long a vector that was paid for is kept unused, where no setting says."""
+
+_CACHE_BATCH = 1000  # vectors that one statement forgets
+_CACHE_BATCHES = 20  # such statements in a round
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,10 +64,17 @@ class MaintenanceReport:
     durations_measured: int
     sessions_removed: int
     session_documents_removed: int
+    vectors_forgotten: int
 
 
 async def maintain(
-    db: Executor, store: ObjectStore, scratch: Path, *, orphan_grace: timedelta, session_grace: timedelta
+    db: Executor,
+    store: ObjectStore,
+    scratch: Path,
+    *,
+    orphan_grace: timedelta,
+    session_grace: timedelta,
+    cache_life: timedelta = CACHE_LIFE,
 ) -> MaintenanceReport:
     """One round of maintenance. Safe to repeat and beside other rounds.
 
@@ -68,6 +82,7 @@ async def maintain(
         scratch: the directory of workers' temporary files.
         orphan_grace: how old an object without a document, or a temporary file, must be to be removed.
         session_grace: how long a session must be over for its documents to be deleted.
+        cache_life: how long a vector that was paid for is kept unused.
 
     Raises:
         Exception: the first one that a part of the round raised; the other parts were done nevertheless.
@@ -85,6 +100,7 @@ async def maintain(
     partitions = await part(db.fetchval("select upload_pipeline.ensure_event_partitions()"), 0)
     forgotten = await part(db.fetchval("select upload_pipeline.forget_lost_workers()"), 0)
     sessions_removed, session_documents = await part(clean_sessions(db, session_grace), (0, 0))
+    vectors = await part(_forget_vectors(db, cache_life), 0)
     finished = await part(_finish_deletions(db, store, now), 0)
     swept = await part(_sweep(db, store, now, orphan_grace), Swept(0, 0, 0))
     measured = await part(db.fetchval("select upload_pipeline.refresh_stage_durations()"), 0)
@@ -104,7 +120,19 @@ async def maintain(
         int(measured),
         sessions_removed,
         session_documents,
+        vectors,
     )
+
+
+async def _forget_vectors(db: Executor, unused: timedelta) -> int:
+    """As many as a round may take; the others go in the next."""
+    total = 0
+    for _ in range(_CACHE_BATCHES):
+        forgotten = await forget_unused_vectors(db, unused, limit=_CACHE_BATCH)
+        total += forgotten
+        if forgotten < _CACHE_BATCH:
+            break
+    return total
 
 
 async def _finish_deletions(db: Executor, store: ObjectStore, now: datetime) -> int:
@@ -147,6 +175,7 @@ class Upkeep:
     orphan_grace: float
     session_grace: float
     wake: Callable[[], None]
+    cache_life: timedelta = CACHE_LIFE
 
     async def run(self) -> None:
         """Runs until cancelled."""
@@ -201,6 +230,7 @@ class Upkeep:
             self.scratch,
             orphan_grace=timedelta(seconds=self.orphan_grace),
             session_grace=timedelta(seconds=self.session_grace),
+            cache_life=self.cache_life,
         )
         log.debug("maintained", report=report)
 

@@ -39,6 +39,7 @@ def maintenance_command(as_json: JsonOption = False) -> None:
             ("Unfinished writes removed", report.unfinished_writes_removed),
             ("Deletions finished", report.deletions_finished),
             ("Sessions removed", f"{report.sessions_removed} ({report.session_documents_removed} documents to delete)"),
+            ("Vectors forgotten", report.vectors_forgotten),
             ("Temporary files removed", report.scratch_removed),
             ("Lost workers forgotten", report.workers_forgotten),
             ("Event partitions made", report.partitions_made),
@@ -65,6 +66,7 @@ async def _maintain(settings: Settings) -> MaintenanceReport:
             settings.home / "scratch",
             orphan_grace=timedelta(seconds=settings.orphan_grace),
             session_grace=timedelta(seconds=settings.session_grace),
+            cache_life=timedelta(days=settings.embedding_cache_days),
         )
     finally:
         await db.close()

@@ -55,6 +55,13 @@ class ProviderCalls:
             registry=self.registry,
         )
 
+        self._cached = Counter(
+            f"{_PREFIX}cached",
+            "What needed no call, since it was paid for before: texts.",
+            ("provider", "operation"),
+            registry=self.registry,
+        )
+
     @contextmanager
     def measured(self, provider: str, operation: str) -> Iterator[None]:
         """Counts and times what runs in the context."""
@@ -76,6 +83,10 @@ class ProviderCalls:
     def worked(self, provider: str, operation: str, unit: str, count: int) -> None:
         """Counts what a call has worked on."""
         self._units.labels(provider, operation, unit).inc(count)
+
+    def spared(self, provider: str, operation: str, count: int) -> None:
+        """Counts what needed no call."""
+        self._cached.labels(provider, operation).inc(count)
 
 
 @dataclass(frozen=True, slots=True)

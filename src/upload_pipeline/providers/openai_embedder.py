@@ -156,7 +156,7 @@ class OpenAIEmbedder:
             async with asyncio.timeout(self._timeout):
                 raw = await self._client.embeddings.with_raw_response.create(
                     model=self.api_model,
-                    input=[_sendable(text) for text in texts],
+                    input=[sendable(text) for text in texts],
                     encoding_format="base64",
                     **asked,
                 )
@@ -239,6 +239,11 @@ class OpenAIEmbedder:
         return vectors
 
 
+def sendable(text: str) -> str:
+    """A text as it is sent: what JSON can hold, and the API takes."""
+    return text.encode("utf-8", "replace").decode() if text.strip() else " "
+
+
 def open_openai(settings: Settings) -> OpenAIEmbedder:
     """The embedder that the settings describe.
 
@@ -252,11 +257,6 @@ def open_openai(settings: Settings) -> OpenAIEmbedder:
         dimensions=settings.openai_dimensions,
         timeout=settings.openai_timeout,
     )
-
-
-def _sendable(text: str) -> str:
-    """What JSON can hold, and the API takes."""
-    return text.encode("utf-8", "replace").decode() if text.strip() else " "
 
 
 def _wait_for(error: EmbeddingError, tries: int) -> float:

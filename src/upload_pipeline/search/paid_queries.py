@@ -1,4 +1,7 @@
-"""Queries that a hosted provider embeds: each within the budget that workers share, and recorded for who asked."""
+"""Queries that a hosted provider embeds: each within the budget that workers share, and recorded for who asked.
+
+A text that was embedded for the user before, as a query or in a document, is not paid for again.
+"""
 
 from __future__ import annotations
 
@@ -11,9 +14,16 @@ from uuid import UUID, uuid4
 import structlog
 
 from upload_pipeline.database import provider_budget
+from upload_pipeline.database.embedding_cache import cached_vector, keep_vectors
 from upload_pipeline.database.usage import Usage, record_usage
 from upload_pipeline.errors import ErrorCode, PipelineError
-from upload_pipeline.providers.openai_embedder import PROVIDER, EmbeddingAnswer, EmbeddingError, OpenAIEmbedder
+from upload_pipeline.providers.openai_embedder import (
+    PROVIDER,
+    EmbeddingAnswer,
+    EmbeddingError,
+    OpenAIEmbedder,
+    sendable,
+)
 from upload_pipeline.providers.provider_failures import Remedy
 from upload_pipeline.providers.request_packing import bound_tokens
 from upload_pipeline.rate_headers import RateLimits, key_id_of, read_rate_limits
@@ -69,6 +79,9 @@ class PaidQueries:
             PipelineError: `EMBED_FAILED` where the limit is reached or no answer comes; `EMBED_QUOTA`, `EMBED_DENIED`,
                 `EMBED_REJECTED`, `REQUEST_OVER_BUDGET`.
         """
+        known = await self._look_up(query, user_id)
+        if known is not None:
+            return known
         for tries in range(1, TRIES + 1):
             try:
                 answer = await self._request(query, user_id)
@@ -79,9 +92,33 @@ class PaidQueries:
                     await asyncio.sleep(_FIRST_DELAY * 2 ** (tries - 1))
             else:
                 if not answer.unusable:
+                    await self._keep(query, user_id, answer)
                     vector: NDArray[np.float32] = answer.vectors[0]
                     return vector
         raise PipelineError(ErrorCode.EMBED_FAILED, "The embedder gives the query a vector that has no direction.")
+
+    async def _look_up(self, query: str, user_id: UUID) -> NDArray[np.float32] | None:
+        """The vector that was paid for before; None where there is none, or no telling."""
+        try:
+            async with asyncio.timeout(_BOOKS_SECONDS):
+                known = await cached_vector(self.db, user_id=user_id, model=self.embedder.model, text=sendable(query))
+        except Exception as error:  # noqa: BLE001 - it can be paid for
+            log.warning("cache_not_read", error=str(error) or type(error).__name__)
+            return None
+        if known is not None:
+            self.calls.spared(PROVIDER, "search", 1)
+            await self._record(Usage(uuid4(), PROVIDER, self.embedder.api_model, "search", user_id=user_id, cached=1))
+        return known
+
+    async def _keep(self, query: str, user_id: UUID, answer: EmbeddingAnswer) -> None:
+        """The vector is there: a search does not fail for the next one's sake."""
+        try:
+            async with asyncio.timeout(_BOOKS_SECONDS):
+                await keep_vectors(
+                    self.db, model=self.embedder.model, texts=[(user_id, sendable(query))], vectors=answer.vectors
+                )
+        except Exception as error:  # noqa: BLE001 - see above
+            log.warning("vector_not_kept", error=str(error) or type(error).__name__)
 
     async def _request(self, query: str, user_id: UUID) -> EmbeddingAnswer:
         reserved = bound_tokens(query)
