@@ -59,6 +59,12 @@ create table upload_pipeline.documents (
   metadata        jsonb not null default '{}',
   raw_key         text not null unique,
   parser          text,
+  -- where a hosted parser has it, and what it was asked for: the submission that counts (05_parsing)
+  parse_provider     text,
+  parse_id           text,
+  parse_tier         text,
+  parse_version      text,
+  parse_submitted_at timestamptz,
   page_count      integer,
   warnings        text[] not null default '{}',
   markdown_key    text,
@@ -82,6 +88,7 @@ create table upload_pipeline.documents (
   constraint documents_sha256 check (file_sha256 ~ '^[0-9a-f]{64}$'),
   constraint documents_markdown_sha256 check (markdown_sha256 ~ '^[0-9a-f]{64}$'),
   constraint documents_markdown_whole check ((markdown_key is null) = (markdown_sha256 is null)),
+  constraint documents_parse_whole check (num_nulls(parse_provider, parse_id, parse_tier, parse_version, parse_submitted_at) in (0, 5)),
   constraint documents_metadata check (jsonb_typeof(metadata) = 'object'),
   constraint documents_searchable check (searchable_at is null or (embed_model is not null and chunk_count > 0))
 );

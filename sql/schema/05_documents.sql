@@ -447,7 +447,7 @@ $$;
 
 -- What a restart at a stage needs of the document's buffers. At or before `chunking` both are dropped: they are made
 -- again. Behind it the chunk buffer is what the steps read, and an embedded document has none left, so it is filled
--- from the live chunks.
+-- from the live chunks. Before `parsing` the document forgets who parsed it: the setting of the day decides anew.
 create function upload_pipeline.prepare_restart(p_pipeline text, p_document_id uuid, p_stage text)
 returns void
 language plpgsql
@@ -468,6 +468,12 @@ begin
        where a.pipeline = 'document' and a.stage = p_stage and b.pipeline = 'document' and b.stage = 'chunking') then
     delete from upload_pipeline.document_vector_buffer v where v.document_id = p_document_id;
     delete from upload_pipeline.document_chunk_buffer b where b.document_id = p_document_id;
+    if (select a.position < b.position from upload_pipeline.stages a, upload_pipeline.stages b
+         where a.pipeline = 'document' and a.stage = p_stage and b.pipeline = 'document' and b.stage = 'parsing') then
+      update upload_pipeline.documents d
+         set parse_provider = null, parse_id = null, parse_tier = null, parse_version = null, parse_submitted_at = null
+       where d.document_id = p_document_id and d.parse_id is not null;
+    end if;
   elsif not exists (select from upload_pipeline.document_chunk_buffer b where b.document_id = p_document_id) then
     insert into upload_pipeline.document_chunk_buffer
       (document_id, user_id, ordinal, chunk_id, text, chunk_sha256, chunker, start_offset, end_offset, page_from, page_to,

@@ -11,6 +11,7 @@ from uuid import UUID, uuid5
 DOCUMENT_NAMESPACE = UUID("6f0e6a52-7d0c-5b1e-9a41-3c1d5b7f2a10")
 SECTION_NAMESPACE = UUID("b1c5c1b4-21f6-5d0c-8d57-4f0a9f6e7c21")
 CHUNK_NAMESPACE = UUID("d2a7e9f0-5e83-5c44-a0b6-92d8e1c3f732")
+USAGE_NAMESPACE = UUID("3a9d5b1e-0c47-5f62-8e19-64b2a7f0c9d5")
 
 LOCAL_USER_ID = UUID("00000000-0000-4000-8000-000000000001")
 """Owner of what the terminal ingests when no `--user` is named."""
@@ -54,6 +55,16 @@ def chunk_id(document: UUID, chunker: str, ordinal: int, text_sha256: str) -> UU
         ValueError: `ordinal` is negative or `text_sha256` is not such a digest.
     """
     return uuid5(CHUNK_NAMESPACE, f"{document}:{chunker}:{_ordinal(ordinal)}:{_digest(text_sha256)}")
+
+
+def usage_id(provider: str, call: str) -> UUID:
+    """Id of the record of what one call of a provider used.
+
+    Args:
+        provider: as prices name it.
+        call: the provider's own id of the call.
+    """
+    return uuid5(USAGE_NAMESPACE, f"{provider}:{call}")
 
 
 def _ordinal(value: int) -> int:

@@ -37,11 +37,14 @@ def check_prices(table: Mapping[str, Mapping[str, Any]]) -> None:
 def cost_micros(
     table: PriceTable, *, provider: str, model: str, tokens: int, pages: int, credits_taken: Decimal, requests: int
 ) -> Decimal | None:
-    """What a use costs, in millionths of a US dollar; None where nobody knows: a hosted model that has no price."""
+    """What a use costs, in millionths of a US dollar; None where nobody knows: a hosted model that has no price.
+
+    The price of `<provider>/<model>` holds for each `<provider>/<model>/<version>` that has none of its own.
+    """
     used = {"tokens": Decimal(tokens), "pages": Decimal(pages), "credits": credits_taken, "requests": Decimal(requests)}
     if not any(used.values()):
         return Decimal(0)
-    prices = table.get(f"{provider}/{model}")
+    prices = table.get(f"{provider}/{model}", table.get(f"{provider}/{model.rpartition('/')[0]}"))
     if prices is None:
         return Decimal(0) if provider == LOCAL else None
     # by way of its text: 0.02 is what the operator wrote, and not the nearest binary fraction

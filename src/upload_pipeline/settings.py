@@ -6,6 +6,7 @@ directory. A bad value stops the start with the setting's name, the value and wh
 
 from __future__ import annotations
 
+from datetime import date
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
@@ -74,8 +75,42 @@ class Settings(BaseSettings):
     )
 
     # what does the work
-    parser: Literal["local"] = Field(default="local", description="Who turns files into Markdown.")
+    parser: Literal["local", "llamaparse"] = Field(default="local", description="Who turns files into Markdown.")
     embedder: Literal["local", "openai"] = Field(default="local", description="Who turns text into vectors.")
+
+    # LlamaParse
+    llamaparse_api_key: SecretStr = Field(
+        default=SecretStr(""), description="Key of the account that pays, where PARSER is `llamaparse`."
+    )
+    llamaparse_base_url: str = Field(
+        default="https://api.cloud.llamaindex.ai",
+        pattern=r"^https?://[^/@\s]+$",
+        description="The API, without a path; in the EU `https://api.cloud.eu.llamaindex.ai`. A key is of one region.",
+    )
+    llamaparse_tier: Literal["fast", "cost_effective", "agentic", "agentic_plus"] = Field(
+        default="cost_effective", description="How files are parsed: 1, 3, 10 or 45 credits a page."
+    )
+    llamaparse_version: str = Field(
+        default="", description="Version of the tier, a date as `2026-09-28`; empty: the one this release was made for."
+    )
+    llamaparse_timeout: float = Field(default=60.0, gt=0, le=600, description="Seconds that one request may take.")
+    llamaparse_poll: float = Field(
+        default=2.0, gt=0, le=60, description="Seconds before the first look at a parse; the waits grow to 60."
+    )
+    llamaparse_parse_timeout: Seconds = Field(
+        default=3600.0, description="Seconds after its submission that a parse may take."
+    )
+    llamaparse_failed_pages: Literal["warn", "fail"] = Field(
+        default="warn", description="What becomes of a file some of whose pages cannot be parsed."
+    )
+    llamaparse_requests_per_minute: int = Field(
+        default=20, ge=0, description="Requests in a minute, of all workers (20: the free plan's); 0: no limit of ours."
+    )
+    llamaparse_webhook_secret: SecretStr = Field(
+        default=SecretStr(""),
+        description="What LlamaParse signs its messages with, 32 characters or more; with API_PUBLIC_URL it is told to "
+        "send them.",
+    )
 
     # OpenAI, or a server that speaks as it does
     openai_api_key: SecretStr = Field(
@@ -377,6 +412,18 @@ class Settings(BaseSettings):
             parse_storage_url(value)
         return value
 
+    @field_validator("llamaparse_version")
+    @classmethod
+    def _dated_version(cls, value: str) -> str:
+        if value == "latest":
+            raise ValueError("`latest` changes what the same file becomes, and when is not told: name a date")
+        if value:
+            try:
+                date.fromisoformat(value if len(value) == 10 else "")
+            except ValueError:
+                raise ValueError("it is no date, as 2026-09-28") from None
+        return value
+
     @field_validator("prices")
     @classmethod
     def _known_prices(cls, value: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
@@ -406,6 +453,9 @@ class Settings(BaseSettings):
             raise ValueError("jwt_secret must have 32 bytes or more (RFC 7518, section 3.2)")
         if (secret or self.jwt_jwks_url) and not self.jwt_issuer:
             raise ValueError("jwt_issuer must be set where jwt_secret or jwt_jwks_url is")
+        hook = self.llamaparse_webhook_secret.get_secret_value()
+        if hook and (len(hook) < 32 or not hook.isascii() or not hook.isprintable()):
+            raise ValueError("llamaparse_webhook_secret must have 32 characters of ASCII or more")
         signing = self.signing_secret.get_secret_value()
         if signing and len(signing.encode()) < 32:
             raise ValueError("signing_secret must have 32 bytes or more (RFC 2104, section 3)")

@@ -183,6 +183,12 @@ create table upload_pipeline.documents (
   metadata        jsonb not null default '{}',
   raw_key         text not null unique,
   parser          text,
+  -- where a hosted parser has it, and what it was asked for: the submission that counts (05_parsing)
+  parse_provider     text,
+  parse_id           text,
+  parse_tier         text,
+  parse_version      text,
+  parse_submitted_at timestamptz,
   page_count      integer,
   warnings        text[] not null default '{}',
   markdown_key    text,
@@ -206,6 +212,7 @@ create table upload_pipeline.documents (
   constraint documents_sha256 check (file_sha256 ~ '^[0-9a-f]{64}$'),
   constraint documents_markdown_sha256 check (markdown_sha256 ~ '^[0-9a-f]{64}$'),
   constraint documents_markdown_whole check ((markdown_key is null) = (markdown_sha256 is null)),
+  constraint documents_parse_whole check (num_nulls(parse_provider, parse_id, parse_tier, parse_version, parse_submitted_at) in (0, 5)),
   constraint documents_metadata check (jsonb_typeof(metadata) = 'object'),
   constraint documents_searchable check (searchable_at is null or (embed_model is not null and chunk_count > 0))
 );
@@ -2127,7 +2134,7 @@ $$;
 
 -- What a restart at a stage needs of the document's buffers. At or before `chunking` both are dropped: they are made
 -- again. Behind it the chunk buffer is what the steps read, and an embedded document has none left, so it is filled
--- from the live chunks.
+-- from the live chunks. Before `parsing` the document forgets who parsed it: the setting of the day decides anew.
 create function upload_pipeline.prepare_restart(p_pipeline text, p_document_id uuid, p_stage text)
 returns void
 language plpgsql
@@ -2148,6 +2155,12 @@ begin
        where a.pipeline = 'document' and a.stage = p_stage and b.pipeline = 'document' and b.stage = 'chunking') then
     delete from upload_pipeline.document_vector_buffer v where v.document_id = p_document_id;
     delete from upload_pipeline.document_chunk_buffer b where b.document_id = p_document_id;
+    if (select a.position < b.position from upload_pipeline.stages a, upload_pipeline.stages b
+         where a.pipeline = 'document' and a.stage = p_stage and b.pipeline = 'document' and b.stage = 'parsing') then
+      update upload_pipeline.documents d
+         set parse_provider = null, parse_id = null, parse_tier = null, parse_version = null, parse_submitted_at = null
+       where d.document_id = p_document_id and d.parse_id is not null;
+    end if;
   elsif not exists (select from upload_pipeline.document_chunk_buffer b where b.document_id = p_document_id) then
     insert into upload_pipeline.document_chunk_buffer
       (document_id, user_id, ordinal, chunk_id, text, chunk_sha256, chunker, start_offset, end_offset, page_from, page_to,
@@ -2728,6 +2741,266 @@ begin
 exception when unique_violation then
   raise exception 'the organization has a project "%" already', p_name
     using errcode = 'UP003', hint = 'Choose another name.';
+end
+$$;
+
+-- sql/schema/05_parsing.sql
+
+-- Parses by a hosted parser: each is submitted once, and found again after a crash anywhere.
+--
+-- A submission is written down before anything is asked of the provider, and its id goes along with the request, so that
+-- the job that was made can be found among all jobs. The provider has no key that would make a second request harmless.
+-- So a call that may make a job is announced first, with the moment by which it is over at the latest; and nobody makes
+-- another one for the same submission before that moment, and a time for the provider to finish it, are past, and a look
+-- after that has found no job. Why nothing is paid twice is told in `workers/upload_workers/hosted_parse.py`.
+--
+--   verb                 stage                       says
+--   begin_submission     job_validated or parsing    what there is: the submission that counts, or a new one
+--   announce_submission  the same                    a call goes out now, and is over in so many seconds
+--   end_submission_call  the same                    it is over; it surely made nothing, or nobody knows
+--   commit_submission    job_validated -> parsing    this is the provider's id
+--   store_submission     parsing                     the same, of a submission after one that failed
+--   finish_submission    parsing                     the result is in the store
+--   fail_submission      job_validated or parsing    it brings nothing: the next try is a new submission
+--   wake_parse           -                           the provider says that it has ended: look now
+--
+-- All but the last are fenced by the job's lease, whose row they lock first.
+
+-- `submission_id` is what the provider is told. `calls`: how many may have made a job; `called_until`: when the last of
+-- these is over. Of one document, provider, tier and version one submission counts: that which has not failed.
+create table upload_pipeline.parse_submissions (
+  submission_id uuid primary key default gen_random_uuid(),
+  document_id   uuid not null,
+  user_id       uuid not null,
+  provider      text not null,
+  tier          text not null,
+  version       text not null,
+  begun_at      timestamptz not null,
+  calls         integer not null default 0,
+  called_until  timestamptz,
+  parse_id      text,
+  submitted_at  timestamptz,
+  finished_at   timestamptz,
+  page_count    integer,
+  failed_pages  integer[] not null default '{}',
+  failed_at     timestamptz,
+  foreign key (document_id, user_id) references upload_pipeline.documents (document_id, user_id)
+    on update cascade on delete cascade,
+  constraint parse_submissions_names check (provider <> '' and tier <> '' and version <> '' and parse_id <> ''),
+  constraint parse_submissions_calls check (calls >= 0 and (calls = 0 or called_until is not null)),
+  constraint parse_submissions_submitted check ((parse_id is null) = (submitted_at is null)),
+  constraint parse_submissions_finished check (finished_at is null or (parse_id is not null and page_count > 0))
+);
+
+-- begin_submission: the one that counts
+create unique index parse_submissions_counts on upload_pipeline.parse_submissions (document_id, provider, tier, version)
+  where failed_at is null;
+-- the foreign key to documents
+create index parse_submissions_document on upload_pipeline.parse_submissions (document_id);
+-- wake_parse, load_submission; not unique: a provider that knows the bytes already may name the same job again
+create index parse_submissions_parse on upload_pipeline.parse_submissions (parse_id, provider) where parse_id is not null;
+
+-- The submission of the job's document that counts, or a new one. One of another tier or version counts too while a call
+-- may have made its job and nobody knows. `look` where an earlier call may have made the job; `wait`: seconds until another
+-- call may be made, p_settle after the last one is over; `age`: seconds since it was submitted, null once it has finished.
+create function upload_pipeline.begin_submission(
+  p_job_id uuid, p_token bigint, p_provider text, p_tier text, p_version text, p_settle interval
+)
+returns table (
+  submission_id uuid, tier text, version text, begun_at timestamptz, parse_id text, look boolean, wait double precision,
+  age double precision
+)
+language plpgsql
+security definer
+set search_path = ''
+set enable_seqscan = off
+as $$
+#variable_conflict use_column
+declare
+  v_now  timestamptz := upload_pipeline.now();
+  v_job  upload_pipeline.upload_jobs := upload_pipeline.check_lease(p_job_id, p_token);
+  v_mine upload_pipeline.parse_submissions;
+begin
+  -- the lock on the job lets nobody else in
+  select s.* into v_mine from upload_pipeline.parse_submissions s
+   where s.document_id = v_job.document_id and s.provider = p_provider and s.failed_at is null
+     and ((s.tier = p_tier and s.version = p_version) or (s.calls > 0 and s.parse_id is null))
+   order by s.calls > 0 and s.parse_id is null desc
+   limit 1;
+  if not found then
+    insert into upload_pipeline.parse_submissions (document_id, user_id, provider, tier, version, begun_at)
+    values (v_job.document_id, v_job.user_id, p_provider, p_tier, p_version, v_now)
+    returning * into v_mine;
+  end if;
+  return query
+    select v_mine.submission_id, v_mine.tier, v_mine.version, v_mine.begun_at, v_mine.parse_id, v_mine.calls > 0,
+           greatest(0, extract(epoch from v_mine.called_until + p_settle - v_now))::double precision,
+           case when v_mine.finished_at is null then extract(epoch from v_now - v_mine.submitted_at)::double precision end;
+end
+$$;
+
+-- A call goes out that may make a job, and is over within p_seconds of now. False, and nothing is noted, where that must
+-- not be: another call may be under way, or has just been, or the job is known.
+create function upload_pipeline.announce_submission(
+  p_job_id uuid, p_token bigint, p_submission_id uuid, p_seconds interval, p_settle interval
+)
+returns boolean
+language plpgsql
+security definer
+set search_path = ''
+as $$
+declare
+  v_now timestamptz := upload_pipeline.now();
+begin
+  perform upload_pipeline.check_lease(p_job_id, p_token);
+  update upload_pipeline.parse_submissions s
+     set calls = s.calls + 1, called_until = v_now + p_seconds
+   where s.submission_id = p_submission_id and s.parse_id is null and s.failed_at is null
+     and (s.called_until is null or s.called_until + p_settle <= v_now);
+  return found;
+end
+$$;
+
+-- The call that was announced last is over. p_made_nothing: the provider refused it, so it is as if it had not been.
+create function upload_pipeline.end_submission_call(
+  p_job_id uuid, p_token bigint, p_submission_id uuid, p_made_nothing boolean
+)
+returns void
+language plpgsql
+security definer
+set search_path = ''
+as $$
+begin
+  perform upload_pipeline.check_lease(p_job_id, p_token);
+  update upload_pipeline.parse_submissions s
+     set calls = s.calls - p_made_nothing::integer,
+         -- calls before it were over and settled, or it would not have been allowed
+         called_until = case when not p_made_nothing then least(s.called_until, upload_pipeline.now())
+                             when s.calls > 1 then upload_pipeline.now() - interval '1 hour' end
+   where s.submission_id = p_submission_id and s.calls > 0;
+end
+$$;
+
+-- Notes the provider's id of a submission, on it and on its document.
+create function upload_pipeline.note_parse(p_document_id uuid, p_submission_id uuid, p_parse_id text)
+returns void
+language plpgsql
+security definer
+set search_path = ''
+as $$
+declare
+  v_now timestamptz := upload_pipeline.now();
+begin
+  update upload_pipeline.parse_submissions s
+     set parse_id = coalesce(s.parse_id, p_parse_id), submitted_at = coalesce(s.submitted_at, v_now)
+   where s.submission_id = p_submission_id;
+  update upload_pipeline.documents d
+     set parse_provider = s.provider, parse_id = s.parse_id, parse_tier = s.tier, parse_version = s.version,
+         parse_submitted_at = s.submitted_at, updated_at = v_now
+    from upload_pipeline.parse_submissions s
+   where s.submission_id = p_submission_id and s.document_id = p_document_id and d.document_id = p_document_id;
+end
+$$;
+
+-- job_validated -> parsing: the provider has the file, and this is its id of the parse.
+create function upload_pipeline.commit_submission(
+  p_job_id        uuid,
+  p_token         bigint,
+  p_submission_id uuid,
+  p_parse_id      text,
+  p_keep          boolean default true,
+  p_ttl           interval default '60 seconds'
+)
+returns table (job_id uuid, stage text, state upload_pipeline.job_state, lease_expires_at timestamptz)
+language plpgsql
+security definer
+set search_path = ''
+as $$
+declare
+  v_job upload_pipeline.upload_jobs := upload_pipeline.check_step(p_job_id, p_token, 'parsing');
+begin
+  if v_job.stage = 'parsing' then
+    return query select v_job.job_id, v_job.stage, v_job.state, v_job.lease_expires_at;
+    return;
+  end if;
+  perform upload_pipeline.note_parse(v_job.document_id, p_submission_id, p_parse_id);
+  return query select * from upload_pipeline.advance_job(p_job_id, p_token, 'job_validated', 'parsing', p_keep, p_ttl);
+end
+$$;
+
+-- The same of a job that is at `parsing` already, since an earlier submission failed. Safe to repeat.
+create function upload_pipeline.store_submission(p_job_id uuid, p_token bigint, p_submission_id uuid, p_parse_id text)
+returns void
+language plpgsql
+security definer
+set search_path = ''
+as $$
+declare
+  v_job upload_pipeline.upload_jobs := upload_pipeline.check_lease(p_job_id, p_token);
+begin
+  perform upload_pipeline.note_parse(v_job.document_id, p_submission_id, p_parse_id);
+end
+$$;
+
+-- The result of a submission is in the store; it is not fetched, nor paid for, again.
+create function upload_pipeline.finish_submission(
+  p_job_id uuid, p_token bigint, p_submission_id uuid, p_page_count integer, p_failed_pages integer[]
+)
+returns void
+language plpgsql
+security definer
+set search_path = ''
+as $$
+begin
+  perform upload_pipeline.check_lease(p_job_id, p_token);
+  update upload_pipeline.parse_submissions s
+     set finished_at = upload_pipeline.now(), page_count = p_page_count, failed_pages = p_failed_pages
+   where s.submission_id = p_submission_id and s.finished_at is null;
+end
+$$;
+
+-- A submission brings nothing and never will. Whoever tries again makes a new one.
+create function upload_pipeline.fail_submission(p_job_id uuid, p_token bigint, p_submission_id uuid)
+returns void
+language plpgsql
+security definer
+set search_path = ''
+as $$
+begin
+  perform upload_pipeline.check_lease(p_job_id, p_token);
+  update upload_pipeline.parse_submissions s set failed_at = upload_pipeline.now()
+   where s.submission_id = p_submission_id and s.failed_at is null;
+end
+$$;
+
+-- The provider says that a parse has ended: the jobs that wait for it look now. How many there are; 0 for an id that
+-- nobody waits for. Whoever says so need not be right: a job that looks too early waits again.
+create function upload_pipeline.wake_parse(p_provider text, p_parse_id text)
+returns integer
+language plpgsql
+security definer
+set search_path = ''
+set enable_seqscan = off
+set enable_hashjoin = off
+set enable_mergejoin = off
+as $$
+declare
+  v_job   uuid;
+  v_count integer := 0;
+begin
+  for v_job in
+    select j.job_id
+      from upload_pipeline.parse_submissions s
+      join upload_pipeline.documents d on d.document_id = s.document_id and d.parse_id = s.parse_id
+      join upload_pipeline.upload_jobs j on j.document_id = d.document_id and j.pipeline = 'document'
+     where s.parse_id = p_parse_id and s.provider = p_provider and s.finished_at is null and s.failed_at is null
+       and j.stage = 'parsing' and j.state in ('working', 'retryable')
+     order by j.job_id
+  loop
+    perform upload_pipeline.wake_job(v_job);
+    v_count := v_count + 1;
+  end loop;
+  return v_count;
 end
 $$;
 
@@ -5650,7 +5923,7 @@ begin
     'stages', 'embedding_models', 'documents', 'upload_jobs', 'job_outcomes', 'lanes', 'events', 'document_chunk_buffer',
     'document_vector_buffer', 'document_chunks', 'document_nodes', 'document_edges', 'workers',
     'stage_durations', 'policies', 'batches', 'batch_members', 'processing_records', 'provider_budgets',
-    'provider_reservations', 'usage_records', 'organizations', 'organization_members', 'projects', 'photos']
+    'provider_reservations', 'usage_records', 'organizations', 'organization_members', 'projects', 'photos', 'parse_submissions']
   loop
     execute format('create policy %I on upload_pipeline.%I for select to upload_worker using (true)', v_table || '_worker', v_table);
     execute format('grant select on upload_pipeline.%I to upload_worker, service_role', v_table);
@@ -5720,7 +5993,7 @@ begin
                              'check_no_stranger', 'look_for_upload', 'resume_upload_job', 'move_session_documents',
                              'forget_session_document', 'lock_budget', 'job_cost', 'note_photo_status', 'lock_photo_job',
                              'start_photo_deletion', 'check_owner', 'check_vectors', 'today', 'touch_vectors',
-                             'move_user_vectors')
+                             'move_user_vectors', 'note_parse')
   loop
     execute format('grant execute on function %s to upload_worker, service_role', v_function);
   end loop;

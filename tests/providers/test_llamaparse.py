@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import importlib.machinery
 import sys
 import time
@@ -13,9 +14,10 @@ from typing import Any
 import pytest
 from aiohttp import web
 
-from tests.simulators.llama_cloud import KEY, LlamaCloudSimulator
+from tests.simulators.llama_cloud import KEY, LlamaCloudSimulator, _File
 from upload_pipeline.errors import ErrorCode, PipelineError
-from upload_pipeline.providers.llamaparse import FinishedParse, LlamaParse, ParseError, Remedy
+from upload_pipeline.providers.llamaparse import LlamaParse
+from upload_pipeline.providers.llamaparse_results import FinishedParse, ParseError, Remedy, warnings_of
 
 TIER = {"tier": "cost_effective", "version": "2026-09-28"}
 
@@ -45,12 +47,19 @@ def long_ago() -> datetime:
 
 
 async def upload(parser: LlamaParse, path: Path, external_id: str = "d1") -> str:
-    return await parser.upload(path, name="d1.txt", media_type="text/plain", external_id=external_id)
+    found = await parser.find_file(external_id)
+    return found or await parser.upload(path, name="d1.txt", media_type="text/plain", external_id=external_id)
 
 
-async def submit(parser: LlamaParse, path: Path, attempt: int = 1) -> str:
+async def submit(parser: LlamaParse, path: Path, submission: str = "s1") -> str:
+    """Finds the job, or makes it: as a worker does that knows of an earlier call."""
     file_id = await upload(parser, path)
-    return await parser.submit(file_id, document="d1", attempt=attempt, since=long_ago())
+    made = await parser.find_submission(submission, since=long_ago())
+    return made or await parser.submit(file_id, document="d1", submission=submission)
+
+
+def warnings(done: FinishedParse, taken: Any = "warn") -> tuple[str, ...]:
+    return warnings_of("pjb-1", page_count=done.page_count, failed_pages=done.failed_pages, taken=taken)
 
 
 async def finished(parser: LlamaParse, path: Path) -> FinishedParse:
@@ -66,9 +75,8 @@ async def test_pages_are_separated_by_form_feeds(
     simulator: LlamaCloudSimulator, parser: LlamaParse, path: Path
 ) -> None:
     done = await finished(parser, path)
-    assert (done.parsed.markdown, done.parsed.page_count) == ("one\ftwo\fthree\ffour", 4)
-    assert (done.parsed.warnings, done.failed_pages, done.credits) == ((), (), 12)
-    assert parser.version == "llamaparse@cost_effective/2026-09-28"
+    assert (done.markdown, done.page_count) == ("one\ftwo\fthree\ffour", 4)
+    assert (warnings(done), done.failed_pages, done.credits) == ((), (), 12)
     assert simulator.books.paid == {"d1": 1}
 
 
@@ -90,8 +98,10 @@ async def test_a_second_call_uploads_nothing_and_pays_nothing(
     assert (simulator.books.uploads, simulator.books.paid) == ({"d1": 1}, {"d1": 1})
 
 
-async def test_another_attempt_is_another_job(simulator: LlamaCloudSimulator, parser: LlamaParse, path: Path) -> None:
-    assert await submit(parser, path, 1) != await submit(parser, path, 2)
+async def test_another_submission_is_another_job(
+    simulator: LlamaCloudSimulator, parser: LlamaParse, path: Path
+) -> None:
+    assert await submit(parser, path, "s1") != await submit(parser, path, "s2")
     assert simulator.books.paid == {"d1": 2}
 
 
@@ -102,10 +112,49 @@ async def test_a_job_is_found_behind_many_others(
     file_id = await upload(parser, path)
     for number in range(120):
         await parser._client.parsing.create(  # without the search of each submit
-            file_id=file_id, **TIER, user_metadata={"document": f"other{number}", "attempt": "1"}
+            file_id=file_id, **TIER, user_metadata={"document": "d1", "submission": f"other{number}"}
         )
-    assert await parser.find_submission(document="d1", attempt=1, since=long_ago()) == made
-    assert await parser.find_submission(document="d1", attempt=2, since=long_ago()) is None
+    assert await parser.find_submission("s1", since=long_ago()) == made
+    assert await parser.find_submission("s2", since=long_ago()) is None
+
+
+async def test_what_is_announced_at_the_last_moment_can_stop_the_call(
+    simulator: LlamaCloudSimulator, parser: LlamaParse, path: Path
+) -> None:
+    file_id = await upload(parser, path)
+
+    async def refuse(seconds: float) -> None:
+        assert seconds == 5.0
+        raise LookupError
+
+    with pytest.raises(LookupError):
+        await parser.submit(file_id, document="d1", submission="s1", announce=refuse)
+
+    async def dawdle(seconds: float) -> None:
+        await asyncio.sleep(seconds * 2)
+
+    slow = LlamaParse(api_key=KEY, base_url=simulator.url, timeout=0.1, **TIER)
+    with pytest.raises(ParseError, match="did not answer"):
+        await slow.submit(file_id, document="d1", submission="s1", announce=dawdle)
+    await slow.close()
+    assert simulator.books.requests["submit"] == 0
+
+
+async def test_a_file_that_is_about_to_expire_is_not_found(simulator: LlamaCloudSimulator, parser: LlamaParse) -> None:
+    class Expiring(_File):
+        def as_json(self) -> dict[str, Any]:
+            return {**super().as_json(), "expires_at": (datetime.now(UTC) + timedelta(minutes=5)).isoformat()}
+
+    simulator._files["dfl-1"] = Expiring("dfl-1", "d1.txt", "d1", b"one")
+    assert await parser.find_file("d1") is None
+    simulator._files["dfl-2"] = _File("dfl-2", "d1.txt", "d1", b"one")
+    assert await parser.find_file("d1") == "dfl-2"
+
+
+async def test_a_submission_of_a_file_that_is_gone_may_be_tried_again(parser: LlamaParse) -> None:
+    with pytest.raises(ParseError) as caught:
+        await parser.submit("dfl-gone", document="d1", submission="s1")
+    assert (caught.value.code, caught.value.remedy) == (ErrorCode.PARSE_UNAVAILABLE, Remedy.AGAIN)
 
 
 # failed pages and jobs
@@ -116,35 +165,39 @@ async def test_failed_pages_are_named_and_keep_their_place(
 ) -> None:
     simulator.end_next(failed_pages=(2, 3))
     done = await finished(parser, path)
-    assert (done.parsed.markdown, done.parsed.page_count) == ("one\f\f\ffour", 4)
+    assert (done.markdown, done.page_count) == ("one\f\f\ffour", 4)
     assert done.failed_pages == (2, 3)
-    assert done.parsed.warnings == ("LlamaParse could not read pages 2 to 3 of 4.",)
+    assert warnings(done) == ("LlamaParse could not read pages 2 to 3 of 4.",)
 
 
 async def test_one_failed_page_is_told_in_the_singular(
     simulator: LlamaCloudSimulator, parser: LlamaParse, path: Path
 ) -> None:
     simulator.end_next(failed_pages=(4,))
-    assert (await finished(parser, path)).parsed.warnings == ("LlamaParse could not read page 4 of 4.",)
+    assert warnings(await finished(parser, path)) == ("LlamaParse could not read page 4 of 4.",)
 
 
-async def test_failed_pages_fail_the_file_where_that_is_asked_for(simulator: LlamaCloudSimulator, path: Path) -> None:
-    parser = LlamaParse(api_key=KEY, base_url=simulator.url, failed_pages="fail", **TIER)
+async def test_failed_pages_fail_the_file_where_that_is_asked_for(
+    simulator: LlamaCloudSimulator, parser: LlamaParse, path: Path
+) -> None:
     simulator.end_next(failed_pages=(2, 4))
+    done = await finished(parser, path)
     with pytest.raises(ParseError) as caught:
-        await finished(parser, path)
+        warnings(done, "fail")
     assert (caught.value.code, caught.value.remedy) == (ErrorCode.PARSE_FAILED, Remedy.NEVER)
     assert caught.value.details["failed_pages"] == [2, 4]
     assert "pages 2, 4 of 4" in caught.value.message
-    await parser.close()
 
 
+@pytest.mark.parametrize("taken", ["warn", "fail"])
 async def test_a_file_without_one_good_page_has_failed(
-    simulator: LlamaCloudSimulator, parser: LlamaParse, path: Path
+    simulator: LlamaCloudSimulator, parser: LlamaParse, path: Path, taken: str
 ) -> None:
     simulator.end_next(failed_pages=(1, 2, 3, 4))
+    done = await finished(parser, path)
+    assert done.credits == 12
     with pytest.raises(ParseError) as caught:
-        await finished(parser, path)
+        warnings(done, taken)
     assert caught.value.code is ErrorCode.PARSE_FAILED
 
 
@@ -207,7 +260,7 @@ async def test_each_fault_has_its_code_is_asked_once_and_healed_without_paying_t
     assert error.retryable == (remedy is not Remedy.NEVER)
     assert KEY not in str(error)
     assert simulator.books.requests[operation] == 1
-    assert (await finished(parser, path)).parsed.page_count == 4
+    assert (await finished(parser, path)).page_count == 4
     assert (simulator.books.uploads, simulator.books.paid_again()) == ({"d1": 1}, {})
 
 

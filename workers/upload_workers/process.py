@@ -29,6 +29,7 @@ from upload_pipeline.storage.virus_scan import open_scanner
 from upload_workers.bounded import bounded
 from upload_workers.embedding_batcher import open_batcher
 from upload_workers.health import health_endpoint
+from upload_workers.hosted_parse import open_hosted_parser
 from upload_workers.leases import LeaseKeeper, heartbeat_connection
 from upload_workers.memory import MemoryWatch
 from upload_workers.metrics import WorkerMetrics
@@ -84,6 +85,9 @@ async def running_worker(
         batcher = open_batcher(own_embedder, db, calls, settings)
         if batcher is not None:
             stack.push_async_callback(batcher.close)
+        hosted_parser = open_hosted_parser(db, calls, settings)
+        if hosted_parser is not None:
+            stack.push_async_callback(hosted_parser.close)
         local_parser = LocalParser(settings.parse_timeout, settings.parse_memory_bytes)
         stack.callback(local_parser.close)
         parser = MeasuredParser(local_parser, calls)
@@ -113,6 +117,7 @@ async def running_worker(
                 open_scanner(settings.clamd_url, seconds=settings.clamd_timeout),
                 batcher,
                 MeasuredPhotoReader(local_photos, calls),
+                hosted_parser,
             ),
             steps,
             await queue.load_steps(db),

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from upload_pipeline.storage.store import ObjectStore
     from upload_pipeline.storage.virus_scan import VirusScanner
     from upload_workers.embedding_batcher import EmbeddingBatcher
+    from upload_workers.hosted_parse import HostedParser
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +36,7 @@ class StepContext:
         scanner: sees bytes that reached the store by themselves; None where there is none.
         batcher: embeds texts that are paid for; None where the embedder is our own.
         photos: reads photos; None where no step of them is run.
+        hosted_parser: follows what a hosted parser has; None where there is no key for one.
     """
 
     db: Executor
@@ -46,6 +48,7 @@ class StepContext:
     scanner: VirusScanner | None = None
     batcher: EmbeddingBatcher | None = None
     photos: PhotoReader | None = None
+    hosted_parser: HostedParser | None = None
 
 
 class CommitVerb(Protocol):

@@ -23,6 +23,7 @@ from upload_pipeline.api import (
     sessions,
     upload_bytes,
     uploads,
+    webhooks,
 )
 from upload_pipeline.api.body_limit import MAX_JSON_BYTES, BodyLimit
 from upload_pipeline.api.error_bodies import install_error_handlers
@@ -53,8 +54,13 @@ ROUTERS: tuple[APIRouter, ...] = (
 )
 """The routers whose every route has a caller (`CurrentPrincipal`); they are counted by `within_limits`."""
 
-OPEN_ROUTERS: tuple[APIRouter, ...] = (document_bytes.router, upload_bytes.router, service_routes.router)
-"""The routers that nobody signs in for: probes, and URLs that carry their own permission."""
+OPEN_ROUTERS: tuple[APIRouter, ...] = (
+    document_bytes.router,
+    upload_bytes.router,
+    webhooks.router,
+    service_routes.router,
+)
+"""The routers that nobody signs in for: probes, URLs that carry their own permission, and messages that are signed."""
 
 _EXPOSED_HEADERS = (
     CORRELATION_HEADER,

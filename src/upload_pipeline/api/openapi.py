@@ -14,6 +14,7 @@ from upload_pipeline.api.batch_bodies import BatchForm
 from upload_pipeline.api.error_bodies import ErrorBody, documented_errors
 from upload_pipeline.api.policy_bodies import PolicyForm
 from upload_pipeline.api.upload_bodies import UploadForm, UploadRequest
+from upload_pipeline.api.webhooks import ParseMessage
 from upload_pipeline.errors import HTTP_STATUS, ErrorCode
 
 if TYPE_CHECKING:
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 _METHODS = frozenset({"get", "put", "post", "delete", "patch"})
 _ERROR_REF = {"$ref": "#/components/schemas/ErrorBody"}
 _UNUSED_SCHEMAS = ("HTTPValidationError", "ValidationError")
-_STREAMED_BODIES = (UploadRequest, UploadForm, PolicyForm, BatchForm)
+_STREAMED_BODIES = (UploadRequest, UploadForm, PolicyForm, BatchForm, ParseMessage)
 """Bodies that routes read themselves and refer to by name: FastAPI does not know them."""
 _ALWAYS = (400, 413, 500, 503)
 """What any route can answer: to a body or a Host that is none, to a body that is too large, and faults of ours."""

@@ -66,6 +66,8 @@ async def check_all(settings: Settings) -> list[Finding]:
     if settings.clamd_url:
         findings.append(await _guarded("scanner", _check_scanner, settings))
     findings.append(await _guarded("parser", _check_parser, settings))
+    if settings.parser == "llamaparse":
+        findings.append(await _guarded("llamaparse", _check_llamaparse, settings))
     findings.append(await _guarded("embedder", _check_embedder, settings))
     findings.append(await _guarded("api", _check_api, settings))
     return findings
@@ -232,6 +234,21 @@ async def _check_parser(settings: Settings) -> str:
     if "A file to parse." not in parsed.markdown:
         raise RuntimeError(f"the parser made {parsed.markdown!r} of a small Markdown file")
     return parser.version
+
+
+async def _check_llamaparse(settings: Settings) -> str:
+    from upload_pipeline.providers.llamaparse import open_llamaparse
+
+    parser = open_llamaparse(settings)
+    if parser is None:
+        raise RuntimeError("there is no LlamaParse to check")
+    try:
+        await parser.find_file("doctor")
+    finally:
+        await parser.close()
+    told = "a webhook tells of ended parses" if parser.told else "no webhook (that needs API_PUBLIC_URL and a secret)"
+    limit = settings.llamaparse_requests_per_minute or "any number of"
+    return f"{parser.tier}/{parser.tier_version} at {settings.llamaparse_base_url}, {limit} requests a minute; {told}"
 
 
 async def _check_embedder(settings: Settings) -> str:

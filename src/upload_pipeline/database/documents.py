@@ -62,6 +62,7 @@ class Document:
     Attributes:
         page_starts: character offset of each page in the normalised markdown; empty where there are no pages.
         awaited: None once its bytes are in the store and were seen to be those that were announced.
+        parse_id: a hosted parser's id of its parse; None where it is parsed here.
     """
 
     document_id: UUID
@@ -76,6 +77,7 @@ class Document:
     markdown_sha256: str | None
     page_starts: tuple[int, ...]
     awaited: AwaitedBytes | None = None
+    parse_id: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,7 +140,7 @@ async def load_document(db: Executor, document_id: UUID) -> Document | None:
     row = await db.fetchrow(
         """
         select document_id, user_id, filename, media_type, file_bytes, file_sha256, raw_key, page_count, markdown_key,
-               markdown_sha256, page_starts, updated_at as since, upload_deadline as deadline,
+               markdown_sha256, page_starts, parse_id, updated_at as since, upload_deadline as deadline,
                upload_pipeline.now() - updated_at as waited, upload_deadline - upload_pipeline.now() as left
           from upload_pipeline.documents where document_id = $1
         """,

@@ -1,11 +1,12 @@
 """LlamaParse: files are uploaded, jobs are submitted and looked at, one request each, and each answer is checked.
 
 The official client sends and reads; it never tries again by itself. A job that is made costs money, and there is no
-key that would make a second request harmless: `submit` therefore first looks for the job among those that exist.
-What a failure asks for is said by its `Remedy`:
+key that would make a second request harmless: who submits looks by `find_submission` first, wherever an earlier call
+may have made the job. What a failure asks for is said by its `Remedy`:
 
     Remedy   when                                               code
-    AGAIN    no answer, a broken one, 408, 409, 5xx             PARSE_UNAVAILABLE
+    AGAIN    no answer, a broken one, 408, 409, 5xx; the        PARSE_UNAVAILABLE
+             uploaded file is gone (404)
     WAIT     429                                                PARSE_UNAVAILABLE
     PAUSE    no credits (402); key refused (401, 403)           PARSE_QUOTA, PARSE_DENIED
     NEVER    any other 4xx; the job failed, or is gone (404)    PARSE_REJECTED, PARSE_FAILED
@@ -14,64 +15,52 @@ What a failure asks for is said by its `Remedy`:
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterable
-from contextlib import asynccontextmanager
-from dataclasses import dataclass
-from datetime import datetime
-from enum import StrEnum
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
+from datetime import UTC, datetime, timedelta
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from upload_pipeline.errors import ErrorCode, PipelineError
-from upload_pipeline.providers.parsing import ParsedMarkdown
+from upload_pipeline.providers.llamaparse_results import (
+    PROVIDER,
+    FinishedParse,
+    ParseError,
+    Remedy,
+    finished_parse,
+    parse_failed,
+)
 from upload_pipeline.rate_headers import read_rate_limits
 
-PROVIDER = "llamaparse"
+if TYPE_CHECKING:
+    from upload_pipeline.settings import Settings
 
 BASE_URL = "https://api.cloud.llamaindex.ai"
 """Of the region us-east-1; the EU's is https://api.cloud.eu.llamaindex.ai. A key belongs to one of them."""
 
+TIER_VERSIONS: Mapping[str, str] = {
+    "fast": "2026-06-15",
+    "cost_effective": "2026-09-28",
+    "agentic": "2026-10-16",
+    "agentic_plus": "2026-09-28",
+}
+"""The tiers, and the version of each that is asked for where no other is named (`GET /api/v2/parse/versions`)."""
+
+WEBHOOK_PATH = "/api/v2/webhooks/llamaparse"
+"""Where the HTTP service is told of jobs."""
+
+WEBHOOK_EVENTS = ("parse.success", "parse.partial_success", "parse.error", "parse.cancelled")
+"""What ends a job."""
+
+Turn = Callable[[str, float], AbstractAsyncContextManager[None]]
+"""Entered around each request with its operation (`find`, `upload`, `list`, `submit`, `poll`) and the seconds that it
+may take: waits for the budget, and sees the `ParseError`."""
+
 _MESSAGE_CHARS = 300
 _SLOWEST_UPLOAD = 250_000  # bytes in a second; what is slower is taken to hang
 _LISTED_AT_ONCE = 100
-
-
-class Remedy(StrEnum):
-    """What helps against a failure."""
-
-    AGAIN = "again"
-    WAIT = "wait"
-    PAUSE = "pause"
-    NEVER = "never"
-
-
-@dataclass
-class ParseError(PipelineError):
-    """A request that brought nothing, or a job that did.
-
-    Attributes:
-        remedy: what to do.
-        retry_after: seconds in which nothing more is to be sent; None where the provider told nothing.
-    """
-
-    remedy: Remedy = Remedy.AGAIN
-    retry_after: float | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class FinishedParse:
-    """What a job brought.
-
-    Attributes:
-        parsed: the pages; one that failed is empty, so that the others keep their numbers.
-        failed_pages: their numbers, from 1.
-        credits: what the job cost; None where it was not told.
-    """
-
-    parsed: ParsedMarkdown
-    failed_pages: tuple[int, ...]
-    credits: float | None
+_FILE_LIFE_LEFT = timedelta(minutes=10)  # that a file found there must have, to be submitted in time
 
 
 class LlamaParse:
@@ -85,7 +74,9 @@ class LlamaParse:
         version: str,
         base_url: str = BASE_URL,
         timeout: float = 60.0,
-        failed_pages: Literal["warn", "fail"] = "warn",
+        webhook_url: str = "",
+        webhook_secret: str = "",
+        turn: Turn = lambda operation, seconds: nullcontext(),
     ) -> None:
         """Connects to nothing yet.
 
@@ -95,7 +86,9 @@ class LlamaParse:
             version: of the tier, a date; `latest` would change what the same bytes give.
             base_url: of the API, without a path.
             timeout: seconds that a request may take; an upload may take longer, by its size.
-            failed_pages: whether a file some of whose pages failed is taken with a warning, or fails.
+            webhook_url: is told of the end of each job that is made; empty: nobody is.
+            webhook_secret: signs what it is told.
+            turn: what each request waits for.
 
         Raises:
             PipelineError: `SETTING_INVALID`, naming what is wrong or the missing package.
@@ -115,16 +108,24 @@ class LlamaParse:
         self.api_key = api_key
         self.tier = tier
         self.tier_version = version
-        self._timeout = timeout
-        self._failed_pages = failed_pages
+        self.timeout = timeout
+        self.turn = turn
+        self._webhook: dict[str, Any] | None = None
+        if webhook_url:
+            self._webhook = {
+                "webhook_url": webhook_url,
+                "webhook_events": list(WEBHOOK_EVENTS),
+                "webhook_output_format": "json",
+                "webhook_signing_secret": webhook_secret,
+            }
         self._client: Any = llama_cloud.AsyncLlamaCloud(
             api_key=api_key, base_url=base_url, timeout=timeout, max_retries=0
         )
 
     @property
-    def version(self) -> str:
-        """Changes whenever the same bytes may give another result."""
-        return f"{PROVIDER}@{self.tier}/{self.tier_version}"
+    def told(self) -> bool:
+        """Whether somebody is told of the end of jobs."""
+        return self._webhook is not None
 
     async def find_file(self, external_id: str) -> str | None:
         """The id of a file that was uploaded under our id, or None.
@@ -132,13 +133,17 @@ class LlamaParse:
         Raises:
             ParseError: `PARSE_UNAVAILABLE`, `PARSE_QUOTA`, `PARSE_DENIED` or `PARSE_REJECTED`.
         """
-        async with self._request("look for the file"):
+        soon = datetime.now(UTC) + _FILE_LIFE_LEFT
+        async with self._request("find", "look for the file"):
             found = await self._client.files.list(external_file_id=external_id, page_size=_LISTED_AT_ONCE)
-            # a server that does not know the filter lists everything
-            return next((str(file.id) for file in found.items if file.external_file_id == external_id), None)
+            for file in found.items:
+                # a server that does not know the filter lists everything
+                if file.external_file_id == external_id and (file.expires_at is None or file.expires_at > soon):
+                    return _text(file.id)
+        return None
 
     async def upload(self, path: Path, *, name: str, media_type: str, external_id: str) -> str:
-        """Uploads a file under our id, unless it is there; its id.
+        """Uploads a file under our id; its id. Each call makes another file, which costs nothing.
 
         Args:
             path: a local copy, which is only read.
@@ -149,14 +154,11 @@ class LlamaParse:
         Raises:
             ParseError: as `find_file`.
         """
-        found = await self.find_file(external_id)
-        if found is not None:
-            return found
         size = await asyncio.to_thread(lambda: path.stat().st_size)
-        seconds = self._timeout + size / _SLOWEST_UPLOAD
+        seconds = self.timeout + size / _SLOWEST_UPLOAD
         file = await asyncio.to_thread(path.open, "rb")
         try:
-            async with self._request("upload the file", seconds):
+            async with self._request("upload", "upload the file", seconds):
                 made = await self._client.files.create(
                     file=(name, file, media_type), purpose="parse", external_file_id=external_id, timeout=seconds
                 )
@@ -164,69 +166,77 @@ class LlamaParse:
         finally:
             file.close()
 
-    async def find_submission(self, *, document: str, attempt: int, since: datetime) -> str | None:
-        """The id of the job that was made for an attempt at a document, or None.
+    async def find_submission(self, submission: str, *, since: datetime) -> str | None:
+        """The id of the job that was made for a submission, or None.
 
         A job that was cancelled is not found. Where there are several, the one that is listed last counts.
 
         Args:
-            document: as given to `submit`.
-            attempt: as given to `submit`.
+            submission: as given to `submit`.
             since: jobs made before it are not looked at.
 
         Raises:
             ParseError: as `find_file`.
         """
-        wanted = {"document": document, "attempt": str(attempt)}
         found: str | None = None
         token: str | None = None
         while True:
             following = {} if token is None else {"page_token": token}
-            async with self._request("look for the job"):
+            async with self._request("list", "look for the job"):
                 page = await self._client.parsing.list(
                     created_at_on_or_after=since, page_size=_LISTED_AT_ONCE, **following
                 )
                 for job in page.items:
-                    if wanted.items() <= (job.user_metadata or {}).items() and job.status != "CANCELLED":
+                    if (job.user_metadata or {}).get("submission") == submission and job.status != "CANCELLED":
                         found = _text(job.id)
                 token = page.next_page_token
             if not token:
                 return found
 
-    async def submit(self, file_id: str, *, document: str, attempt: int, since: datetime) -> str:
-        """Makes the job for an attempt at a document, unless there is one already; its id.
+    async def submit(
+        self,
+        file_id: str,
+        *,
+        document: str,
+        submission: str,
+        announce: Callable[[float], Awaitable[None]] | None = None,
+    ) -> str:
+        """Makes a job; its id. Each call makes another one, which costs again.
 
-        After a failure that leaves open whether the job was made, the same call finds it.
+        After a failure that is not `NEVER`, `WAIT` or `PAUSE` it is open whether the job was made.
 
         Args:
             file_id: of `upload`.
-            document: names the document; with `attempt` it names the job.
-            attempt: another number asks for another job, which costs again.
-            since: a moment before the first such call.
+            document: names the document, for people.
+            submission: names the job, for `find_submission`.
+            announce: told, at the last moment before the request is sent, in how many seconds from then it will be
+                over. What it raises is raised, and nothing is sent.
 
         Raises:
             ParseError: as `find_file`.
         """
-        made = await self.find_submission(document=document, attempt=attempt, since=since)
-        if made is not None:
-            return made
-        async with self._request("submit the file"):
-            job = await self._client.parsing.create(
-                file_id=file_id,
-                tier=self.tier,
-                version=self.tier_version,
-                user_metadata={"document": document, "attempt": str(attempt)},
-            )
-            return _text(job.id)
+        webhook = {} if self._webhook is None else {"webhook_configurations": [self._webhook]}
+        async with self.turn("submit", self.timeout):
+            deadline = asyncio.get_running_loop().time() + self.timeout
+            if announce is not None:
+                await announce(self.timeout)
+            async with self._told("submit", "submit the file", deadline):
+                job = await self._client.parsing.create(
+                    file_id=file_id,
+                    tier=self.tier,
+                    version=self.tier_version,
+                    user_metadata={"document": document, "submission": submission},
+                    **webhook,
+                )
+                return _text(job.id)
 
     async def look(self, parse_id: str) -> FinishedParse | None:
         """What a job brought; None while it is at work.
 
         Raises:
-            ParseError: as `find_file`, and `PARSE_FAILED` where the job failed, was cancelled, is no longer kept, or
-                has failed pages that are not to be taken.
+            ParseError: as `find_file`, and `PARSE_FAILED` where the job failed, was cancelled, or is no longer kept.
         """
-        async with self._request("look at the job", gone=parse_id):
+        async with self._request("poll", "look at the job", gone=parse_id):
             answer = await self._client.parsing.get(parse_id, expand=["markdown"])
             status = _text(answer.job.status)
             if status in ("PENDING", "RUNNING"):
@@ -236,54 +246,48 @@ class LlamaParse:
                     (int(page.page_number), page.markdown if page.success else None) for page in answer.markdown.pages
                 ]
                 usage = answer.job.usage
-                return self._finished(parse_id, pages, None if usage is None else usage.credits)
+                return finished_parse(pages, None if usage is None else usage.credits)
             if status not in ("FAILED", "CANCELLED"):
                 raise ValueError(f"no status {status!r} is known")
             said = str(answer.job.error_message or "it gives no reason")[:_MESSAGE_CHARS]
-            raise self._failed(parse_id, f"ended as {status}: {said}", status=status)
+            raise parse_failed(parse_id, f"ended as {status}: {said}", status=status)
 
     async def close(self) -> None:
         """Closes the connections."""
         await self._client.close()
 
-    def _finished(
-        self, parse_id: str, pages: list[tuple[int, str | None]], credits_paid: float | None
-    ) -> FinishedParse:
-        texts = dict(pages)
-        numbers = range(1, max(texts, default=0) + 1)
-        if len(texts) != len(pages) or min(texts, default=1) < 1 or len(numbers) > 2 * len(texts):
-            raise ValueError("its pages are numbered twice, or not from 1")
-        # a page that was not sent at all failed too
-        failed = tuple(number for number in numbers if texts.get(number) is None)
-        if len(failed) == len(numbers):
-            raise self._failed(parse_id, "brought no page", failed_pages=list(failed))
-        warnings: tuple[str, ...] = ()
-        if failed:
-            told = f"LlamaParse could not read {_pages(failed)} of {len(numbers)}."
-            if self._failed_pages == "fail":
-                raise self._failed(parse_id, f"is incomplete: {told}", failed_pages=list(failed))
-            warnings = (told,)
-        markdown = "\f".join((texts.get(number) or "").replace("\f", "\n") for number in numbers)
-        return FinishedParse(ParsedMarkdown(markdown, len(numbers), warnings), failed, credits_paid)
-
     @asynccontextmanager
     async def _request(
-        self, purpose: str, seconds: float | None = None, gone: str | None = None
+        self, operation: str, purpose: str, seconds: float | None = None, gone: str | None = None
     ) -> AsyncIterator[None]:
-        """Tells every failure of what runs in the context as a `ParseError`."""
+        """A request in its turn."""
+        limit = seconds or self.timeout
+        async with (
+            self.turn(operation, limit),
+            self._told(operation, purpose, asyncio.get_running_loop().time() + limit, gone),
+        ):
+            yield
+
+    @asynccontextmanager
+    async def _told(
+        self, operation: str, purpose: str, deadline: float, gone: str | None = None
+    ) -> AsyncIterator[None]:
+        """Tells every failure of what runs in the context as a `ParseError`. The deadline is by the loop's clock."""
         import llama_cloud
 
-        limit = seconds or self._timeout
+        limit = max(0.0, deadline - asyncio.get_running_loop().time())
         try:
-            async with asyncio.timeout(limit):
+            async with asyncio.timeout_at(deadline):
+                # A deadline that is over before anything was sent is noticed here.
+                await asyncio.sleep(0)
                 yield
         except PipelineError:
             raise
         except llama_cloud.APIStatusError as error:
-            raise self._refused(error, purpose, gone) from error
+            raise self._refused(error, operation, purpose, gone) from error
         except (llama_cloud.APIConnectionError, TimeoutError) as error:
             late = isinstance(error, llama_cloud.APITimeoutError | TimeoutError)
-            what = f"did not answer within {limit:g} s" if late else "cannot be reached, or closed the connection"
+            what = f"did not answer within {limit:.3g} s" if late else "cannot be reached, or closed the connection"
             raise ParseError(
                 ErrorCode.PARSE_UNAVAILABLE, f"LlamaParse at {self._client.base_url} {what}, asked to {purpose}."
             ) from error
@@ -293,7 +297,7 @@ class LlamaParse:
                 f"LlamaParse, asked to {purpose}, gave an answer that cannot be read: {str(error)[:_MESSAGE_CHARS]}.",
             ) from error
 
-    def _refused(self, error: Any, purpose: str, gone: str | None) -> ParseError:
+    def _refused(self, error: Any, operation: str, purpose: str, gone: str | None) -> ParseError:
         """What a status that is no success means."""
         status: int = error.status_code
         said = str(error.message).replace(self.api_key, "***")[:_MESSAGE_CHARS]
@@ -315,12 +319,13 @@ class LlamaParse:
                 details,
                 remedy=Remedy.PAUSE,
             )
-        if status == 429 or status >= 500 or status in (408, 409):
+        # 404 at the submission: the file's time was over, and it is uploaded anew
+        if status == 429 or status >= 500 or status in (408, 409) or (status == 404 and operation == "submit"):
             remedy = Remedy.WAIT if status == 429 else Remedy.AGAIN
             message = f"LlamaParse, asked to {purpose}, answers {status}: {said}"
             return ParseError(ErrorCode.PARSE_UNAVAILABLE, message, details, remedy=remedy, retry_after=wait)
         if status == 404 and gone is not None:
-            return self._failed(gone, "is no longer kept by LlamaParse", status=status)
+            return parse_failed(gone, "is no longer kept by LlamaParse", status=status)
         return ParseError(
             ErrorCode.PARSE_REJECTED,
             f"LlamaParse, asked to {purpose}, refuses ({status}): {said}",
@@ -328,29 +333,39 @@ class LlamaParse:
             remedy=Remedy.NEVER,
         )
 
-    def _failed(self, parse_id: str, what: str, **details: Any) -> ParseError:
-        message = f"The LlamaParse job {parse_id} {what}"
-        return ParseError(
-            ErrorCode.PARSE_FAILED,
-            message if message.endswith(".") else message + ".",
-            {"parse_id": parse_id, **details},
-            remedy=Remedy.NEVER,
+
+def open_llamaparse(settings: Settings) -> LlamaParse | None:
+    """The client that the settings describe; None where they name neither the parser nor a key.
+
+    A worker whose parser is another one by now needs it too, to go on with what was submitted before.
+
+    Raises:
+        PipelineError: `SETTING_INVALID`, naming the setting or the missing package.
+    """
+    key = settings.llamaparse_api_key.get_secret_value()
+    if settings.parser != PROVIDER and not key:
+        return None
+    if not key:
+        raise PipelineError(
+            ErrorCode.SETTING_INVALID,
+            "UPLOAD_PIPELINE_PARSER=llamaparse needs the key of the account that pays: set "
+            "UPLOAD_PIPELINE_LLAMAPARSE_API_KEY.",
+            {"setting": "llamaparse_api_key"},
         )
+    secret = settings.llamaparse_webhook_secret.get_secret_value()
+    public = settings.api_public_url.rstrip("/")
+    return LlamaParse(
+        api_key=key,
+        tier=settings.llamaparse_tier,
+        version=settings.llamaparse_version or TIER_VERSIONS[settings.llamaparse_tier],
+        base_url=settings.llamaparse_base_url,
+        timeout=settings.llamaparse_timeout,
+        webhook_url=public + WEBHOOK_PATH if public and secret else "",
+        webhook_secret=secret,
+    )
 
 
 def _text(value: Any) -> str:
     if not isinstance(value, str) or not value:
         raise TypeError(f"{value!r} stands where a name was to be")
     return value
-
-
-def _pages(numbers: Iterable[int]) -> str:
-    """As a person writes them: `page 3`, `pages 2, 5 to 7`."""
-    runs: list[list[int]] = []
-    for number in numbers:
-        if runs and runs[-1][-1] == number - 1:
-            runs[-1].append(number)
-        else:
-            runs.append([number])
-    told = ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]} to {run[-1]}" for run in runs)
-    return f"page {told}" if len(runs) == len(runs[0]) == 1 else f"pages {told}"

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 from enum import StrEnum
+from hashlib import sha256
 from typing import NamedTuple
 from uuid import UUID
 
@@ -26,6 +27,7 @@ INCOMING_PREFIX = "incoming"
 
 _PART = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _TEXT = re.compile(r"[0-9a-f]{64}\.md")
+_OUTPUT = re.compile(r"[0-9a-f]{64}\.raw\.md")
 
 
 class ObjectKind(StrEnum):
@@ -52,6 +54,15 @@ def raw_key(user_id: UUID, document_id: UUID) -> str:
 def parser_output_key(user_id: UUID, document_id: UUID) -> str:
     """Key of what the parser gave, kept so that one parse is never paid for twice."""
     return f"parsed/{user_id}/{document_id}.raw.md"
+
+
+def hosted_output_key(user_id: UUID, document_id: UUID, parse_id: str) -> str:
+    """Key of what a hosted parser gave: of each parse, so that none takes the place of one that is paid for.
+
+    Args:
+        parse_id: the provider's, of any form.
+    """
+    return f"{markdown_prefix(user_id, document_id)}/{sha256(parse_id.encode()).hexdigest()}.raw.md"
 
 
 def markdown_key(user_id: UUID, document_id: UUID, sha256: str) -> str:
@@ -123,6 +134,8 @@ def parse_key(key: str) -> DocumentKey | None:
             kind, name = ObjectKind.PARSER_OUTPUT, name.removesuffix(".raw.md")
         case ["parsed", user, name, text] if _TEXT.fullmatch(text):
             kind = ObjectKind.MARKDOWN
+        case ["parsed", user, name, output] if _OUTPUT.fullmatch(output):
+            kind = ObjectKind.PARSER_OUTPUT
         case _:
             return None
     user_id, document_id = _canonical_uuid(user), _canonical_uuid(name)

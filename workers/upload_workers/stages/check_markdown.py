@@ -8,9 +8,9 @@ from hashlib import sha256
 
 from upload_pipeline.database.documents import commit_markdown
 from upload_pipeline.database.queue import ClaimedJob
-from upload_pipeline.storage.keys import markdown_key, parser_output_key, uploader_of
+from upload_pipeline.storage.keys import markdown_key, uploader_of
 from upload_pipeline.text.normalise import NormalisedMarkdown, check_text, normalise_markdown
-from upload_workers.stages.source import MARKDOWN_LIMIT, document_of, store_text
+from upload_workers.stages.source import MARKDOWN_LIMIT, document_of, output_key, store_text
 from upload_workers.steps import Commit, Outcome, StepContext
 
 
@@ -18,7 +18,7 @@ async def check_markdown(job: ClaimedJob, context: StepContext) -> Outcome:
     """Stores the text that chunks are cut from; refuses a text that is empty or garbage (`PARSE_EMPTY`)."""
     document = await document_of(job, context)
     uploader = uploader_of(document.raw_key)
-    raw = await context.store.get_text(parser_output_key(uploader, document.document_id), MARKDOWN_LIMIT)
+    raw = await context.store.get_text(output_key(document), MARKDOWN_LIMIT)
 
     def normalise() -> tuple[NormalisedMarkdown, bytes]:
         normalised = normalise_markdown(raw, paged=document.page_count is not None)

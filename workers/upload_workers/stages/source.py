@@ -14,6 +14,7 @@ from upload_pipeline.database.documents import Document, load_document
 from upload_pipeline.database.queue import ClaimedJob
 from upload_pipeline.database.uploads import has_document
 from upload_pipeline.errors import ErrorCode, PipelineError
+from upload_pipeline.storage.keys import hosted_output_key, parser_output_key, uploader_of
 from upload_workers.steps import StepContext
 
 log = structlog.get_logger(__name__)
@@ -33,6 +34,14 @@ async def document_of(job: ClaimedJob, context: StepContext) -> Document:
         message = f"Document {job.document_id} does not exist any more: it was deleted while its job was at work."
         raise PipelineError(ErrorCode.DOCUMENT_NOT_FOUND, message)
     return document
+
+
+def output_key(document: Document) -> str:
+    """Where the output of the document's parser is."""
+    uploader = uploader_of(document.raw_key)
+    if document.parse_id is not None:
+        return hosted_output_key(uploader, document.document_id, document.parse_id)
+    return parser_output_key(uploader, document.document_id)
 
 
 @asynccontextmanager

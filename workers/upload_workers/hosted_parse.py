@@ -1,0 +1,255 @@
+"""A document's parse by LlamaParse: submitted once, whatever dies meanwhile, and looked at until it has ended.
+
+Nothing is paid twice. A job costs when it is made, by a call that has no key to make a second one harmless. So:
+
+1. A submission is a row, with an id of its own, that is written before anything is asked. The job carries the id, and
+   can be found by it among all jobs of the account.
+2. A call that makes a job is announced in that row first, under the lease, with the moment by which it is over. The
+   caller gives it up at that moment by its own clock, which began to run before the announcement was sent: so the
+   call is over when the row says so, also where the caller has lost its lease and does not know.
+3. An announcement is refused until the call before it is over, and the time of one more call has passed, in which the
+   provider may finish what it was asked (`settle`). Before an announcement that is not the first, the caller looks for
+   the job, and looks after all that: `begin_submission` told it before the look that nothing is under way any more.
+   Whoever announced since then held the lease in between, and then the announcement is fenced off.
+
+So when a call goes out, every call before it is over, its job would be listed, and none is. A worker that dies with
+the job's id in its hands leaves an announced call, and the next one finds the job. What remains open is a process that
+is stopped between its last look at the clock and the system call that sends, for longer than a call and the time to
+settle, and a provider that takes longer than that to list a job whose maker it gave no answer: LlamaParse does not
+charge again for the same bytes and options within 48 h, so neither costs twice either.
+
+A submission that has finished is not made again, at whatever stage its job is started anew: its result is in the
+store. One whose job may exist unseen is looked for, whatever tier is set by then. One that failed brought nothing, and
+the next try is a new one; so is one that has been at work for longer than the limit, when its job is started again
+before `parsing`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import timedelta
+from decimal import Decimal
+from typing import TYPE_CHECKING
+from uuid import UUID
+
+import structlog
+
+from upload_pipeline import ids
+from upload_pipeline.database.parse_submissions import (
+    BegunSubmission,
+    StoredSubmission,
+    announce_submission,
+    begin_submission,
+    end_submission_call,
+    fail_submission,
+    finish_submission,
+)
+from upload_pipeline.database.usage import Usage, record_usage
+from upload_pipeline.errors import ErrorCode
+from upload_pipeline.media_types import DOCX, HTML, MARKDOWN, PDF, PLAIN
+from upload_pipeline.providers.llamaparse import open_llamaparse
+from upload_pipeline.providers.llamaparse_results import PROVIDER, FinishedParse, ParseError, Remedy
+from upload_pipeline.rate_headers import key_id_of
+from upload_pipeline.storage.keys import hosted_output_key, uploader_of
+from upload_workers.embedding_line import PutOff
+from upload_workers.parse_turns import ParseTurns, put_off
+from upload_workers.stages.source import local_copy, store_text
+
+if TYPE_CHECKING:
+    from upload_pipeline.database.documents import Document
+    from upload_pipeline.database.queue import ClaimedJob, Executor
+    from upload_pipeline.providers.calls import ProviderCalls
+    from upload_pipeline.providers.llamaparse import LlamaParse
+    from upload_pipeline.settings import Settings
+    from upload_workers.steps import StepContext
+
+log = structlog.get_logger(__name__)
+
+PARSED_HERE = frozenset({PLAIN, MARKDOWN})
+"""What needs no parser: it is text already."""
+
+_ENDINGS = {PDF: (".pdf",), DOCX: (".docx",), HTML: (".html", ".htm", ".xhtml")}
+
+CLOCKS_APART = timedelta(minutes=10)
+"""By how much the provider's clock may be behind the database's: jobs that old are looked at."""
+
+
+@dataclass(frozen=True, slots=True)
+class HostedParser:
+    """LlamaParse as a worker uses it; one for each process.
+
+    Attributes:
+        takes_new: whether documents are submitted; else only what was submitted before is followed.
+    """
+
+    client: LlamaParse
+    calls: ProviderCalls
+    takes_new: bool
+
+    def takes(self, document: Document) -> bool:
+        """Whether a document is to be submitted."""
+        return self.takes_new and document.media_type not in PARSED_HERE
+
+    async def submit(self, job: ClaimedJob, document: Document, context: StepContext) -> tuple[UUID, str]:
+        """The document's submission and the provider's id of it: made now, or found.
+
+        Raises:
+            PutOff: not now.
+            ParseError: `PARSE_UNAVAILABLE`, where a later call finds what this one made; `PARSE_REJECTED`.
+        """
+        while True:
+            begun = await begin_submission(
+                context.db,
+                job.lease,
+                provider=PROVIDER,
+                tier=self.client.tier,
+                version=self.client.tier_version,
+                settle=self._settle,
+            )
+            parse_id = begun.parse_id or await self._find(begun)
+            if parse_id is None:
+                if (begun.tier, begun.version) == (self.client.tier, self.client.tier_version):
+                    return begun.submission_id, await self._make(job, document, begun, context)
+            elif not await self._is_lost(begun, parse_id, context):
+                return begun.submission_id, parse_id
+            await fail_submission(context.db, job.lease, begun.submission_id)
+
+    async def look(self, job: ClaimedJob, submission: StoredSubmission, context: StepContext) -> FinishedParse | None:
+        """What the provider has of a submission; None while it is at work. What it cost is recorded.
+
+        Raises:
+            PutOff: not now.
+            ParseError: as `LlamaParse.look`; after `PARSE_FAILED` the submission has failed.
+        """
+        try:
+            finished = await self.client.look(submission.parse_id)
+        except ParseError as error:
+            if error.code is ErrorCode.PARSE_FAILED:
+                await fail_submission(context.db, job.lease, submission.submission_id)
+            raise
+        if finished is not None:
+            self.calls.worked(PROVIDER, "parse", "pages", finished.page_count)
+            await self._record(job, submission, finished, context)
+        return finished
+
+    async def keep(
+        self,
+        job: ClaimedJob,
+        document: Document,
+        submission: StoredSubmission,
+        finished: FinishedParse,
+        context: StepContext,
+    ) -> None:
+        """Stores what a submission brought, so that it is never asked for again; one without a good page has failed."""
+        if len(finished.failed_pages) == finished.page_count:
+            await fail_submission(context.db, job.lease, submission.submission_id)
+            return
+        key = hosted_output_key(uploader_of(document.raw_key), document.document_id, submission.parse_id)
+        await store_text(document, key, finished.markdown.encode("utf-8", "replace"), context)
+        await finish_submission(
+            context.db,
+            job.lease,
+            submission.submission_id,
+            page_count=finished.page_count,
+            failed_pages=finished.failed_pages,
+        )
+
+    async def close(self) -> None:
+        """Closes the connections."""
+        await self.client.close()
+
+    @property
+    def _settle(self) -> timedelta:
+        """How long after a call its job may be not listed yet: as long as a call may take."""
+        return timedelta(seconds=self.client.timeout)
+
+    async def _is_lost(self, begun: BegunSubmission, parse_id: str, context: StepContext) -> bool:
+        """Whether a job that has been at work for too long is given up for a new one."""
+        if begun.age is None or begun.age < context.settings.llamaparse_parse_timeout:
+            return False
+        try:
+            lost = await self.client.look(parse_id) is None
+        except ParseError as error:
+            if error.code is not ErrorCode.PARSE_FAILED:
+                raise
+            lost = True
+        if lost:
+            log.warning("parse_given_up", parse_id=parse_id, seconds=round(begun.age))
+        return lost
+
+    async def _find(self, begun: BegunSubmission) -> str | None:
+        """The job that an earlier call made, or None once it is sure that there is none."""
+        if not begun.look:
+            return None
+        name, since = str(begun.submission_id), begun.begun_at - CLOCKS_APART
+        found = await self.client.find_submission(name, since=since)
+        if found is None and begun.wait > 0:
+            raise put_off(begun.wait)
+        return found
+
+    async def _make(self, job: ClaimedJob, document: Document, begun: BegunSubmission, context: StepContext) -> str:
+        file_id = await self._uploaded(document, context)
+        announced = False
+
+        async def announce(seconds: float) -> None:
+            nonlocal announced
+            announced = await announce_submission(
+                context.db, job.lease, begun.submission_id, seconds=timedelta(seconds=seconds), settle=self._settle
+            )
+            if not announced:
+                raise put_off(self.client.timeout)
+
+        try:
+            return await self.client.submit(
+                file_id, document=str(document.document_id), submission=str(begun.submission_id), announce=announce
+            )
+        except (PutOff, ParseError) as error:
+            if announced:
+                made_nothing = isinstance(error, PutOff) or error.remedy is Remedy.NEVER
+                await end_submission_call(context.db, job.lease, begun.submission_id, made_nothing=made_nothing)
+            raise
+
+    async def _uploaded(self, document: Document, context: StepContext) -> str:
+        """The provider's id of the document's bytes; the same bytes of the same user are one file there."""
+        external_id = str(document.document_id)
+        found = await self.client.find_file(external_id)
+        if found is not None:
+            return found
+        async with local_copy(document, context) as path:
+            return await self.client.upload(
+                path, name=_named(document), media_type=document.media_type, external_id=external_id
+            )
+
+    async def _record(
+        self, job: ClaimedJob, submission: StoredSubmission, finished: FinishedParse, context: StepContext
+    ) -> None:
+        used = Usage(
+            ids.usage_id(PROVIDER, submission.parse_id),
+            PROVIDER,
+            f"{submission.tier}/{submission.version}",
+            "parse",
+            job_id=job.job_id,
+            requests=1,
+            pages=finished.page_count,
+            credits=Decimal(str(finished.credits or 0)),
+        )
+        await record_usage(context.db, [used], context.settings.prices)
+
+
+def _named(document: Document) -> str:
+    """The file's name with an ending that tells its type, which is what LlamaParse goes by."""
+    endings = _ENDINGS[document.media_type]
+    return document.filename if document.filename.lower().endswith(endings) else document.filename + endings[0]
+
+
+def open_hosted_parser(db: Executor, calls: ProviderCalls, settings: Settings) -> HostedParser | None:
+    """The hosted parser of a worker, as its settings say; None where they name none.
+
+    Raises:
+        PipelineError: `SETTING_INVALID`.
+    """
+    client = open_llamaparse(settings)
+    if client is None:
+        return None
+    client.turn = ParseTurns(db, calls, key_id_of(client.api_key), settings.llamaparse_requests_per_minute or None)
+    return HostedParser(client, calls, takes_new=settings.parser == PROVIDER)

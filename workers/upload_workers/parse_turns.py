@@ -1,0 +1,123 @@
+"""The turns of requests to a hosted parser: within the budget that all workers share, and not while it is paused.
+
+    a request                                   then
+    has to wait longer than PATIENCE            the job is put off
+    met a limit (429)                           the budget is frozen as the answer said; the job is put off
+    met an empty account, a refused key         the provider is paused for all workers, with one alarm; put off
+    failed in another way                       the error is raised
+
+A job that is put off lets its lease go, and no retry is counted.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TYPE_CHECKING
+from uuid import UUID
+
+import structlog
+
+from upload_pipeline.database import provider_budget
+from upload_pipeline.providers.llamaparse_results import PROVIDER, ParseError, Remedy
+from upload_pipeline.rate_headers import RateLimits
+from upload_workers.embedding_batcher import PATIENCE, PAUSE_SECONDS
+from upload_workers.embedding_line import PutOff
+
+if TYPE_CHECKING:
+    from upload_pipeline.database.queue import Executor
+    from upload_pipeline.providers.calls import ProviderCalls
+
+log = structlog.get_logger(__name__)
+
+BUDGET = "requests"
+"""The model that the budget is kept under: the account's requests are limited, whatever tier they are of."""
+
+_LIFE_SLACK = timedelta(seconds=10)  # between a request's timeout and the end of its reservation
+_UNTOLD_WAIT = 5.0  # seconds, where a 429 says no time
+
+
+@dataclass(frozen=True, slots=True)
+class ParseTurns:
+    """Of one key; used by the tasks of one worker.
+
+    Attributes:
+        key_id: as `rate_headers.key_id_of` makes it.
+        request_limit: in a minute, of all workers; None: no limit but the provider's.
+    """
+
+    db: Executor
+    calls: ProviderCalls
+    key_id: str
+    request_limit: int | None
+
+    @asynccontextmanager
+    async def __call__(self, operation: str, seconds: float) -> AsyncIterator[None]:
+        """One request, which takes `seconds` at most.
+
+        Raises:
+            PutOff: not now.
+            ParseError: what helps is `AGAIN` or `NEVER`.
+        """
+        granted = await provider_budget.reserve_in_turn(
+            self.db,
+            provider=PROVIDER,
+            key_id=self.key_id,
+            model=BUDGET,
+            requests=1,
+            tokens=0,
+            longest=PATIENCE,
+            request_limit=self.request_limit,
+            life=timedelta(seconds=seconds) + _LIFE_SLACK,
+        )
+        if isinstance(granted, provider_budget.Wait):
+            raise put_off(granted.seconds)
+        limits: RateLimits | None = None
+        try:
+            with self.calls.measured(PROVIDER, operation):
+                yield
+            limits = RateLimits()
+        except ParseError as error:
+            wait = error.retry_after
+            if error.remedy is Remedy.WAIT:
+                wait = _UNTOLD_WAIT if wait is None else wait
+            if wait is not None:
+                limits = RateLimits(retry_after=wait)
+            if error.remedy is Remedy.PAUSE:
+                await self._pause(error)
+                raise put_off(PAUSE_SECONDS) from error
+            if error.remedy is Remedy.WAIT:
+                raise put_off(wait or 0.0) from error
+            raise
+        finally:
+            await self._settle(granted.reservation_id, limits)
+
+    async def _settle(self, reservation_id: UUID, limits: RateLimits | None) -> None:
+        """What was reserved counts until its end where this cannot be written; the answer is worth more."""
+        try:
+            await provider_budget.settle(self.db, reservation_id, limits=limits)
+        except Exception as error:  # noqa: BLE001 - see above
+            log.warning("budget_not_settled", error=str(error) or type(error).__name__)
+
+    async def _pause(self, error: ParseError) -> None:
+        log.error("provider_paused", provider=PROVIDER, code=error.code.value, error=error.message)
+        try:
+            await provider_budget.pause(
+                self.db,
+                provider=PROVIDER,
+                key_id=self.key_id,
+                model=BUDGET,
+                seconds=PAUSE_SECONDS,
+                code=error.code.value,
+                message=error.message,
+            )
+        except Exception as failure:  # noqa: BLE001 - other workers will find out by themselves
+            log.warning("pause_not_recorded", error=str(failure) or type(failure).__name__)
+
+
+def put_off(seconds: float) -> PutOff:
+    """Later by so many seconds, and a little spread, so that not all come back in the same moment."""
+    return PutOff(max(seconds, 0.1) * random.uniform(1.0, 1.1))  # noqa: S311
