@@ -19,7 +19,7 @@
 -- All but the last are fenced by the job's lease, whose row they lock first.
 
 -- `submission_id` is what the provider is told. `calls`: how many may have made a job; `called_until`: when the last of
--- these is over. Of one document, provider, tier and version one submission counts: that which has not failed.
+-- these is over. `told_at`: when the provider said that it has ended. Of one document, provider, tier and version one submission counts: that which has not failed.
 create table upload_pipeline.parse_submissions (
   submission_id uuid primary key default gen_random_uuid(),
   document_id   uuid not null,
@@ -32,6 +32,7 @@ create table upload_pipeline.parse_submissions (
   called_until  timestamptz,
   parse_id      text,
   submitted_at  timestamptz,
+  told_at       timestamptz,
   finished_at   timestamptz,
   page_count    integer,
   failed_pages  integer[] not null default '{}',
@@ -227,6 +228,7 @@ $$;
 
 -- The provider says that a parse has ended: the jobs that wait for it look now. How many there are; 0 for an id that
 -- nobody waits for. Whoever says so need not be right: a job that looks too early waits again.
+-- Locks the jobs, and no submission before them: the other verbs come that way.
 create function upload_pipeline.wake_parse(p_provider text, p_parse_id text)
 returns integer
 language plpgsql
@@ -250,6 +252,9 @@ begin
      order by j.job_id
   loop
     perform upload_pipeline.wake_job(v_job);
+    update upload_pipeline.parse_submissions s set told_at = upload_pipeline.now()
+     where s.parse_id = p_parse_id and s.provider = p_provider and s.told_at is null
+       and s.document_id = (select j.document_id from upload_pipeline.upload_jobs j where j.job_id = v_job);
     v_count := v_count + 1;
   end loop;
   return v_count;

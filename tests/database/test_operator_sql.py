@@ -175,6 +175,35 @@ def test_announced_files_that_have_not_come_are_told(database: Any, admin: Conne
     assert "awaited.md" in line
 
 
+def test_what_a_hosted_parser_has_is_told(database: Any, admin: Connection, worker: Connection) -> None:
+    def begin(lease: Any) -> Any:
+        query = "select submission_id from upload_pipeline.begin_submission(%s, %s, 'p', 't', 'v', '1 s')"
+        return value(worker, query, lease.job_id, lease.lease_token)
+
+    def row(job: Any) -> str:
+        (line,) = [line for line in run(database, "hosted_parses").splitlines() if line.startswith(str(job))]
+        return line
+
+    job = add_job(admin, worker)
+    lease = claim_one(worker)
+    advance_to(worker, lease, "job_validated")
+    assert run(database, "hosted_parses") == ""
+    submission = begin(lease)
+    assert "|p|t|v||to be submitted|" in row(job)
+    query = "select upload_pipeline.announce_submission(%s, %s, %s, %s, '0 s')"
+    worker.execute(query, [lease.job_id, lease.lease_token, submission, "1 min"])
+    assert "|being submitted|" in row(job)
+    admin.execute("update upload_pipeline.parse_submissions set called_until = now() - interval '1 s'")
+    assert "|to be looked for|" in row(job)
+    commit = "select upload_pipeline.commit_submission(%s, %s, %s, 'pjb-1')"
+    worker.execute(commit, [lease.job_id, lease.lease_token, submission])
+    assert "|pjb-1|at work|" in row(job)
+    assert run(database, "hosted_parses", longer="1 hour") == ""
+    finish = "select upload_pipeline.finish_submission(%s, %s, %s, 1, '{}')"
+    worker.execute(finish, [lease.job_id, lease.lease_token, submission])
+    assert run(database, "hosted_parses") == ""
+
+
 def test_dead_letters_are_counted_and_named(database: Any, busy: UUID) -> None:
     output = run(database, "dead_letters")
     assert "PARSER_FAILED|parsing|1|" in output

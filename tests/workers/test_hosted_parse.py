@@ -773,10 +773,11 @@ async def test_a_hint_wakes_the_job_that_waits_and_no_other(open_line: OpenLine)
     async def wake(parse_id: str) -> int:
         return await parse_submissions.wake_parse(db, provider=PROVIDER, parse_id=parse_id)
 
-    await line.submitted()
+    await line.step()
     parse_id = (await line.row())["parse_id"]
     line.simulator.running = 10**6
     await line.step()
+    assert "poll" not in line.requests
     assert await wake("pjb-unknown") == 0
     assert await parse_submissions.wake_parse(db, provider="another", parse_id=parse_id) == 0
     assert await wake(parse_id) == 1
@@ -786,6 +787,7 @@ async def test_a_hint_wakes_the_job_that_waits_and_no_other(open_line: OpenLine)
     # at work: the snooze that follows is due at once
     assert await wake(parse_id) == 1
     await line.step()
+    assert line.requests["poll"] == 1
     assert await queue.promote_due(db) == 1
     await line.claim()
     line.simulator.running = 0

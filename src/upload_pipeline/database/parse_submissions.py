@@ -49,6 +49,7 @@ class StoredSubmission:
 
     Attributes:
         age: seconds since its id was stored, by the database's clock.
+        told: whether the provider has said that it has ended.
         finished: whether its result is in the store.
         page_count: of the result; None while there is none.
         failed_pages: their numbers, from 1.
@@ -60,6 +61,7 @@ class StoredSubmission:
     version: str
     parse_id: str
     age: float
+    told: bool
     finished: bool
     page_count: int | None
     failed_pages: tuple[int, ...]
@@ -72,7 +74,8 @@ async def load_submission(db: Executor, *, document_id: UUID, parse_id: str) -> 
         """
         select submission_id, tier, version, parse_id,
                extract(epoch from upload_pipeline.now() - submitted_at)::double precision as age,
-               finished_at is not null as finished, page_count, failed_pages, failed_at is not null as failed
+               told_at is not null as told, finished_at is not null as finished, page_count, failed_pages,
+               failed_at is not null as failed
           from upload_pipeline.parse_submissions
          where document_id = $1 and parse_id = $2
          order by submitted_at desc limit 1

@@ -1,7 +1,7 @@
 """The step at `parsing` of a document that a hosted parser has: look, and come back, until it has ended.
 
     what the look finds                              the job
-    it is too early                                  Snooze
+    it is too early, and no webhook has told of it   Snooze
     at work, within `LLAMAPARSE_PARSE_TIMEOUT`       Snooze, longer each time
     no answer, or none that can be read              the same: a look costs nothing
     at work, or no answer, behind that time          PARSE_TIMEOUT
@@ -78,7 +78,7 @@ async def _look(
     job: ClaimedJob, document: Document, submission: StoredSubmission, hosted: HostedParser, context: StepContext
 ) -> Outcome:
     first, limit = context.settings.llamaparse_poll, context.settings.llamaparse_parse_timeout
-    if submission.age < first:
+    if submission.age < first and not submission.told:
         return Snooze(timedelta(seconds=first - submission.age))
     finished: FinishedParse | None = None
     what = "has not ended"
