@@ -67,6 +67,18 @@ class Settings(BaseSettings):
         description="Key of the key service, by id, ARN or alias, where STORAGE_ENCRYPTION is `kms`; empty: the "
         "account's own for S3.",
     )
+    storage_raw_days: int = Field(
+        default=0,
+        ge=0,
+        le=36_500,
+        description="Days after which `storage setup` has the bucket remove files as they were uploaded; 0: never.",
+    )
+    storage_version_days: int = Field(
+        default=7,
+        ge=1,
+        le=36_500,
+        description="Days after which `storage setup` has the bucket end what was replaced or deleted.",
+    )
 
     supabase_publishable_key: SecretStr = Field(
         default=SecretStr(""),

@@ -26,6 +26,7 @@ from upload_pipeline.cli import (
     migrate,
     search,
     services,
+    storage,
     usage,
 )
 from upload_pipeline.cli.arguments import examples, json_asked
@@ -94,6 +95,7 @@ for _module in (
     maintenance,
     doctor,
     database,
+    storage,
 ):
     _module.register(app)
 

@@ -7,14 +7,12 @@ with more in it. That needs the secret key, which obstore hands out for no crede
 
 from __future__ import annotations
 
-import hashlib
-import hmac
 from base64 import b64encode
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Literal
-from urllib.parse import parse_qsl, quote, urlsplit, urlunsplit
+from urllib.parse import parse_qsl, urlsplit, urlunsplit
 
 import obstore
 from obstore.store import S3Store
@@ -22,8 +20,7 @@ from obstore.store import S3Store
 from upload_pipeline.storage.disposition import attachment
 from upload_pipeline.storage.encryption import AES256, Encryption
 from upload_pipeline.storage.objects import SignedUrl
-
-_UNRESERVED = "-_.~"
+from upload_pipeline.storage.sigv4 import canonical_query, signature
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,20 +107,15 @@ def sign_again(
     names = ";".join(sorted(bound))
     parameters = dict(parse_qsl(parts.query, keep_blank_values=True)) | dict(query) | {"X-Amz-SignedHeaders": names}
     del parameters["X-Amz-Signature"]
-    pairs = sorted((_escaped(name), _escaped(value)) for name, value in parameters.items())
-    canonical_query = "&".join(f"{name}={value}" for name, value in pairs)
-    canonical_headers = "".join(f"{name}:{bound[name]}\n" for name in sorted(bound))
-    request = "\n".join([method, parts.path, canonical_query, canonical_headers, names, "UNSIGNED-PAYLOAD"])
-    scope = parameters["X-Amz-Credential"].partition("/")[2]
-    to_sign = "\n".join(
-        ["AWS4-HMAC-SHA256", parameters["X-Amz-Date"], scope, hashlib.sha256(request.encode()).hexdigest()]
+    wanted = canonical_query(parameters)
+    signed = signature(
+        secret_access_key,
+        method=method,
+        path=parts.path,
+        query=wanted,
+        headers=bound,
+        payload="UNSIGNED-PAYLOAD",
+        stamp=parameters["X-Amz-Date"],
+        scope=parameters["X-Amz-Credential"].partition("/")[2],
     )
-    key = f"AWS4{secret_access_key}".encode()
-    for part in scope.split("/"):
-        key = hmac.digest(key, part.encode(), "sha256")
-    signature = hmac.digest(key, to_sign.encode(), "sha256").hex()
-    return urlunsplit(parts._replace(query=f"{canonical_query}&X-Amz-Signature={signature}"))
-
-
-def _escaped(text: str) -> str:
-    return quote(text, safe=_UNRESERVED)
+    return urlunsplit(parts._replace(query=f"{wanted}&X-Amz-Signature={signed}"))

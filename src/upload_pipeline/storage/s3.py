@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 # As obstore reads them: the first that is set wins.
 _ENDPOINT_VARIABLES = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT")
+_HTTP_WISH = "AWS_ALLOW_HTTP"
 
 
 def open_bucket(bucket: Bucket, public_endpoint: str, encryption: Encryption) -> ObstoreBackend:
@@ -34,7 +35,7 @@ def open_bucket(bucket: Bucket, public_endpoint: str, encryption: Encryption) ->
         PipelineError: `SETTING_INVALID` for environment variables that do not fit.
     """
     refuse_contradiction(encryption)
-    options = client_options(allow_http=plain_http(_ENDPOINT_VARIABLES, "AWS_ALLOW_HTTP"))
+    options = client_options(allow_http=plain_http(_ENDPOINT_VARIABLES, _HTTP_WISH))
     try:
         prefix = bucket.prefix or None
         place = S3Store(
@@ -62,3 +63,23 @@ def _asking_for(encryption: Encryption) -> S3Config:
         if encryption.kms_key_id:
             config["sse_kms_key_id"] = encryption.kms_key_id
     return config
+
+
+def bucket_endpoint(region: str) -> str:
+    """Where the server of buckets is, without a slash at its end.
+
+    Args:
+        region: for AWS's own, where the environment names no other.
+
+    Raises:
+        PipelineError: `SETTING_INVALID` for one that may not be spoken to.
+    """
+    plain_http(_ENDPOINT_VARIABLES, _HTTP_WISH)
+    named = next((os.environ[name] for name in _ENDPOINT_VARIABLES if os.environ.get(name)), "")
+    suffix = "amazonaws.com.cn" if region.startswith("cn-") else "amazonaws.com"
+    return (named or f"https://s3.{region}.{suffix}").rstrip("/")
+
+
+def bucket_region() -> str:
+    """The region that the environment names, as obstore reads it."""
+    return os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION") or "us-east-1"
