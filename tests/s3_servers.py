@@ -2,12 +2,14 @@
 
 moto keeps objects as S3 does but believes every signature. The check here is botocore's: it signs what has arrived
 once more and compares. So a request with another length or type than its URL was signed for is refused, as S3
-refuses it. A sha256 in the headers is compared with the body, which S3 documents and moto does not.
+refuses it. A sha256 in the headers is compared with the body, which S3 documents and moto does not. Keys that were
+given a policy may do what it says, and nothing else.
 """
 
 from __future__ import annotations
 
 import http.client
+import json
 import subprocess
 import sys
 from base64 import b64encode
@@ -19,6 +21,8 @@ from hashlib import sha256
 from io import BytesIO
 from typing import Any
 from urllib.parse import parse_qsl, quote, urlencode
+
+from s3_rights import Rights, needed
 
 ACCESS_KEY_ID = "AKIATEST"
 SECRET_ACCESS_KEY = "correct horse battery staple"
@@ -50,9 +54,26 @@ class S3Server:
         )
         self._request("PUT", name, place.encode())
 
+    def give_policy(self, key_id: str, policy: dict[str, Any]) -> dict[str, str]:
+        """Makes an access key with that policy; its environment."""
+        self._request("PUT", f"-policies/{key_id}", json.dumps(policy).encode())
+        return self.environment() | {"AWS_ACCESS_KEY_ID": key_id}
+
+    def rights(self, key_id: str) -> dict[str, set[tuple[str, str]]]:
+        """Actions and ARNs that a key of `give_policy` has `used`, and those that it `lacked`."""
+        told = json.loads(self._request("GET", f"-policies/{key_id}"))
+        return {name: {(action, arn) for action, arn in rights} for name, rights in told.items()}
+
     def listing(self, bucket: str, query: str = "") -> str:
-        """The XML of the bucket's listing; with `uploads` of the uploads in parts that have not ended."""
+        """The XML of the bucket's listing; with `uploads` of the uploads in parts that have not ended.
+
+        With the name of a configuration, as `lifecycle`, that one.
+        """
         return self._request("GET", f"{bucket}?{query}").decode()
+
+    def configure(self, bucket: str, subresource: str, body: bytes, **headers: str) -> None:
+        """Sets a configuration of the bucket; underscores in names of headers stand for hyphens."""
+        self._answer("PUT", f"{bucket}?{subresource}", body, **headers)
 
     def headers(self, bucket: str, key: str) -> dict[str, str]:
         """What a HEAD of the object answers, by lower-case name."""
@@ -61,17 +82,18 @@ class S3Server:
     def _request(self, method: str, path: str, body: bytes | None = None) -> bytes:
         return self._answer(method, path, body)[1]
 
-    def _answer(self, method: str, path: str, body: bytes | None = None) -> tuple[dict[str, str], bytes]:
+    def _answer(self, method: str, path: str, body: bytes | None = None, **more: str) -> tuple[dict[str, str], bytes]:
         connection = http.client.HTTPConnection(self.endpoint.removeprefix("http://"), timeout=30)
         try:
             # Without some signature moto shows nobody an object that was copied.
             headers = {"X-Behind-The-Back": "yes", "Authorization": "AWS behind:back"}
+            headers |= {name.replace("_", "-"): value for name, value in more.items()}
             connection.request(method, f"/{path}", body, headers)
             answer = connection.getresponse()
             data = answer.read()
         finally:
             connection.close()
-        assert answer.status == 200, (answer.status, path, data)
+        assert answer.status < 300, (answer.status, path, data)
         return {name.lower(): value for name, value in answer.getheaders()}, data
 
 
@@ -91,8 +113,8 @@ def running_s3_server() -> Iterator[S3Server]:
         process.communicate(timeout=START_SECONDS)
 
 
-def fault(environ: dict[str, Any]) -> str | None:
-    """The S3 code of what is wrong with a request's signature; None where it is good."""
+def fault(environ: dict[str, Any], rights: Rights) -> str | None:
+    """The S3 code of what is wrong with a request's signature or rights; None where they are good."""
     from botocore.auth import S3SigV4Auth, S3SigV4QueryAuth
     from botocore.awsrequest import AWSRequest
     from botocore.credentials import Credentials
@@ -115,7 +137,7 @@ def fault(environ: dict[str, Any]) -> str | None:
     else:
         return "AccessDenied"
     key_id, _, region, _, _ = credential.split("/")
-    if key_id not in {ACCESS_KEY_ID, POWERLESS_KEY_ID}:
+    if key_id not in {ACCESS_KEY_ID, POWERLESS_KEY_ID, *rights.policies}:
         return "InvalidAccessKeyId"
     begin = datetime.strptime(stamp, "%Y%m%dT%H%M%SZ").replace(tzinfo=UTC)
     if presigned and datetime.now(UTC) > begin + timedelta(seconds=int(query["X-Amz-Expires"])):
@@ -131,6 +153,14 @@ def fault(environ: dict[str, Any]) -> str | None:
     expected = auth.signature(auth.string_to_sign(request, auth.canonical_request(request)), request)
     if given != expected:
         return "SignatureDoesNotMatch"
+    if key_id in rights.policies:
+        body = b""
+        if "delete" in query:
+            body = environ["wsgi.input"].read(int(environ["CONTENT_LENGTH"]))
+            environ["wsgi.input"] = BytesIO(body)
+        path = environ["REQUEST_URI"].partition("?")[0]
+        wanted = needed(environ["REQUEST_METHOD"], path, environ["QUERY_STRING"], headers, body)
+        return None if rights.ask(key_id, wanted) else "AccessDenied"
     return "AccessDenied" if key_id == POWERLESS_KEY_ID else None
 
 
@@ -142,9 +172,16 @@ def main() -> None:
     from werkzeug.serving import WSGIRequestHandler, make_server
 
     moto = DomainDispatcherApplication(create_backend_app)
+    rights = Rights()
 
     def checked(environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
-        code = fault(environ)
+        if environ["PATH_INFO"].startswith("/-policies/"):
+            key_id = environ["PATH_INFO"].rpartition("/")[2]
+            if environ["REQUEST_METHOD"] == "PUT":
+                rights.give(key_id, environ["wsgi.input"].read(int(environ["CONTENT_LENGTH"])).decode())
+            start_response("200 OK", [("Content-Type", "application/json")])
+            return [rights.told(key_id)]
+        code = fault(environ, rights)
         if code is None and "HTTP_X_AMZ_CHECKSUM_SHA256" in environ:
             body = environ["wsgi.input"].read(int(environ["CONTENT_LENGTH"]))
             environ["wsgi.input"] = BytesIO(body)

@@ -40,7 +40,8 @@ async def look_at_store(settings: Settings, *, mend: bool) -> list[StorePart]:
     address = parse_storage_url(settings.effective_storage_url)
     if isinstance(address, Directory):
         parts = await asyncio.to_thread(_look_at_directory, address.path, settings.min_free_bytes, mend=mend)
-        parts += [StorePart(part.name, "not offered", "a directory has no such configuration") for part in PARTS]
+        if all_well(parts[:1]):
+            parts += [StorePart(part.name, "not offered", "a directory has no such configuration") for part in PARTS]
     elif isinstance(address, Bucket):
         async with open_admin(address) as admin:
             wanted = Wanted(
