@@ -49,7 +49,8 @@ class Rights:
         """Whether the key has all rights that are needed."""
         from moto.iam.access_control import IAMPolicy, PermissionResult
 
-        policy = IAMPolicy(self.policies[key_id])
+        # moto takes what is no * for a regular expression, in which ? means something else than in a policy.
+        policy = IAMPolicy(self.policies[key_id].replace("?", "."))
         lacked = {right for right in needed if policy.is_action_permitted(*right) is not PermissionResult.PERMITTED}
         with self._turn:
             self.used[key_id] |= set(needed) - lacked

@@ -54,10 +54,23 @@ async def test_a_file_goes_to_the_bucket_and_comes_back_from_it(
     assert (fetched.status_code, fetched.content) == (200, CONTENT)
     assert fetched.headers["content-disposition"] == 'attachment; filename="hagel.md"'
     assert fetched.headers["content-type"].startswith("text/markdown")
-    hits = (await client.post("/api/v2/search", json={"query": "hail", "limit": 1})).json()["hits"]
-    assert [hit["document_id"] for hit in hits] == [told["document_id"]]
+    await _ends_by_rule_and_comes_back(service, client, told["document_id"])
     assert (await client.delete(f"/api/v2/documents/{told['document_id']}")).status_code == 204
     assert "<Key>" not in s3_server.listing(s3_bucket)
+
+
+async def _ends_by_rule_and_comes_back(service: LiveService, client: httpx.AsyncClient, document: str) -> None:
+    """What a life-cycle rule does to a file as it was uploaded, and what the service says and does then."""
+    store, path = service.resources.store, f"/api/v2/documents/{document}"
+    await store.delete([info.key async for info in store.list("raw")])
+    gone = await client.get(f"{path}/download")
+    assert (gone.status_code, gone.json()["error"]["code"]) == (409, "OBJECT_MISSING")
+    assert (await client.get(f"{path}/markdown")).status_code == 200
+    hits = (await client.post("/api/v2/search", json={"query": "hail", "limit": 1})).json()["hits"]
+    assert [hit["document_id"] for hit in hits] == [document]
+    again = await client.post("/api/v2/upload", files={"file": ("hagel.md", CONTENT, "text/markdown")})
+    assert again.json()["document_id"] == document
+    assert (await client.get(f"{path}/download")).status_code == 200
 
 
 async def test_a_form_goes_through_the_service_into_the_bucket(

@@ -159,10 +159,13 @@ async def test_bytes_that_were_lost_are_said_to_be_without_telling_where_they_we
     service: LiveService, admin: asyncpg.Connection
 ) -> None:
     added = await add_document(admin, service.resources.store, new_user())
+    url = (await download(service, added))["download_url"]
     await service.resources.store.delete([raw_key(added.user_id, added.document_id)])
-    answer = await service.client().get((await download(service, added))["download_url"])
-    assert (answer.status_code, answer.json()["error"]["code"]) == (409, "OBJECT_MISSING")
-    assert "raw/" not in answer.text
+    again = await service.client(added.user_id).get(f"/api/v2/documents/{added.document_id}/download")
+    for answer in (await service.client().get(url), again):
+        assert (answer.status_code, answer.json()["error"]["code"]) == (409, "OBJECT_MISSING")
+        assert "Send the file again as a form" in answer.json()["error"]["message"]
+        assert "raw/" not in answer.text
 
 
 async def test_a_part_is_not_taken_for_the_whole(service: LiveService, admin: asyncpg.Connection) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import AsyncIterator
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, date, datetime, timedelta
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from upload_pipeline.settings import Settings
 from upload_pipeline.storage.configured import configured_store
 from upload_pipeline.storage.keys import incoming_key, parser_output_key, raw_key
 from upload_pipeline.storage.orphans import sweep
+from upload_pipeline.storage.photo_keys import photo_key
 from upload_pipeline.storage.store_setup import look_at_store, store_policies
 from upload_workers.process import running_worker
 
@@ -60,7 +61,9 @@ def used_of(server: S3Server, key_id: str, given: set[tuple[str, str]]) -> set[t
     return {
         (action, resource)
         for action, resource in given
-        if any(a == action and re.fullmatch(resource.replace("*", ".*"), arn) for a, arn in told["used"])
+        if any(
+            a == action and re.fullmatch(resource.replace("?", ".").replace("*", ".*"), arn) for a, arn in told["used"]
+        )
     }
 
 
@@ -116,8 +119,10 @@ async def test_the_service_and_a_worker_do_all_they_do_with_the_printed_policies
             for job in (form.json()["job_id"], told["job_id"]):
                 assert (await follow(client, job))[-1].data == {"state": "done"}
         store = configured_store(settings)
-        with pytest.raises(RuntimeError, match="the source broke"):
-            await store.put_stream(parser_output_key(uuid4(), uuid4()), chunks(bytes(9 * MEGABYTE), fail=True))
+        photo = photo_key(uuid4(), date(2026, 11, 21), uuid4(), "image/jpeg")
+        for key in (parser_output_key(uuid4(), uuid4()), photo):
+            with pytest.raises(RuntimeError, match="the source broke"):
+                await store.put_stream(key, chunks(bytes(9 * MEGABYTE), fail=True))
 
         document = f"/api/v2/documents/{told['document_id']}"
         async with httpx.AsyncClient() as outside:
@@ -125,6 +130,11 @@ async def test_the_service_and_a_worker_do_all_they_do_with_the_printed_policies
             assert (await outside.get(download)).content == TEXT
         assert (await client.get(f"{document}/markdown")).status_code == 200
         assert (await client.delete(document)).status_code == 204
+
+        for photos in (service.resources.store, store):
+            await photos.put_bytes(photo, b"a photo")
+            assert await photos.get_bytes(photo, 7) == b"a photo"
+            await photos.delete([photo])
 
         # What is left belongs to nobody any more: a sweep may look at all of it and remove it.
         other = configured_store(settings)

@@ -12,6 +12,8 @@ import pytest
 from command_runs import Ended, Terminal
 from s3_servers import POWERLESS_KEY_ID, S3Server
 
+from tests.simulators.simulator_process import running_simulator
+
 ORIGINS = '["https://app.example.com"]'
 BARE = {"public access", "encryption", "versioning", "life cycle", "CORS"}
 """What a bucket lacks that was only made; its access list is private from the beginning."""
@@ -234,6 +236,25 @@ def test_policies_differ_and_name_the_prefix_and_the_key(bare_terminal: Terminal
             assert statement["Resource"].startswith(f"arn:aws:s3:::{bucket_of(settings)}/claims/")
     checked = bare_terminal("storage", "check", "--json", **settings, **kms).object()
     assert checked["policies"] == policies
+
+
+# --- other stores
+
+
+def test_supabase_storage_has_none_of_it_and_is_well_when_it_can_be_written(
+    bare_terminal: Terminal, s3_server: S3Server
+) -> None:
+    bare_terminal.environment.update(s3_server.environment())
+    with running_simulator("tests.simulators.supabase_storage", "--bucket", "files") as url:
+        here = {"storage_url": f"supabase+http://{url.removeprefix('http://')}/files/claims"}
+        for command in ("setup", "check"):
+            ended = bare_terminal("storage", command, "--json", **here)
+            assert (ended.status, ended.object()["changed"], ended.object()["policies"]) == (0, 0, None), ended.out
+            assert states(ended).pop("use") == "ok"
+            assert {state for part, state in states(ended).items() if part != "use"} == {"not offered"}
+        elsewhere = {"storage_url": here["storage_url"].replace("/files/", "/nothing/")}
+        broken = bare_terminal("storage", "check", "--json", **elsewhere)
+        assert (broken.status, states(broken)["use"]) == (1, "missing")
 
 
 # --- directories

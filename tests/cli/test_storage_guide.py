@@ -14,7 +14,9 @@ from s3_servers import ACCESS_KEY_ID, REGION, SECRET_ACCESS_KEY, S3Server
 
 from tests.simulators.simulator_process import running_simulator
 from tests.simulators.supabase_wire import PUBLISHABLE_KEY
+from upload_pipeline.settings import load_settings
 from upload_pipeline.storage import s3_failures
+from upload_pipeline.storage.store_setup import store_policies
 
 GUIDE = (Path(__file__).parents[2] / "docs" / "storage.md").read_text()
 
@@ -33,6 +35,9 @@ def test_its_commands_run_against_a_bucket(
     assert storage.startswith("ok")
     assert f"s3://{s3_bucket}/upload-pipeline can be written; clients get URLs of the bucket" in storage
     assert "<Key>" not in s3_server.listing(s3_bucket)
+    for process in ("api", "workers"):
+        policy = json.loads((tmp_path / f"{process}-policy.json").read_text())
+        assert s3_bucket in policy["Statement"][0]["Resource"]
 
 
 def test_its_commands_run_against_supabase(database: Database, tmp_path: Path) -> None:
@@ -70,7 +75,7 @@ def doctors_word(commands: str, tmp_path: Path, database: Database, given: dict[
         cwd=tmp_path,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=180,
         check=False,
     )
     lines = [line for line in done.stdout.splitlines() if line.split()[1:2] == ["storage"]]
@@ -79,11 +84,12 @@ def doctors_word(commands: str, tmp_path: Path, database: Database, given: dict[
     return lines[0]
 
 
-def test_its_documents_are_json_and_grant_what_a_refusal_asks_for() -> None:
-    policy, *others = [json.loads(block) for block in blocks("json")]
-    assert len(others) == 2
-    actions = [statement["Action"] for statement in policy["Statement"]]
-    granted = {actions[0], *actions[1]}
+def test_its_policy_is_the_printed_one_and_grants_what_a_refusal_asks_for() -> None:
+    (policy,) = [json.loads(block) for block in blocks("json")]
+    settings = load_settings(storage_url="s3://BUCKET/upload-pipeline".lower())
+    printed = json.dumps(store_policies(settings)).replace(":::bucket", ":::BUCKET")
+    assert policy == json.loads(printed)["api"]
+    granted = {action for statement in policy["Statement"] for action in statement["Action"]}
     refusal = s3_failures.s3_refusal(OSError("<Code>AccessDenied</Code>"), "X")
     assert refusal is not None
     assert granted == set(re.findall(r"s3:\w+", refusal.remedy))

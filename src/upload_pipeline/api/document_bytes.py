@@ -9,7 +9,7 @@ from uuid import UUID
 from fastapi import APIRouter, Path, Query, Response
 from starlette.responses import StreamingResponse
 
-from upload_pipeline.api.documents import lost, no_such_document
+from upload_pipeline.api.documents import lost_file, no_such_document
 from upload_pipeline.api.error_bodies import documented_errors
 from upload_pipeline.api.object_streams import stream_object
 from upload_pipeline.api.resources import AppResources
@@ -69,4 +69,4 @@ async def read_bytes(
             raise
         if await find_file(resources.db, document_id, grant.key) is None:
             raise no_such_document(document_id) from error
-        raise lost(document_id) from error
+        raise lost_file(document_id) from error

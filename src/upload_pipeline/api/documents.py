@@ -161,10 +161,16 @@ async def list_chunks(
 async def download_document(
     request: Request, document_id: DocumentId, principal: CurrentPrincipal, resources: AppResources
 ) -> Download:
-    """The URL needs no credentials and expires soon. 409 `DOCUMENT_NOT_READY` while the file's bytes are awaited."""
+    """The URL needs no credentials and expires soon. 409 `DOCUMENT_NOT_READY` while the file's bytes are awaited.
+
+    409 `OBJECT_MISSING` once they are gone: a bucket's rule may end them while the document stays.
+    """
     document = await owned_document(resources, principal.user_id, document_id)
     if document.upload_deadline is not None:
         raise _not_ready(document, "Its bytes have not come yet")
+    if await resources.store.head(document.raw_key) is None:
+        # The store would say so itself at the URL, but not what it means.
+        raise lost_file(document_id)
     url, expires_at = await download_url(
         request,
         resources,
@@ -246,6 +252,16 @@ def lost(document_id: UUID) -> PipelineError:
     return PipelineError(
         ErrorCode.OBJECT_MISSING,
         f"What was stored of document {document_id} is not there any more. Delete the document and upload it again.",
+        {"document_id": str(document_id)},
+    )
+
+
+def lost_file(document_id: UUID) -> PipelineError:
+    """The error for a document whose file, as it was uploaded, is not in the store."""
+    return PipelineError(
+        ErrorCode.OBJECT_MISSING,
+        f"The file of document {document_id} is not kept any more; what was made of it still is. Send the file again "
+        "as a form, and the document has it back.",
         {"document_id": str(document_id)},
     )
 

@@ -24,8 +24,9 @@ def missing(key: str) -> PipelineError:
     """The error of an object that is not there."""
     return PipelineError(
         ErrorCode.OBJECT_MISSING,
-        f"The object {key} is not in the store. It was deleted, or {STORAGE_SETTING} names another store "
-        "than before; upload the file again or point the setting back.",
+        f"The object {key} is not in the store. It was deleted, its days in the bucket were over "
+        f"({ENV_PREFIX}STORAGE_RAW_DAYS), or {STORAGE_SETTING} names another store than before; upload the file again "
+        "or point the setting back.",
         {"key": key},
     )
 

@@ -50,8 +50,8 @@ _KEYS = (
     "environment, and the clock of this machine."
 )
 _RIGHTS = (
-    "Grant these credentials s3:ListBucket on the bucket, and s3:GetObject, s3:PutObject, s3:DeleteObject and "
-    "s3:AbortMultipartUpload on what is in it."
+    "Give these credentials the policy that `upload-pipeline storage policies` prints for this process: s3:ListBucket "
+    "on the bucket, and s3:GetObject, s3:PutObject, s3:DeleteObject and s3:AbortMultipartUpload on what is in it."
 )
 _KEY_RIGHTS = f"Grant these credentials kms:GenerateDataKey and kms:Decrypt on the key that {KEY_SETTING} names."
 

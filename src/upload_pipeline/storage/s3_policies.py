@@ -18,18 +18,23 @@ Process = Literal["api", "workers"]
 
 GET, PUT, DELETE, ABORT = "s3:GetObject", "s3:PutObject", "s3:DeleteObject", "s3:AbortMultipartUpload"
 
+_PHOTOS = "-".join("?" * count for count in (8, 4, 4, 4, 12))
+"""What keys of photos begin with: the id of their project, whatever it is."""
+
 RIGHTS: Mapping[Process, Mapping[str, tuple[str, ...]]] = {
-    # Takes uploads in (a move is a copy and a delete), hands them out, deletes documents.
+    # Takes uploads in (a move is a copy and a delete), hands them out, deletes documents and photos.
     "api": {
         "incoming": (GET, PUT, DELETE, ABORT),
         "raw": (GET, PUT, DELETE),
         "parsed": (GET, DELETE),
+        _PHOTOS: (GET, PUT, DELETE),
     },
     # Read what was uploaded, keep what is made of it, remove what is deleted, refused or orphaned.
     "workers": {
         "incoming": (GET, PUT, DELETE),
         "raw": (GET, DELETE),
         "parsed": (GET, PUT, DELETE, ABORT),
+        _PHOTOS: (GET, PUT, DELETE, ABORT),
     },
 }
 """Rights of each process by the first part of the keys. One that runs both, as `up` and `ingest` do, needs both."""
@@ -65,7 +70,8 @@ def process_policy(process: Process, place: Place) -> dict[str, Any]:
     ]
     for name, actions in RIGHTS[process].items():
         resource = f"{place.arn}/{below}{name}/*"
-        statements.append({"Sid": name.title(), "Effect": "Allow", "Action": list(actions), "Resource": resource})
+        sid = "Photos" if name == _PHOTOS else name.title()
+        statements.append({"Sid": sid, "Effect": "Allow", "Action": list(actions), "Resource": resource})
     statements += _key_statements(place)
     return {"Version": "2012-10-17", "Statement": statements}
 
