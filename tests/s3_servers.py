@@ -13,7 +13,7 @@ import json
 import subprocess
 import sys
 from base64 import b64encode
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -21,8 +21,6 @@ from hashlib import sha256
 from io import BytesIO
 from typing import Any
 from urllib.parse import parse_qsl, quote, urlencode
-
-from s3_rights import Rights, needed
 
 ACCESS_KEY_ID = "AKIATEST"
 SECRET_ACCESS_KEY = "correct horse battery staple"
@@ -113,16 +111,29 @@ def running_s3_server() -> Iterator[S3Server]:
         process.communicate(timeout=START_SECONDS)
 
 
-def fault(environ: dict[str, Any], rights: Rights) -> str | None:
-    """The S3 code of what is wrong with a request's signature or rights; None where they are good."""
-    from botocore.auth import S3SigV4Auth, S3SigV4QueryAuth
-    from botocore.awsrequest import AWSRequest
-    from botocore.credentials import Credentials
-
+def headers_of(environ: dict[str, Any]) -> dict[str, str]:
+    """The headers of a request, by lower-case name."""
     headers = {name[5:].replace("_", "-").lower(): value for name, value in environ.items() if name.startswith("HTTP_")}
     for name in ("CONTENT_TYPE", "CONTENT_LENGTH"):
         if environ.get(name):
             headers[name.replace("_", "-").lower()] = environ[name]
+    return headers
+
+
+def key_of(environ: dict[str, Any]) -> str:
+    """The id of the key that a request says it is signed with; empty where it says none."""
+    presigned = dict(parse_qsl(environ["QUERY_STRING"])).get("X-Amz-Credential", "")
+    header = environ.get("HTTP_AUTHORIZATION", "").partition("Credential=")[2]
+    return (presigned or header).partition("/")[0]
+
+
+def fault(environ: dict[str, Any], keys: Container[str] = (ACCESS_KEY_ID, POWERLESS_KEY_ID)) -> str | None:
+    """The S3 code of what is wrong with a request's signature; None where it is good."""
+    from botocore.auth import S3SigV4Auth, S3SigV4QueryAuth
+    from botocore.awsrequest import AWSRequest
+    from botocore.credentials import Credentials
+
+    headers = headers_of(environ)
     if "x-behind-the-back" in headers:
         return None
     query = dict(parse_qsl(environ["QUERY_STRING"], keep_blank_values=True))
@@ -137,7 +148,7 @@ def fault(environ: dict[str, Any], rights: Rights) -> str | None:
     else:
         return "AccessDenied"
     key_id, _, region, _, _ = credential.split("/")
-    if key_id not in {ACCESS_KEY_ID, POWERLESS_KEY_ID, *rights.policies}:
+    if key_id not in keys:
         return "InvalidAccessKeyId"
     begin = datetime.strptime(stamp, "%Y%m%dT%H%M%SZ").replace(tzinfo=UTC)
     if presigned and datetime.now(UTC) > begin + timedelta(seconds=int(query["X-Amz-Expires"])):
@@ -153,14 +164,6 @@ def fault(environ: dict[str, Any], rights: Rights) -> str | None:
     expected = auth.signature(auth.string_to_sign(request, auth.canonical_request(request)), request)
     if given != expected:
         return "SignatureDoesNotMatch"
-    if key_id in rights.policies:
-        body = b""
-        if "delete" in query:
-            body = environ["wsgi.input"].read(int(environ["CONTENT_LENGTH"]))
-            environ["wsgi.input"] = BytesIO(body)
-        path = environ["REQUEST_URI"].partition("?")[0]
-        wanted = needed(environ["REQUEST_METHOD"], path, environ["QUERY_STRING"], headers, body)
-        return None if rights.ask(key_id, wanted) else "AccessDenied"
     return "AccessDenied" if key_id == POWERLESS_KEY_ID else None
 
 
@@ -169,10 +172,23 @@ def main() -> None:
     import threading
 
     from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_backend_app
+    from s3_rights import Rights, needed
     from werkzeug.serving import WSGIRequestHandler, make_server
 
     moto = DomainDispatcherApplication(create_backend_app)
     rights = Rights()
+
+    def denial(environ: dict[str, Any]) -> str | None:
+        key_id = key_of(environ)
+        if key_id not in rights.policies:
+            return None
+        body = b""
+        if environ["REQUEST_METHOD"] == "POST":
+            body = environ["wsgi.input"].read(int(environ["CONTENT_LENGTH"]))
+            environ["wsgi.input"] = BytesIO(body)
+        path = environ["REQUEST_URI"].partition("?")[0]
+        wanted = needed(environ["REQUEST_METHOD"], path, environ["QUERY_STRING"], headers_of(environ), body)
+        return None if rights.ask(key_id, wanted) else "AccessDenied"
 
     def checked(environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
         if environ["PATH_INFO"].startswith("/-policies/"):
@@ -181,7 +197,7 @@ def main() -> None:
                 rights.give(key_id, environ["wsgi.input"].read(int(environ["CONTENT_LENGTH"])).decode())
             start_response("200 OK", [("Content-Type", "application/json")])
             return [rights.told(key_id)]
-        code = fault(environ, rights)
+        code = fault(environ, {ACCESS_KEY_ID, POWERLESS_KEY_ID, *rights.policies}) or denial(environ)
         if code is None and "HTTP_X_AMZ_CHECKSUM_SHA256" in environ:
             body = environ["wsgi.input"].read(int(environ["CONTENT_LENGTH"]))
             environ["wsgi.input"] = BytesIO(body)
