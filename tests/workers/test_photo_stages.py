@@ -284,6 +284,17 @@ async def test_a_project_may_have_photos_without_their_place(
     assert await line.objects() == {}
 
 
+async def test_a_bucket_serves_as_well(open_line: OpenLine, s3_bucket: str) -> None:
+    local = await open_line(stored=False)
+    line = replace(local, context=replace(local.context, store=open_store(f"s3://{s3_bucket}/some/prefix")))
+    await line.put(PHOTO)
+    await line.drop_gps()
+    await line.run_to(await line.claim(), "extracted")
+    objects = await line.objects()
+    assert set(objects) == {".shared.jpg", ".thumbnail.jpg"}
+    assert (await line.row())["file_sha256"] == sha256(objects[".shared.jpg"]).hexdigest()
+
+
 def listed_by_exiftool(path: Path) -> str:
     command = [shutil.which("exiftool") or "", "-a", "-G1", "-ee3", "-U", str(path)]
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
