@@ -31,7 +31,7 @@ def noisy(width: int = 120, height: int = 80) -> Image.Image:
 
 def full_jpeg(**options: Any) -> bytes:
     whole = jpeg(noisy(), exif=exif_of(place=PLACE), xmp=XMP, icc_profile=PROFILE, comment=SECRET, **options)
-    for marker in (0xE2, 0xE3, 0xE6, 0xED, 0xEF):
+    for marker in (0xE0, 0xE2, 0xE3, 0xE6, 0xED, 0xEE, 0xEF):
         whole = with_segment(whole, marker, b"MPF\x00" + SECRET)
     return whole
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from photo_files import PLACE, bomb, chunk, corners, exif_of, jpeg, picture, png, with_segment
+from photo_files import PLACE, bomb, chunk, corners, exif_of, jpeg, picture, png, raw_exif, with_segment
 from PIL import Image
 
 from upload_pipeline.errors import ErrorCode, PipelineError
@@ -80,6 +80,12 @@ async def test_oddities_are_warnings(
     assert facts.exif == {} or "camera_make" in facts.exif
 
 
+async def test_a_resolution_that_is_none_costs_nothing(reader: PhotoReader, tmp_path: Path) -> None:
+    exif = raw_exif([(282, 2, 1, b"\x00"), (296, 3, 1, b"\x00\x02"), (271, 2, 6, b"Maker\x00")])
+    facts = await read(reader, tmp_path, jpeg(exif=exif), JPEG)
+    assert (facts.exif["camera_make"], facts.warnings) == ("Maker", ())
+
+
 async def test_further_pictures_of_a_phone_are_no_damage(reader: PhotoReader, tmp_path: Path) -> None:
     several = io.BytesIO()
     picture().save(several, "MPO", save_all=True, append_images=[picture(40, 40)], exif=exif_of())
@@ -141,9 +147,10 @@ async def test_a_photo_that_is_cut_off_or_damaged_is_refused(
     assert caught.value.code is ErrorCode.CORRUPT_IMAGE
 
 
-async def test_a_png_with_a_flipped_bit_is_refused(reader: PhotoReader, tmp_path: Path) -> None:
+@pytest.mark.parametrize("place", ["data", "checksum"])
+async def test_a_png_with_a_flipped_bit_is_refused(reader: PhotoReader, tmp_path: Path, place: str) -> None:
     damaged = bytearray(png(noise()))
-    damaged[len(damaged) // 2] ^= 1
+    damaged[-13 if place == "checksum" else len(damaged) // 2] ^= 1
     with pytest.raises(PipelineError) as caught:
         await read(reader, tmp_path, bytes(damaged), PNG)
     assert caught.value.code is ErrorCode.CORRUPT_IMAGE

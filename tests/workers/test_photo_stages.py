@@ -421,6 +421,15 @@ async def test_a_zombie_of_the_time_before_a_project_kept_its_places_takes_no_or
     assert (await line.objects())[".jpg"] == PHOTO
 
 
+async def test_a_project_that_begins_to_drop_places_leaves_photos_that_are_past_that(open_line: OpenLine) -> None:
+    line = await open_line()
+    job = await line.run_to(await line.claim(), "extracting")
+    await line.drop_gps()
+    await line.run_to(job, "extracted")
+    assert (await line.row())["shared_key"] is None
+    assert (await line.objects())[".jpg"] == PHOTO
+
+
 @pytest.mark.parametrize("drop", [False, True])
 async def test_a_restart_from_any_stage_gives_the_same(open_line: OpenLine, drop: bool) -> None:
     line = await open_line()
