@@ -155,6 +155,9 @@ class Settings(BaseSettings):
     detector: Literal["none", "openai", "webhook"] = Field(
         default="none", description="Who looks for things in photos; `openai` uses OPENAI_API_KEY and OPENAI_BASE_URL."
     )
+    detection_types: tuple[str, ...] = Field(
+        default=("damage", "material"), description='What may be looked for in photos, as `["damage", "material"]`.'
+    )
     detection_model: str = Field(
         default="gpt-4.1-mini",
         min_length=1,
@@ -212,6 +215,10 @@ class Settings(BaseSettings):
     )
     max_policy_bytes: int = Field(
         default=100 * 1024 * 1024, gt=0, description="Largest insurance policy that is taken, in bytes."
+    )
+    min_photo_bytes: int = Field(default=1024, gt=0, description="Smallest photo that is taken, in bytes.")
+    max_photo_bytes: int = Field(
+        default=50 * 1024 * 1024, gt=0, description="Largest photo that is taken, in bytes (50 MB)."
     )
     clamd_url: str = Field(
         default="",
@@ -379,6 +386,9 @@ class Settings(BaseSettings):
     )
     limit_upload_tries_per_minute: int = Field(
         default=10, ge=1, le=1_000_000, description="Times in a minute that the bytes of one announced file are sent."
+    )
+    limit_photo_urls_per_minute: int = Field(
+        default=100, ge=1, le=1_000_000, description="Photos that one user announces in a minute."
     )
     limit_batch_files_per_day: int = Field(
         default=1000, ge=1, le=1_000_000, description="Files of one user's batches in a day."

@@ -17,6 +17,7 @@ from tests.api.batch_rows import add_batch
 from tests.api.document_rows import add_document, add_text
 from tests.api.job_rows import advance, claim
 from tests.api.live_service import LiveService, new_user, running_service, service_settings, token
+from tests.api.photo_rows import add_photo
 from upload_pipeline.errors import HTTP_STATUS, ErrorCode
 
 EXAMPLES = 12
@@ -63,7 +64,12 @@ async def test_what_stores_may_lack_the_room_and_what_changes_may_be_asked_by_an
     service: LiveService,
 ) -> None:
     answers = {name: set(operation["responses"]) for name, operation in operations(await document(service))}
-    for storing in ("/api/v2/upload", "/api/v1/policies/ingest", "/api/v1/documents/ingest/batch"):
+    for storing in (
+        "/api/v2/upload",
+        "/api/v1/policies/ingest",
+        "/api/v1/documents/ingest/batch",
+        "/api/v1/photos/upload-url",
+    ):
         assert "507" in answers[f"POST {storing}"], storing
     changing = {name for name, statuses in answers.items() if "401" in statuses and not name.startswith("GET ")}
     assert "DELETE /api/v1/documents/ingest/batch/{batch_id}" in changing
@@ -104,6 +110,8 @@ async def test_generated_requests_find_no_fault_and_no_undocumented_answer(
     put_example(made, "job_id", str(owned.job_id))
     put_example(made, "document_id", str(owned.document_id))
     put_example(made, "batch_id", str(await add_batch(service.resources.db, user)))
+    put_example(made, "photo_id", str(await add_photo(admin, user)))
+    put_project_example(made, await admin.fetchval("select project_id from upload_pipeline.photos"))
     schema = schemathesis.openapi.from_dict(made)
     schema.config.base_url = service.url
     headers = {"Authorization": f"Bearer {token(user, app_metadata={'roles': ['ADMIN']})}"}
@@ -153,3 +161,11 @@ def put_example(made: dict[str, Any], parameter: str, value: str) -> None:
         for found in operation.get("parameters", []):
             if found["name"] == parameter:
                 found["schema"] = {"enum": [value, "00000000-0000-4000-8000-00000000dead", "no id"]}
+
+
+def put_project_example(made: dict[str, Any], project: Any) -> None:
+    """Has announcements of photos name a project that is there."""
+    made["components"]["schemas"]["PhotoUploadRequest"]["properties"]["project_id"]["enum"] = [
+        str(project),
+        "00000000-0000-4000-8000-00000000dead",
+    ]

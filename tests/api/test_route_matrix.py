@@ -18,6 +18,7 @@ import pytest
 from tests.api.batch_rows import add_batch
 from tests.api.job_rows import add_job, advance, claim
 from tests.api.live_service import SECRET, LiveService, new_user, running_service, service_settings, token
+from tests.api.photo_rows import add_photo
 from upload_pipeline.api.session_cookies import COOKIE, make_token
 from upload_pipeline.database import sessions
 
@@ -60,6 +61,13 @@ EXPECTED: dict[str, tuple[set[int], set[int]]] = {
     "GET /api/v1/documents/ingest/batch/{batch_id}/status": ({200}, {404}),
     "POST /api/v1/documents/ingest/batch/{batch_id}/retry": ({200}, {404}),
     "DELETE /api/v1/documents/ingest/batch/{batch_id}": ({200}, {404}),
+    # a body that is none
+    "POST /api/v1/photos/upload-url": ({400}, {400}),
+    "GET /api/v1/photos": ({200}, {200}),
+    "GET /api/v1/photos/{photo_id}": ({200}, {404}),
+    # its bytes never came
+    "PATCH /api/v1/photos/{photo_id}/status": ({409}, {404}),
+    "DELETE /api/v1/photos/{photo_id}": ({204}, {404}),
 }
 """Routes of users. What is somebody else's is like what is not there."""
 
@@ -69,7 +77,7 @@ OPEN = {"GET /healthz", "GET /readyz", "GET /metrics"}
 SIGNED_MESSAGES = {"POST /api/v2/webhooks/llamaparse"}
 """Routes whose body is signed, by a secret that this service was not given: 404 for everybody."""
 
-SIGNED = re.compile(r"(GET|PUT) /api/v2/(documents|upload)/\{document_id\}/bytes")
+SIGNED = re.compile(r"(GET|PUT) /api/(v2/(documents|upload)/\{document_id\}|v1/photos/\{photo_id\})/bytes")
 """Routes whose URL is the permission: who calls makes no difference. Their own tests tell what they refuse."""
 
 
@@ -110,15 +118,18 @@ async def test_every_route_answers_every_caller_as_the_table_says(
         "insert into upload_pipeline.policies values ($1, $2, 'insurer', 'product', '2026-01-31')", document, owner
     )
     batch = await add_batch(service.resources.db, owner)
+    photo = await add_photo(admin, owner)
     client = service.client()
     made = (await client.get("/openapi.json")).json()
     routes = sorted(f"{method.upper()} {path}" for path, methods in made["paths"].items() for method in methods)
 
     async def ask(route: str, caller: str, *, real: bool = True) -> httpx.Response:
         method, path = route.split(" ")
-        owned = {"job_id": job, "document_id": document, "batch_id": batch}
+        owned = {"job_id": job, "document_id": document, "batch_id": batch, "photo_id": photo}
         named = {name: found if real else uuid4() for name, found in owned.items()}
         body = {"query": "anything"} if path.endswith("/search") else None
+        if method == "PATCH":
+            body = {"status": "uploaded"}
         if caller == "browser with a session":
             made = make_token()
             await sessions.open_session(service.resources.db, made.token_sha256, timedelta(hours=1))

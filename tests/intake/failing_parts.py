@@ -46,6 +46,15 @@ class FailingBackend:
         self._fails("head", after=False)
         return await self.inner.head(key)
 
+    async def delete(self, keys: list[str]) -> None:
+        self._fails("delete", after=False)
+        await self.inner.delete(keys)
+        self._fails("delete", after=True)
+
+    async def sign_put(self, key: str, **wanted: Any) -> Any:
+        self._fails("sign_put", after=False)
+        return await self.inner.sign_put(key, **wanted)
+
 
 Hook = Callable[[], Awaitable[None]]
 

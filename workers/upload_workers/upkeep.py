@@ -4,8 +4,8 @@ every second or so      due retries and snoozes become ready
 every two seconds       batches whose last file has come to its end are noted
 every quarter lease     jobs whose lease ran out are taken back
 MAINTENANCE_INTERVAL    event partitions, silent workers, deletions that a crash cut short, orphaned objects,
-                        temporary files that a killed process left; sessions that are long over; vectors in the
-                        cache that nobody uses; how long the stages take is measured anew
+                        photos that never came, temporary files that a killed process left; sessions that are long
+                        over; vectors in the cache that nobody uses; how long the stages take is measured anew
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 from uuid import UUID
@@ -28,10 +29,13 @@ from upload_pipeline.database.batches import note_completed_batches
 from upload_pipeline.database.deletion import finish_deletions
 from upload_pipeline.database.documents import DeletedDocument
 from upload_pipeline.database.embedding_cache import forget_unused_vectors
+from upload_pipeline.database.photo_deletion import expire_photos, finish_photo_deletions
+from upload_pipeline.database.photos import DeletedPhoto
 from upload_pipeline.database.queue import Executor
 from upload_pipeline.database.sessions import clean_sessions
 from upload_pipeline.storage.document_objects import remove_document_objects
 from upload_pipeline.storage.orphans import Swept, sweep
+from upload_pipeline.storage.photo_objects import remove_photo_objects
 from upload_pipeline.storage.store import ObjectStore
 
 log = structlog.get_logger(__name__)
@@ -57,6 +61,7 @@ class MaintenanceReport:
     partitions_made: int
     workers_forgotten: int
     deletions_finished: int
+    photos_expired: int
     orphans_removed: int
     orphan_bytes: int
     unfinished_writes_removed: int
@@ -80,7 +85,8 @@ async def maintain(
 
     Args:
         scratch: the directory of workers' temporary files.
-        orphan_grace: how old an object without a document, or a temporary file, must be to be removed.
+        orphan_grace: how old an object without a document, or a temporary file, must be to be removed; and how long
+            after its deadline a photo that never came is.
         session_grace: how long a session must be over for its documents to be deleted.
         cache_life: how long a vector that was paid for is kept unused.
 
@@ -102,6 +108,8 @@ async def maintain(
     sessions_removed, session_documents = await part(clean_sessions(db, session_grace), (0, 0))
     vectors = await part(_forget_vectors(db, cache_life), 0)
     finished = await part(_finish_deletions(db, store, now), 0)
+    finished += await part(_finish_photo_deletions(db, store, now), 0)
+    expired = await part(_expire_photos(db, store, orphan_grace), 0)
     swept = await part(_sweep(db, store, now, orphan_grace), Swept(0, 0, 0))
     measured = await part(db.fetchval("select upload_pipeline.refresh_stage_durations()"), 0)
     cleared = await part(asyncio.to_thread(_clear_scratch, scratch, older_than=orphan_grace), 0)
@@ -113,6 +121,7 @@ async def maintain(
         int(partitions),
         int(forgotten),
         finished,
+        expired,
         swept.objects,
         swept.object_bytes,
         swept.unfinished,
@@ -141,6 +150,20 @@ async def _finish_deletions(db: Executor, store: ObjectStore, now: datetime) -> 
 
     # A deletion that is under way elsewhere is not taken for one that was cut short.
     return await finish_deletions(db, before=now - timedelta(minutes=1), remove_objects=remove_objects)
+
+
+async def _finish_photo_deletions(db: Executor, store: ObjectStore, now: datetime) -> int:
+    return await finish_photo_deletions(
+        db, before=now - timedelta(minutes=1), remove_objects=partial(_remove_photo, store)
+    )
+
+
+async def _expire_photos(db: Executor, store: ObjectStore, grace: timedelta) -> int:
+    return await expire_photos(db, grace=grace, remove_objects=partial(_remove_photo, store))
+
+
+async def _remove_photo(store: ObjectStore, deleted: DeletedPhoto) -> None:
+    await remove_photo_objects(store, deleted.raw_key)
 
 
 async def _sweep(db: Executor, store: ObjectStore, now: datetime, grace: timedelta) -> Swept:

@@ -16,6 +16,8 @@ from upload_pipeline.api import (
     history,
     job_events,
     jobs,
+    photo_bytes,
+    photos,
     policies,
     policy_graph,
     search,
@@ -51,12 +53,14 @@ ROUTERS: tuple[APIRouter, ...] = (
     sessions.router,
     uploads.router,
     batches.router,
+    photos.router,
 )
 """The routers whose every route has a caller (`CurrentPrincipal`); they are counted by `within_limits`."""
 
 OPEN_ROUTERS: tuple[APIRouter, ...] = (
     document_bytes.router,
     upload_bytes.router,
+    photo_bytes.router,
     webhooks.router,
     service_routes.router,
 )

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 UPLOAD_ROUTES = frozenset({("POST", "/api/v2/upload"), ("POST", "/api/v1/policies/ingest")})
 BATCH_ROUTE = ("POST", "/api/v1/documents/ingest/batch")
+PHOTO_ROUTE = ("POST", "/api/v1/photos/upload-url")
 STATUS_ROUTES = frozenset({("GET", "/api/v2/jobs/{job_id}"), ("GET", "/api/v1/policies/ingest/status/{job_id}")})
 
 RETRY_ROUTE = ("POST", "/api/v2/jobs/{job_id}/retry")
@@ -38,7 +39,7 @@ async def within_limits(request: Request, principal: CurrentPrincipal, resources
     settings = resources.settings
     route = (request.method, route_of(request.scope))
     buckets = _buckets(settings, route, str(principal.user_id), request.path_params)
-    if route in UPLOAD_ROUTES or route in (BATCH_ROUTE, RETRY_ROUTE):
+    if route in UPLOAD_ROUTES or route in (BATCH_ROUTE, PHOTO_ROUTE, RETRY_ROUTE):
         cap = settings.limit_open_jobs
         if await count_open_jobs(resources.db, principal.user_id, cap) >= cap:
             raise _too_many_open_jobs(cap)
@@ -99,6 +100,9 @@ def _buckets(settings: Settings, route: tuple[str, str], user: str, path_params:
     elif route == BATCH_ROUTE:
         # One request, and as many files as it has: batch_bucket.
         buckets.append(upload_buckets(settings, user)[0])
+    elif route == PHOTO_ROUTE:
+        limit = settings.limit_photo_urls_per_minute
+        buckets.append(Bucket(f"photo-urls-minute:{user}", limit, timedelta(minutes=1)))
     elif route in STATUS_ROUTES:
         # By user too, so that nobody else can use up the owner's.
         job = _one_spelling(str(path_params["job_id"]))

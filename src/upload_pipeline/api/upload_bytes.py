@@ -56,7 +56,7 @@ async def put_bytes(
     if grant.document_id != document_id or grant.file_bytes is None or grant.file_sha256 is None:
         raise invalid_url()
     await within_byte_limits(resources, document_id)
-    _check_headers(request.headers, grant, grant.file_bytes)
+    check_headers(request.headers, grant, grant.file_bytes)
     left = (grant.expires_at - now).total_seconds() + resources.settings.upload_finish_seconds
     async with ending_within(left):
         await receive_upload(
@@ -68,7 +68,12 @@ async def put_bytes(
         )
 
 
-def _check_headers(headers: Headers, grant: Grant, file_bytes: int) -> None:
+def check_headers(headers: Headers, grant: Grant, file_bytes: int) -> None:
+    """Sees that a request announces the length and the type that its URL was made for.
+
+    Raises:
+        PipelineError: `LENGTH_REQUIRED`; `INVALID_ARGUMENT` naming the header.
+    """
     length = headers.get("content-length", "")
     if not length.isdecimal():
         raise PipelineError(

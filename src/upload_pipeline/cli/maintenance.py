@@ -21,7 +21,7 @@ def register(app: typer.Typer) -> None:
 
 
 def maintenance_command(as_json: JsonOption = False) -> None:
-    """Tidy up once: what a crash left in the store, deletions cut short, sessions long over, lost workers.
+    """Tidy up once: what a crash left in the store, deletions cut short, photos that never came, lost workers.
 
     Objects without a document are removed once they are older than ORPHAN_GRACE.
     """
@@ -38,6 +38,7 @@ def maintenance_command(as_json: JsonOption = False) -> None:
             ("Orphaned objects removed", f"{report.orphans_removed} ({size_text(report.orphan_bytes)})"),
             ("Unfinished writes removed", report.unfinished_writes_removed),
             ("Deletions finished", report.deletions_finished),
+            ("Photos that never came", report.photos_expired),
             ("Sessions removed", f"{report.sessions_removed} ({report.session_documents_removed} documents to delete)"),
             ("Vectors forgotten", report.vectors_forgotten),
             ("Temporary files removed", report.scratch_removed),

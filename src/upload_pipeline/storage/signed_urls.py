@@ -38,7 +38,7 @@ class Grant:
 
     Attributes:
         method: the one HTTP method.
-        document_id: of the document that the object belongs to.
+        document_id: of the document, or the photo, that the object belongs to.
         key: of the one object.
         expires_at: with time zone; fractions of its second are cut off.
         file_bytes: the exact size of what may be put.

@@ -1,0 +1,74 @@
+"""Deleting photos: rows and objects, in an order that a crash at any point leaves able to finish; as `deletion`."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from datetime import datetime, timedelta
+from uuid import UUID
+
+from upload_pipeline.database import photos
+from upload_pipeline.database.photos import DeletedPhoto
+from upload_pipeline.database.queue import Executor
+from upload_pipeline.errors import PipelineError
+
+RemovePhotoObjects = Callable[[DeletedPhoto], Awaitable[None]]
+"""Removes every object of a photo; missing ones are fine."""
+
+
+async def delete_photo(
+    db: Executor, photo_id: UUID, remove_objects: RemovePhotoObjects, *, correlation_id: str = ""
+) -> bool:
+    """Deletes a photo with its objects and its job, which is fenced off first. Safe to repeat.
+
+    Args:
+        db: as role `upload_worker`.
+        photo_id: of the photo.
+        remove_objects: removes what the store has of it.
+        correlation_id: of the request, for the events.
+
+    Returns:
+        False where there is no such photo.
+
+    Raises:
+        PipelineError: as `remove_objects` does; then the photo is hidden, and maintenance goes on with it.
+    """
+    deleted = await photos.begin_deletion(db, photo_id, correlation_id=correlation_id)
+    if deleted is None:
+        return False
+    await remove_objects(deleted)
+    await photos.finish_deletion(db, photo_id, correlation_id=correlation_id)
+    return True
+
+
+async def finish_photo_deletions(db: Executor, *, before: datetime, remove_objects: RemovePhotoObjects) -> int:
+    """Ends deletions that were begun before a moment and not finished; returns how many.
+
+    Raises:
+        PipelineError: as `remove_objects` does, the first one, after all others were tried.
+    """
+    return await _finish(db, await photos.unfinished_deletions(db, before=before), remove_objects)
+
+
+async def expire_photos(db: Executor, *, grace: timedelta, remove_objects: RemovePhotoObjects) -> int:
+    """Deletes photos whose bytes nobody had seen `grace` after their deadline; returns how many.
+
+    Raises:
+        PipelineError: as `finish_photo_deletions`; what was begun is ended by it.
+    """
+    return await _finish(db, await photos.begin_expiry(db, grace=grace), remove_objects)
+
+
+async def _finish(db: Executor, begun: list[DeletedPhoto], remove_objects: RemovePhotoObjects) -> int:
+    finished = 0
+    failure: PipelineError | None = None
+    for deleted in begun:
+        try:
+            await remove_objects(deleted)
+        except PipelineError as error:
+            failure = failure or error
+            continue
+        await photos.finish_deletion(db, deleted.photo_id)
+        finished += 1
+    if failure is not None:
+        raise failure
+    return finished
