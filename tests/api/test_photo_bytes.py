@@ -18,7 +18,7 @@ import pytest
 from tests.api.live_service import LiveService, running_service, service_settings
 from tests.api.photo_rows import JPEG, Office, add_office, announce, claim_photo, keys, lead, put
 from tests.intake.failing_parts import FailingBackend, HookedDatabase
-from upload_pipeline.storage.photo_keys import thumbnail_key
+from upload_pipeline.storage.photo_keys import shared_key, thumbnail_key
 from upload_pipeline.storage.signed_urls import Grant
 from upload_pipeline.storage.store import ObjectStore
 
@@ -142,6 +142,27 @@ async def test_a_photo_that_is_deleted_while_its_bytes_come_takes_them_along(
         told = await announce(service.client(office.member), office.project_id)
         assert code(await put(told)) == (404, "PHOTO_NOT_FOUND")
         assert await keys(service) == set()
+
+
+async def test_what_is_handed_out_is_the_copy_that_tells_no_place_and_nothing_before_it_was_looked_at(
+    service: LiveService, admin: asyncpg.Connection, office: Office
+) -> None:
+    client = service.client(office.member)
+    told = await announce(client, office.project_id)
+    assert (await put(told)).status_code == 204
+    assert (await client.get(told["status_url"])).json()["download_url"] is None
+    await admin.execute("update upload_pipeline.photos set width = 64, height = 48")
+    shown = (await client.get(told["status_url"])).json()
+    raw = await admin.fetchval("select raw_key from upload_pipeline.photos")
+    async with httpx.AsyncClient() as anybody:
+        fetched = await anybody.get(shown["download_url"])
+        assert (fetched.content, fetched.headers["Content-Type"]) == (JPEG, "image/jpeg")
+        assert 'filename="roof.jpg"' in fetched.headers["Content-Disposition"]
+        await service.resources.store.put_bytes(shared_key(raw), b"no place")
+        await admin.execute("update upload_pipeline.photos set shared_key = $1", shared_key(raw))
+        shown = (await client.get(told["status_url"])).json()
+        assert (await anybody.get(shown["download_url"])).content == b"no place"
+        assert shown["s3_url"].endswith(".shared.jpg")
 
 
 async def test_a_thumbnail_has_a_url_until_the_photo_is_deleted(

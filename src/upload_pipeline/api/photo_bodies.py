@@ -35,6 +35,7 @@ _SUMMARY: dict[str, Any] = {
 PHOTO_EXAMPLE: dict[str, Any] = {
     **_SUMMARY,
     "job_id": _JOB,
+    "download_url": f"https://api.example.com/api/v1/photos/{PHOTO}/bytes?token=eyJtIjoi…",
     "exif_data": {"make": "Canon", "model": "EOS R6", "captured_at": "2026-11-20T15:04:05+01:00"},
     "warnings": [],
     "detection_types": ["damage"],
@@ -156,6 +157,10 @@ class Photo(PhotoSummary):
     model_config = ConfigDict(json_schema_extra={"examples": [PHOTO_EXAMPLE]})
 
     job_id: UUID | None = Field(description="Its job, for who has uploaded it.")
+    download_url: str | None = Field(
+        description="Its bytes, for some minutes; without the place where it was taken, where its project has it so. "
+        "Null before it was looked at."
+    )
     exif_data: dict[str, Any] = Field(description="What its EXIF says; `{}` where it has none that can be read.")
     warnings: list[str] = Field(description="What is odd about it and was no reason to refuse it.")
     detection_types: list[str]

@@ -67,7 +67,7 @@ async def put_photo_bytes(request: Request, photo_id: PhotoOfUrl, resources: App
 
 @router.get(
     "/{photo_id}/bytes",
-    summary="A photo's thumbnail, by a signed URL",
+    summary="A photo or its thumbnail, by a signed URL",
     response_class=StreamingResponse,
     responses={
         200: {
@@ -78,7 +78,10 @@ async def put_photo_bytes(request: Request, photo_id: PhotoOfUrl, resources: App
     },
 )
 async def read_photo_bytes(photo_id: PhotoOfUrl, resources: AppResources, token: Token) -> Response:
-    """The `thumbnail_url` of a photo: no credentials, for a few minutes. 404 once the photo is deleted."""
+    """The `download_url` and the `thumbnail_url` of a photo: no credentials, for a few minutes.
+
+    404 once the photo is deleted.
+    """
     grant = _granted(resources, token, photo_id, "GET", datetime.now(UTC))
     if not await has_photo(resources.db, photo_id):
         raise no_such_photo(photo_id)

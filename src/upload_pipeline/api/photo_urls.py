@@ -14,7 +14,11 @@ if TYPE_CHECKING:
     from fastapi import Request
 
     from upload_pipeline.api.resources import Resources
+    from upload_pipeline.database.member_photos import MemberPhoto
     from upload_pipeline.intake.photos import PhotoAnnouncement
+
+
+THUMBNAIL_TYPE = "image/jpeg"
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,22 +63,40 @@ async def sign_photo_target(
     return PhotoTarget(_own_url(request, resources, grant), {"Content-Type": announced.media_type}, seconds)
 
 
-async def thumbnail_url(
-    request: Request, resources: Resources, *, photo_id: UUID, key: str | None, file_name: str
-) -> str | None:
+async def thumbnail_url(request: Request, resources: Resources, photo: MemberPhoto) -> str | None:
     """A URL of a photo's thumbnail; None where it has none.
 
     Raises:
         PipelineError: `STORAGE_UNAVAILABLE`, `STORAGE_DENIED`.
     """
-    if key is None:
+    if photo.thumbnail_key is None:
         return None
+    name = f"{photo.file_name.rpartition('.')[0]} thumbnail.jpg"
+    return await _sign_get(request, resources, photo, photo.thumbnail_key, name, THUMBNAIL_TYPE)
+
+
+async def photo_url(request: Request, resources: Resources, photo: MemberPhoto) -> str | None:
+    """A URL of a photo's bytes; None before they were looked at, which may be before they tell no place any more.
+
+    Raises:
+        PipelineError: `STORAGE_UNAVAILABLE`, `STORAGE_DENIED`.
+    """
+    if photo.width is None:
+        return None
+    return await _sign_get(
+        request, resources, photo, photo.shared_key or photo.raw_key, photo.file_name, photo.media_type
+    )
+
+
+async def _sign_get(
+    request: Request, resources: Resources, photo: MemberPhoto, key: str, file_name: str, media_type: str
+) -> str:
     life = timedelta(seconds=round(resources.settings.download_url_seconds))
-    name = f"{file_name.rpartition('.')[0] or file_name} thumbnail.jpg"
-    signed = await resources.store.sign_get(key, filename=name, media_type="image/jpeg", expires_in=life)
+    signed = await resources.store.sign_get(key, filename=file_name, media_type=media_type, expires_in=life)
     if signed is not None:
         return signed.url
-    grant = Grant("GET", photo_id, key, datetime.now(UTC) + life, media_type="image/jpeg", filename=name)
+    expires_at = datetime.now(UTC) + life
+    grant = Grant("GET", photo.photo_id, key, expires_at, media_type=media_type, filename=file_name)
     return _own_url(request, resources, grant)
 
 

@@ -19,7 +19,7 @@ from upload_pipeline.api.photo_bodies import (
     PhotoUpload,
     PhotoUploadRequest,
 )
-from upload_pipeline.api.photo_urls import sign_photo_target, thumbnail_url
+from upload_pipeline.api.photo_urls import photo_url, sign_photo_target, thumbnail_url
 from upload_pipeline.api.principals import CurrentPrincipal
 from upload_pipeline.api.public_urls import public_url
 from upload_pipeline.api.request_context import CorrelationId
@@ -229,10 +229,8 @@ async def _summary(request: Request, resources: Resources, photo: MemberPhoto) -
         {
             "id": photo.photo_id,
             "project_id": photo.project_id,
-            "s3_url": object_url(resources.settings.effective_storage_url, photo.raw_key),
-            "thumbnail_url": await thumbnail_url(
-                request, resources, photo_id=photo.photo_id, key=photo.thumbnail_key, file_name=photo.file_name
-            ),
+            "s3_url": object_url(resources.settings.effective_storage_url, photo.shared_key or photo.raw_key),
+            "thumbnail_url": await thumbnail_url(request, resources, photo),
             "status": photo.status,
             "file_name": photo.file_name,
             "mime_type": photo.media_type,
@@ -252,6 +250,7 @@ async def _whole(request: Request, resources: Resources, photo: MemberPhoto) -> 
         {
             **summary.model_dump(),
             "job_id": photo.job_id,
+            "download_url": await photo_url(request, resources, photo),
             "exif_data": photo.exif,
             "warnings": photo.warnings,
             "detection_types": photo.detection_types,

@@ -35,6 +35,7 @@ class MemberPhoto:
         job_id: its job; the uploader's to ask after.
         width: in pixels, as displayed; None before it was looked at.
         height: the same.
+        shared_key: of the copy that is handed out in the original's place; None where the original is.
         exif: what its EXIF says; empty where it says nothing.
         detections: None where nothing was looked for, or not yet.
         error: `code`, `message` and `details` where it has failed; None otherwise.
@@ -51,6 +52,7 @@ class MemberPhoto:
     file_bytes: int
     media_type: str
     raw_key: str
+    shared_key: str | None
     detection_types: tuple[str, ...]
     priority: str
     status: str
@@ -72,9 +74,9 @@ _COLUMNS = """
        p.photo_id, p.project_id, p.user_id,
        (select m.role from upload_pipeline.organization_members m
          where m.organization_id = p.organization_id and m.user_id = (select auth.uid())) as role,
-       g.job_id, p.file_name, p.file_bytes, p.media_type, p.raw_key, p.detection_types, p.priority, p.status, p.width,
-       p.height, p.exif, p.warnings, p.thumbnail_key, p.detections, p.detector, g.error_code, g.error_message,
-       g.error_details, p.uploaded_at, p.created_at, g.statuses, g.times
+       g.job_id, p.file_name, p.file_bytes, p.media_type, p.raw_key, p.shared_key, p.detection_types, p.priority,
+       p.status, p.width, p.height, p.exif, p.warnings, p.thumbnail_key, p.detections, p.detector, g.error_code,
+       g.error_message, g.error_details, p.uploaded_at, p.created_at, g.statuses, g.times
 """
 
 _ONE = f"""
