@@ -67,6 +67,7 @@ READERS = {
     "organization_members": {"authenticated", "upload_worker", "service_role"},
     "projects": {"authenticated", "upload_worker", "service_role"},
     "photos": {"authenticated", "upload_worker", "service_role"},
+    "photo_detection_requests": {"upload_worker", "service_role"},
 }
 """Who may read each table and view; the partitions of `events` that a month has made are nobody's."""
 
@@ -83,6 +84,8 @@ CALLERS = {
             "lock_photo_job",
             "note_photo_status",
             "start_photo_deletion",
+            "set_detections",
+            "detection_results",
             "new_job_id",
             "wake_lanes",
             "check_step",
@@ -200,6 +203,9 @@ CALLERS = {
             "reserve_calls",
             "reserve_document",
             "reserve_photo",
+            "commit_detections",
+            "await_detections",
+            "answer_detections",
             "retry_delay",
             "retry_job",
             "revoke_api_key",
@@ -322,7 +328,15 @@ def filled(admin: Connection, worker: Connection) -> Connection:
         enqueue(worker, add_document(admin, user), user)
         members = '[{"ordinal": 0, "filename": "a.txt", "error_code": "EMPTY_FILE", "error_message": "It is empty."}]'
         worker.execute("select upload_pipeline.create_batch(%s, %s, %s)", [uuid4(), user, members])
-        reserve_photo(worker, user, add_project(worker, user))
+        photo = reserve_photo(worker, user, add_project(worker, user)).photo_id
+        admin.execute(
+            """
+            insert into upload_pipeline.photo_detection_requests
+              (photo_id, delivery_id, attempt, retry_count, lease_token, sent_at, expires_at)
+            values (%s, gen_random_uuid(), 1, 0, 1, now(), now())
+            """,
+            [photo],
+        )
         admin.execute(
             "insert into upload_pipeline.embedding_cache values (%s, 'm3', 3, sha256('a'), '2026-01-31', '[1,0,0]')",
             [user],
