@@ -171,6 +171,12 @@ class Settings(BaseSettings):
         default=4000, ge=100, le=100_000, description="Most tokens of that model's answer, its reasoning counted."
     )
     detection_concurrency: int = Field(default=4, ge=1, le=100, description="Requests of one worker at once.")
+    detection_requests_per_minute: int = Field(
+        default=0, ge=0, description="Requests in a minute, of all workers; 0: as many as the provider says."
+    )
+    detection_tokens_per_minute: int = Field(
+        default=0, ge=0, description="Tokens in a minute, of all workers; 0: as many as the provider says."
+    )
     detection_timeout: float = Field(
         default=60.0, gt=0, le=250, description="Seconds that one request to a detector may take."
     )

@@ -74,7 +74,7 @@ EXPECTED: dict[str, tuple[set[int], set[int]]] = {
 OPEN = {"GET /healthz", "GET /readyz", "GET /metrics"}
 """Routes for anybody."""
 
-SIGNED_MESSAGES = {"POST /api/v2/webhooks/llamaparse"}
+SIGNED_MESSAGES = {"POST /api/v2/webhooks/llamaparse", "POST /api/v1/photos/{photo_id}/detections"}
 """Routes whose body is signed, by a secret that this service was not given: 404 for everybody."""
 
 SIGNED = re.compile(r"(GET|PUT) /api/(v2/(documents|upload)/\{document_id\}|v1/photos/\{photo_id\})/bytes")

@@ -91,7 +91,7 @@ def test_what_does_not_fit_is_refused_and_its_place_named(value: Any, field: str
     with pytest.raises(PipelineError) as caught:
         read_detections(value, TYPES)
     assert caught.value.code is ErrorCode.INVALID_ARGUMENT
-    assert caught.value.details["field"] == field
+    assert caught.value.details["fields"][0]["field"] == field
     assert caught.value.message.startswith(field)
 
 

@@ -229,7 +229,7 @@ def findings_of(photo_id: str, types: list[str]) -> list[dict[str, Any]]:
     found = []
     for kind in types:
         draw = hashlib.sha256(f"{kind} {photo_id}".encode()).digest()
-        box = {"x": draw[0] / 512, "y": draw[1] / 512, "width": 0.25, "height": 0.5}
+        box = {"x": round(draw[0] / 512, 3), "y": round(draw[1] / 512, 3), "width": 0.25, "height": 0.5}
         confidence = round(draw[2] / 255, 3)
         found.append({"type": kind, "label": f"{kind} {draw[3]}", "confidence": confidence, "box": box, "note": ""})
     return found

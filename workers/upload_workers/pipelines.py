@@ -12,6 +12,7 @@ from upload_workers.stages.open_step import open_step
 from upload_workers.stages.parse import parse
 from upload_workers.stages.photo_check import photo_check
 from upload_workers.stages.photo_copy import photo_copy
+from upload_workers.stages.photo_detect import photo_detect
 from upload_workers.stages.photo_extract import photo_extract
 from upload_workers.stages.publish import publish
 from upload_workers.stages.store_chunks import store_chunks
@@ -33,4 +34,6 @@ STEPS: Mapping[tuple[str, str], Step] = {
     (PHOTO_PIPELINE, PhotoStage.PENDING_UPLOAD): photo_check,
     (PHOTO_PIPELINE, PhotoStage.UPLOADED): photo_copy,
     (PHOTO_PIPELINE, PhotoStage.EXTRACTING): photo_extract,
+    (PHOTO_PIPELINE, PhotoStage.EXTRACTED): open_step,
+    (PHOTO_PIPELINE, PhotoStage.DETECTING): photo_detect,
 }

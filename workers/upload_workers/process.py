@@ -27,6 +27,7 @@ from upload_pipeline.storage.configured import configured_store
 from upload_pipeline.storage.store import ObjectStore
 from upload_pipeline.storage.virus_scan import open_scanner
 from upload_workers.bounded import bounded
+from upload_workers.detection_desk import open_desk
 from upload_workers.embedding_batcher import open_batcher
 from upload_workers.health import health_endpoint
 from upload_workers.hosted_parse import open_hosted_parser
@@ -93,6 +94,8 @@ async def running_worker(
         parser = MeasuredParser(local_parser, calls)
         local_photos = LocalPhotoReader(settings.parse_timeout, settings.parse_memory_bytes, settings.max_photo_pixels)
         stack.callback(local_photos.close)
+        desk = open_desk(db, calls, settings)
+        stack.push_async_callback(desk.close)
         await documents.register_model(
             db, model=embedder.model, provider=settings.embedder, dimensions=embedder.dimensions
         )
@@ -118,6 +121,7 @@ async def running_worker(
                 batcher,
                 MeasuredPhotoReader(local_photos, calls),
                 hosted_parser,
+                desk,
             ),
             steps,
             await queue.load_steps(db),

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from upload_pipeline.settings import Settings
     from upload_pipeline.storage.store import ObjectStore
     from upload_pipeline.storage.virus_scan import VirusScanner
+    from upload_workers.detection_desk import DetectionDesk
     from upload_workers.embedding_batcher import EmbeddingBatcher
     from upload_workers.hosted_parse import HostedParser
 
@@ -37,6 +38,7 @@ class StepContext:
         batcher: embeds texts that are paid for; None where the embedder is our own.
         photos: reads photos; None where no step of them is run.
         hosted_parser: follows what a hosted parser has; None where there is no key for one.
+        detector: asks who looks for things in photos; None where no step of them is run.
     """
 
     db: Executor
@@ -49,6 +51,7 @@ class StepContext:
     batcher: EmbeddingBatcher | None = None
     photos: PhotoReader | None = None
     hosted_parser: HostedParser | None = None
+    detector: DetectionDesk | None = None
 
 
 class CommitVerb(Protocol):

@@ -17,6 +17,7 @@ from upload_pipeline.api import (
     job_events,
     jobs,
     photo_bytes,
+    photo_detections,
     photos,
     policies,
     policy_graph,
@@ -62,6 +63,7 @@ OPEN_ROUTERS: tuple[APIRouter, ...] = (
     upload_bytes.router,
     photo_bytes.router,
     webhooks.router,
+    photo_detections.router,
     service_routes.router,
 )
 """The routers that nobody signs in for: probes, URLs that carry their own permission, and messages that are signed."""

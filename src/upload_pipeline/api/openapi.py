@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from fastapi.openapi.utils import get_openapi
 
 from upload_pipeline.api.batch_bodies import BatchForm
+from upload_pipeline.api.detection_bodies import DetectionReport
 from upload_pipeline.api.error_bodies import ErrorBody, documented_errors
 from upload_pipeline.api.policy_bodies import PolicyForm
 from upload_pipeline.api.upload_bodies import UploadForm, UploadRequest
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 _METHODS = frozenset({"get", "put", "post", "delete", "patch"})
 _ERROR_REF = {"$ref": "#/components/schemas/ErrorBody"}
 _UNUSED_SCHEMAS = ("HTTPValidationError", "ValidationError")
-_STREAMED_BODIES = (UploadRequest, UploadForm, PolicyForm, BatchForm, ParseMessage)
+_STREAMED_BODIES = (UploadRequest, UploadForm, PolicyForm, BatchForm, ParseMessage, DetectionReport)
 """Bodies that routes read themselves and refer to by name: FastAPI does not know them."""
 _ALWAYS = (400, 413, 500, 503)
 """What any route can answer: to a body or a Host that is none, to a body that is too large, and faults of ours."""

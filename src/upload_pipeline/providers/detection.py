@@ -269,4 +269,6 @@ def _check_text(name: str, value: Any, least: int, most: int) -> None:
 
 
 def _unfit(place: str, rule: str) -> PipelineError:
-    return PipelineError(ErrorCode.INVALID_ARGUMENT, f"{place} {rule}.", {"field": place})
+    return PipelineError(
+        ErrorCode.INVALID_ARGUMENT, f"{place} {rule}.", {"fields": [{"field": place, "problem": rule}]}
+    )

@@ -1,4 +1,4 @@
-"""Stages that only say that the next kind of work begins: `parse_validated` -> `chunking`, `chunked` -> `embedding`.
+"""Stages that only say that the next kind of work begins: chunking, embedding, detection.
 
 They are commits of their own so that an operator sees, and may give a pool of its own to, the work that follows.
 """
