@@ -58,8 +58,8 @@ async def report_detections(
     """Ends the photo's job: `completed` with what was found, or `failed` with the `error`.
 
     The same answer again is 200 and changes nothing; another one than before is 409. Late answers are taken, also once
-    the job has given up waiting; not those of a photo that was cancelled (409) or deleted (404). 404 too where no secret
-    is set.
+    the job has given up waiting; not those of a photo that was cancelled (409) or deleted (404). 404 too where no
+    secret is set.
     """
     secret = resources.settings.detection_secret.get_secret_value()
     if not secret:
