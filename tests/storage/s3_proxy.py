@@ -42,14 +42,32 @@ Spoil = Callable[[web.Request, Passed, int], Awaitable[web.StreamResponse | None
 
 @dataclass(slots=True)
 class Proxy:
-    """What passed, in order; `spoil` may be set at any time."""
+    """What passed, in order; the others may be set at any time.
+
+    Attributes:
+        spoil: see there.
+        cuts: after how many bytes the answers to the next GETs break off.
+    """
 
     endpoint: str
     passed: list[Passed] = field(default_factory=list)
     spoil: Spoil | None = None
+    cuts: list[int] = field(default_factory=list)
 
     def kinds(self) -> list[str]:
         return [request.kind for request in self.passed]
+
+
+async def _cut(
+    request: web.Request, status: int, headers: dict[str, str], whole: bytes, length: int
+) -> web.StreamResponse:
+    """So many bytes of the answer, and then the connection is gone."""
+    response = web.StreamResponse(status=status, headers=headers | {"Content-Length": str(len(whole))})
+    await response.prepare(request)
+    await response.write(whole[:length])
+    assert request.transport is not None
+    request.transport.abort()
+    return response
 
 
 @asynccontextmanager
@@ -71,7 +89,10 @@ async def s3_proxy(target: str) -> AsyncIterator[Proxy]:
                 kept = {name: value for name, value in answer.headers.items() if name.lower() not in HOP_BY_HOP}
                 if request.method == "HEAD":
                     kept["Content-Length"] = answer.headers.get("Content-Length", "0")
-                return web.Response(status=answer.status, headers=kept, body=await answer.read())
+                whole = await answer.read()
+                if seen.method == "GET" and proxy.cuts and answer.status in (200, 206):
+                    return await _cut(request, answer.status, kept, whole, proxy.cuts.pop(0))
+                return web.Response(status=answer.status, headers=kept, body=whole)
 
     app = web.Application(client_max_size=64 * 1024 * 1024)
     app.router.add_route("*", "/{path:.*}", forward)

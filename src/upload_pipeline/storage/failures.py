@@ -109,14 +109,11 @@ def translate(error: Exception, action: str, key: str = "") -> PipelineError:
         if error.errno in _FULL:
             return no_room(action, "the disk or quota is full", f"where {STORAGE_SETTING} points", key)
         reason = error.strerror or _first_line(error)
+        remedy = f"Check the place that {STORAGE_SETTING} names (does it exist, is it mounted), then try again."
     else:
         reason = _first_line(error)
-    return unavailable(
-        action,
-        reason,
-        f"Check the place that {STORAGE_SETTING} names (does it exist, is it mounted), then try again.",
-        key,
-    )
+        remedy = f"Check that the server of {STORAGE_SETTING} can be reached and is well, then try again."
+    return unavailable(action, reason, remedy, key)
 
 
 def _first_line(error: Exception) -> str:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 
 import obstore
+from obstore.exceptions import PermissionDeniedError
 from obstore.store import ObjectStore as Place
 
 from upload_pipeline.storage.backend import UrlSource
@@ -116,8 +117,9 @@ class ObstoreBackend:
         """Asks for the object's metadata."""
         try:
             meta = await obstore.head_async(self.place, key)
-        except FileNotFoundError:
-            # An answer to HEAD has no body to tell a missing object from a missing bucket; one to GET has.
+        except (FileNotFoundError, PermissionDeniedError):
+            # An answer to HEAD has no body to tell a missing object from a missing bucket, or what is denied and why;
+            # one to GET has.
             try:
                 meta = (await obstore.get_async(self.place, key)).meta
             except FileNotFoundError as error:

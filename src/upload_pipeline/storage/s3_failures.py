@@ -32,6 +32,8 @@ _NO_PERMISSION = frozenset({"AccessDenied", "AccountProblem", "AllAccessDisabled
 _WRONG_REGION = frozenset({"AuthorizationHeaderMalformed", "IllegalLocationConstraintException", "PermanentRedirect"})
 
 _CODE = re.compile(r"<Code>([\w.]+)</Code>")
+# How obstore tells of one key that S3 did not delete among others: no XML is left of it.
+_NOT_DELETED = re.compile(r"DeleteObjects request failed for key .*: (?P<message>.*) \(code: (?P<code>[\w.]+)\)")
 # The key service's own codes come through S3 with this before them.
 _KEY_SERVICE = "KMS."
 # What servers without keys answer, in words that differ; S3 itself only where the header is misspelt.
@@ -73,8 +75,12 @@ class Refusal:
 
 def s3_code(error: Exception) -> str | None:
     """The code in S3's answer that made the error; `None` where there is none."""
-    match = _CODE.search(str(error))
-    return match[1] if match else None
+    text = str(error)
+    match = _CODE.search(text)
+    if match is not None:
+        return match[1]
+    match = _NOT_DELETED.search(text)
+    return match["code"] if match else None
 
 
 def s3_refusal(error: Exception, setting: str) -> Refusal | None:
@@ -94,7 +100,7 @@ def s3_refusal(error: Exception, setting: str) -> Refusal | None:
                 "Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or give this machine a role.",
             )
         return None
-    message = _MESSAGE.search(text)
+    message = _MESSAGE.search(text) or _NOT_DELETED.search(text)
     reason = f"{code}: {message[1].strip().rstrip('.')}" if message else code
     if code == MISSING_BUCKET:
         return Refusal(False, "the bucket does not exist", f"Create it, or correct {setting}.")
