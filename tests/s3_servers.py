@@ -69,6 +69,10 @@ class S3Server:
         """
         return self._request("GET", f"{bucket}?{query}").decode()
 
+    def add_objects(self, bucket: str, keys: list[str]) -> None:
+        """Puts small objects there, many at once."""
+        self._request("PUT", f"-objects/{bucket}", json.dumps(keys).encode())
+
     def configure(self, bucket: str, subresource: str, body: bytes, **headers: str) -> None:
         """Sets a configuration of the bucket; underscores in names of headers stand for hyphens."""
         self._answer("PUT", f"{bucket}?{subresource}", body, **headers)
@@ -171,7 +175,9 @@ def main() -> None:
     """Serves until the other end of its input is gone."""
     import threading
 
+    from moto.core import DEFAULT_ACCOUNT_ID
     from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_backend_app
+    from moto.s3.models import s3_backends
     from s3_rights import Rights, needed
     from werkzeug.serving import WSGIRequestHandler, make_server
 
@@ -197,6 +203,12 @@ def main() -> None:
                 rights.give(key_id, environ["wsgi.input"].read(int(environ["CONTENT_LENGTH"])).decode())
             start_response("200 OK", [("Content-Type", "application/json")])
             return [rights.told(key_id)]
+        if environ["PATH_INFO"].startswith("/-objects/"):
+            bucket = environ["PATH_INFO"].rpartition("/")[2]
+            for key in json.loads(environ["wsgi.input"].read(int(environ["CONTENT_LENGTH"]))):
+                s3_backends[DEFAULT_ACCOUNT_ID]["aws"].put_object(bucket, key, b"x")
+            start_response("200 OK", [("Content-Type", "text/plain")])
+            return [b""]
         code = fault(environ, {ACCESS_KEY_ID, POWERLESS_KEY_ID, *rights.policies}) or denial(environ)
         if code is None and "HTTP_X_AMZ_CHECKSUM_SHA256" in environ:
             body = environ["wsgi.input"].read(int(environ["CONTENT_LENGTH"]))

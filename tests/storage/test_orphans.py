@@ -11,6 +11,7 @@ import pytest
 from upload_pipeline.storage import keys
 from upload_pipeline.storage.objects import ObjectInfo
 from upload_pipeline.storage.orphans import LOOKUP_BATCH, find_orphans, sweep
+from upload_pipeline.storage.store import open_store
 
 USER = uuid4()
 NOW = datetime(2026, 3, 1, 12, tzinfo=UTC)
@@ -143,3 +144,21 @@ async def test_an_object_that_is_uploaded_anew_during_the_sweep_stays(local, roo
 
     assert (await sweep(local, meanwhile, now=now, grace=GRACE)).objects == 0
     assert await local.get_bytes(key, 10) == b"new"
+
+
+async def test_a_sweep_of_a_bucket_goes_through_every_page_of_its_listing(s3_server, s3_bucket):
+    last = UUID("ffffffff-ffff-4fff-bfff-ffffffffffff")
+    kept = [keys.raw_key(USER, uuid4()) for _ in range(2050)]
+    # A listing is in the order of the keys and has 1,000 on a page: the orphans are all on the third.
+    lost = [keys.raw_key(last, uuid4()) for _ in range(70)]
+    s3_server.add_objects(s3_bucket, [f"some/{key}" for key in kept + lost])
+    documents = {UUID(key.rpartition("/")[2]) for key in kept}
+    store = open_store(f"s3://{s3_bucket}/some")
+
+    async def known(ids: list[UUID]) -> set[UUID]:
+        return documents & set(ids)
+
+    now = datetime.now(UTC)
+    assert (await sweep(store, known, now=now, grace=GRACE)).objects == 0
+    assert (await sweep(store, known, now=now + 2 * GRACE, grace=GRACE)).objects == len(lost)
+    assert {info.key async for info in store.list()} == set(kept)

@@ -6,6 +6,7 @@ is left alone for a grace time, in which its row may still come.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 from datetime import datetime, timedelta
@@ -18,6 +19,10 @@ from upload_pipeline.storage.store import ObjectStore
 
 LOOKUP_BATCH = 500
 """Ids that one lookup asks for, and the most objects held in memory."""
+
+REMOVED_AT_ONCE = 32
+"""Orphans that are looked at once more at the same time and then go in one request: few, so that no upload comes in
+between the two."""
 
 KnownSubjects = Callable[[list[UUID]], Awaitable[set[UUID]]]
 """Which of these ids of documents and photos (distinct, at most `LOOKUP_BATCH`) have a row."""
@@ -84,15 +89,27 @@ async def sweep(store: ObjectStore, known: KnownSubjects, *, now: datetime, grac
     Raises:
         PipelineError: as the store's methods do; what was removed until then stays removed.
     """
-    objects = object_bytes = 0
+    removed: list[int] = []
+    batch: list[ObjectInfo] = []
     async for orphan in find_orphans(store.list(), known, now=now, grace=grace):
-        current = await store.head(orphan.key)
-        if current is None or current.modified_at >= now - grace:
-            continue
-        await store.delete([orphan.key])
-        objects += 1
-        object_bytes += orphan.size
-    return Swept(objects, object_bytes, await store.remove_unfinished(now - grace))
+        batch.append(orphan)
+        if len(batch) == REMOVED_AT_ONCE:
+            removed += await _remove(store, batch, before=now - grace)
+            batch.clear()
+    removed += await _remove(store, batch, before=now - grace)
+    return Swept(len(removed), sum(removed), await store.remove_unfinished(now - grace))
+
+
+async def _remove(store: ObjectStore, orphans: list[ObjectInfo], *, before: datetime) -> list[int]:
+    """Removes those that are still as old; the sizes of what went."""
+    looked_at = await asyncio.gather(*(store.head(orphan.key) for orphan in orphans))
+    gone = [
+        orphan
+        for orphan, current in zip(orphans, looked_at, strict=True)
+        if current is not None and current.modified_at < before
+    ]
+    await store.delete([orphan.key for orphan in gone])
+    return [orphan.size for orphan in gone]
 
 
 def _subject_of(key: str) -> UUID | None:
