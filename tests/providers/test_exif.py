@@ -154,6 +154,7 @@ def test_an_orientation_that_is_none_is_warned_of(value: int) -> None:
     [
         ({GPS.GPSLatitudeRef: "N", GPS.GPSLongitudeRef: "E"}, (33.8569, 70.650972222, -12.5)),
         ({GPS.GPSAltitudeRef: b"\x00"}, (-33.8569, -70.650972222, 12.5)),
+        ({GPS.GPSAltitude: 0.0}, (-33.8569, -70.650972222, 0.0)),
         ({GPS.GPSAltitudeRef: b"\x03"}, (-33.8569, -70.650972222, -12.5)),
         ({GPS.GPSLatitude: (0.0, 0.0, 0.0), GPS.GPSLongitude: (0.0, 0.0, 0.0)}, (0.0, 0.0, -12.5)),
         ({GPS.GPSLatitude: (90.0, 0.0, 0.0)}, (-90.0, -70.650972222, -12.5)),
@@ -168,6 +169,7 @@ def test_places(change: dict[int, Any], expected: tuple[float, float, float] | N
     facts = read_exif(exif_of(place={**PLACE, **change}))
     gps = facts.fields.get("gps")
     assert (None if gps is None else tuple(gps.values())) == expected
+    assert "-0.0" not in json.dumps(gps)
     assert bool(facts.warnings) is (expected is None)
 
 

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from photo_files import PLACE, bomb, chunk, corners, exif_of, jpeg, picture, png, raw_exif, with_segment
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 from upload_pipeline.errors import ErrorCode, PipelineError
 from upload_pipeline.photo_types import JPEG, PNG
@@ -78,6 +78,16 @@ async def test_oddities_are_warnings(
     assert [warning in line for line in facts.warnings] == [True]
     assert (facts.width, facts.height) == (96, 64)
     assert facts.exif == {} or "camera_make" in facts.exif
+
+
+async def test_long_texts_in_a_png_cost_nothing_and_endless_ones_the_photo(reader: PhotoReader, tmp_path: Path) -> None:
+    texts = PngImagePlugin.PngInfo()
+    texts.add_text("history", "x" * 3_000_000, zip=True)
+    assert (await read(reader, tmp_path, png(pnginfo=texts), PNG)).width == 96
+    texts.add_text("more", "x" * 20_000_000, zip=True)
+    with pytest.raises(PipelineError) as caught:
+        await read(reader, tmp_path, png(pnginfo=texts), PNG)
+    assert caught.value.code is ErrorCode.CORRUPT_IMAGE
 
 
 async def test_a_resolution_that_is_none_costs_nothing(reader: PhotoReader, tmp_path: Path) -> None:

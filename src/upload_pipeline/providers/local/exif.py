@@ -184,7 +184,8 @@ def _take_place(facts: ExifFacts, tags: Mapping[int, Any]) -> None:
     place: dict[str, float] = {"latitude": latitude, "longitude": longitude}
     altitude = number_of(tags.get(GPS.GPSAltitude))
     if altitude is not None:
-        place["altitude_m"] = -altitude if _is_below(tags.get(GPS.GPSAltitudeRef)) else altitude
+        below = _is_below(tags.get(GPS.GPSAltitudeRef))
+        place["altitude_m"] = (-altitude if below else altitude) + 0.0  # never -0.0
     facts.fields["gps"] = place
 
 

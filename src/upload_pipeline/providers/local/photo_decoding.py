@@ -11,7 +11,7 @@ import zlib
 from pathlib import Path
 from typing import Final
 
-from PIL import Image
+from PIL import Image, PngImagePlugin
 from PIL.JpegImagePlugin import JpegImageFile
 from PIL.PngImagePlugin import PngImageFile
 
@@ -33,6 +33,10 @@ _DAMAGED: Final = (
     zlib.error,
 )
 """What Pillow raises at a picture that is damaged; memory that runs out is none of them."""
+
+
+PngImagePlugin.MAX_TEXT_CHUNK = 16 * 1024**2
+"""Bytes that one text of a PNG may unpack to before the picture is refused: editors write long histories into them."""
 
 
 def decoded_photo(path: Path, media_type: str, max_pixels: int) -> tuple[Image.Image, int, int]:
