@@ -42,9 +42,11 @@ async def test_a_put_binds_length_and_type_and_tells_what_to_send():
     signed = await signing(bucket()).sign_put(KEY, media_type="text/plain", file_bytes=12, expires_in=MINUTE)
     assert signed is not None
     asked = {"x-amz-server-side-encryption": "AES256"}
-    assert signed.headers == {"content-type": "text/plain", "content-length": "12", **asked}
+    once = {"if-none-match": "*"}
+    assert signed.headers == {"content-type": "text/plain", "content-length": "12", **asked, **once}
     parameters = parse_qs(urlsplit(signed.url).query)
-    assert parameters["X-Amz-SignedHeaders"] == ["content-length;content-type;host;x-amz-server-side-encryption"]
+    bound = "content-length;content-type;host;if-none-match;x-amz-server-side-encryption"
+    assert parameters["X-Amz-SignedHeaders"] == [bound]
     assert parameters["X-Amz-Expires"] == ["60"]
     assert SECRET not in signed.url
     assert signed.url not in repr(signed)

@@ -488,7 +488,7 @@ async def test_nothing_is_left_of_a_photo_that_is_deleted_meanwhile(open_line: O
     assert fenced.value.sqlstate == queue.LEASE_LOST
     assert await line.objects() == {}
     error = await line.refusal(job)
-    assert error.code is ErrorCode.NOT_FOUND
+    assert error.code is ErrorCode.PHOTO_NOT_FOUND
 
 
 # Processes that are killed.

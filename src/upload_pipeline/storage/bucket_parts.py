@@ -29,7 +29,7 @@ CORS_SECONDS = 3600
 
 _EVERYBODY = ("/groups/global/AllUsers", "/groups/global/AuthenticatedUsers")
 _BLOCKS = ("BlockPublicAcls", "IgnorePublicAcls", "BlockPublicPolicy", "RestrictPublicBuckets")
-_SIGNED_HEADERS = ("content-type", "x-amz-checksum-sha256", ALGORITHM_HEADER, KEY_HEADER)
+_SIGNED_HEADERS = ("content-type", "if-none-match", "x-amz-checksum-sha256", ALGORITHM_HEADER, KEY_HEADER)
 
 
 @dataclass(frozen=True, slots=True)

@@ -54,6 +54,10 @@ class Presigner:
         if file_sha256 is not None:
             # S3 computes the sum of what arrives and refuses other bytes (BadDigest).
             headers["x-amz-checksum-sha256"] = b64encode(bytes.fromhex(file_sha256)).decode()
+        else:
+            # Nobody has said which bytes are to come, so the first that come stay: a second PUT is refused (412), and
+            # what was looked at is what is kept.
+            headers["if-none-match"] = "*"
         url = await self._sign("PUT", key, expires_in, headers=headers, query={})
         return None if url is None else SignedUrl(url, headers)
 

@@ -24,12 +24,12 @@ async def photo_of(job: ClaimedJob, context: StepContext) -> Photo:
     """The job's photo.
 
     Raises:
-        PipelineError: `NOT_FOUND`, where it was deleted meanwhile.
+        PipelineError: `PHOTO_NOT_FOUND`, where it was deleted meanwhile.
     """
     photo = await load_photo(context.db, job.photo_id)
     if photo is None:
         message = f"Photo {job.photo_id} does not exist any more: it was deleted while its job was at work."
-        raise PipelineError(ErrorCode.NOT_FOUND, message)
+        raise PipelineError(ErrorCode.PHOTO_NOT_FOUND, message)
     return photo
 
 
