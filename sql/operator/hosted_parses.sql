@@ -7,7 +7,7 @@
 \endif
 select j.job_id, j.document_id, s.provider, s.tier, s.version, s.parse_id,
        case when s.parse_id is not null then 'at work' when s.called_until > now() then 'being submitted'
-            when s.calls > 0 then 'to be looked for' else 'to be submitted' end as parse,
+            when s.called_at is not null then 'to be looked for' else 'to be submitted' end as parse,
        date_trunc('second', now() - coalesce(s.submitted_at, s.begun_at)) as since, j.stage, j.state, j.run_at
   from upload_pipeline.upload_jobs j
   join upload_pipeline.documents d on d.document_id = j.document_id

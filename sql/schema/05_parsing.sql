@@ -18,8 +18,9 @@
 --
 -- All but the last are fenced by the job's lease, whose row they lock first.
 
--- `submission_id` is what the provider is told. `calls`: how many may have made a job; `called_until`: when the last of
--- these is over. `told_at`: when the provider said that it has ended. Of one document, provider, tier and version one submission counts: that which has not failed.
+-- `submission_id` is what the provider is told. `called_at`, `called_until`: between which a call may have made its job; null
+-- while none can have. Calls before that one made nothing: it was looked for what they made before another was allowed.
+-- `told_at`: when the provider said that it has ended. Of one document, provider, tier and version one submission counts: that which has not failed.
 create table upload_pipeline.parse_submissions (
   submission_id uuid primary key default gen_random_uuid(),
   document_id   uuid not null,
@@ -28,7 +29,7 @@ create table upload_pipeline.parse_submissions (
   tier          text not null,
   version       text not null,
   begun_at      timestamptz not null,
-  calls         integer not null default 0,
+  called_at     timestamptz,
   called_until  timestamptz,
   parse_id      text,
   submitted_at  timestamptz,
@@ -40,7 +41,7 @@ create table upload_pipeline.parse_submissions (
   foreign key (document_id, user_id) references upload_pipeline.documents (document_id, user_id)
     on update cascade on delete cascade,
   constraint parse_submissions_names check (provider <> '' and tier <> '' and version <> '' and parse_id <> ''),
-  constraint parse_submissions_calls check (calls >= 0 and (calls = 0 or called_until is not null)),
+  constraint parse_submissions_call check ((called_at is null) = (called_until is null)),
   constraint parse_submissions_submitted check ((parse_id is null) = (submitted_at is null)),
   constraint parse_submissions_finished check (finished_at is null or (parse_id is not null and page_count > 0))
 );
@@ -54,14 +55,14 @@ create index parse_submissions_document on upload_pipeline.parse_submissions (do
 create index parse_submissions_parse on upload_pipeline.parse_submissions (parse_id, provider) where parse_id is not null;
 
 -- The submission of the job's document that counts, or a new one. One of another tier or version counts too while a call
--- may have made its job and nobody knows. `look` where an earlier call may have made the job; `wait`: seconds until another
--- call may be made, p_settle after the last one is over; `age`: seconds since it was submitted, null once it has finished.
+-- may have made its job and nobody knows. `called_at` where a call may have made the job; `wait`: seconds until another call
+-- may be made, p_settle after that one is over; `age`: seconds since it was submitted, null once it has finished.
 create function upload_pipeline.begin_submission(
   p_job_id uuid, p_token bigint, p_provider text, p_tier text, p_version text, p_settle interval
 )
 returns table (
-  submission_id uuid, tier text, version text, begun_at timestamptz, parse_id text, look boolean, wait double precision,
-  age double precision
+  submission_id uuid, tier text, version text, parse_id text, called_at timestamptz, called_until timestamptz,
+  wait double precision, age double precision
 )
 language plpgsql
 security definer
@@ -77,8 +78,8 @@ begin
   -- the lock on the job lets nobody else in
   select s.* into v_mine from upload_pipeline.parse_submissions s
    where s.document_id = v_job.document_id and s.provider = p_provider and s.failed_at is null
-     and ((s.tier = p_tier and s.version = p_version) or (s.calls > 0 and s.parse_id is null))
-   order by s.calls > 0 and s.parse_id is null desc
+     and ((s.tier = p_tier and s.version = p_version) or (s.called_at is not null and s.parse_id is null))
+   order by s.called_at is not null and s.parse_id is null desc
    limit 1;
   if not found then
     insert into upload_pipeline.parse_submissions (document_id, user_id, provider, tier, version, begun_at)
@@ -86,7 +87,7 @@ begin
     returning * into v_mine;
   end if;
   return query
-    select v_mine.submission_id, v_mine.tier, v_mine.version, v_mine.begun_at, v_mine.parse_id, v_mine.calls > 0,
+    select v_mine.submission_id, v_mine.tier, v_mine.version, v_mine.parse_id, v_mine.called_at, v_mine.called_until,
            greatest(0, extract(epoch from v_mine.called_until + p_settle - v_now))::double precision,
            case when v_mine.finished_at is null then extract(epoch from v_now - v_mine.submitted_at)::double precision end;
 end
@@ -107,7 +108,7 @@ declare
 begin
   perform upload_pipeline.check_lease(p_job_id, p_token);
   update upload_pipeline.parse_submissions s
-     set calls = s.calls + 1, called_until = v_now + p_seconds
+     set called_at = v_now, called_until = v_now + p_seconds
    where s.submission_id = p_submission_id and s.parse_id is null and s.failed_at is null
      and (s.called_until is null or s.called_until + p_settle <= v_now);
   return found;
@@ -126,11 +127,9 @@ as $$
 begin
   perform upload_pipeline.check_lease(p_job_id, p_token);
   update upload_pipeline.parse_submissions s
-     set calls = s.calls - p_made_nothing::integer,
-         -- calls before it were over and settled, or it would not have been allowed
-         called_until = case when not p_made_nothing then least(s.called_until, upload_pipeline.now())
-                             when s.calls > 1 then upload_pipeline.now() - interval '1 hour' end
-   where s.submission_id = p_submission_id and s.calls > 0;
+     set called_at = case when not p_made_nothing then s.called_at end,
+         called_until = case when not p_made_nothing then least(s.called_until, upload_pipeline.now()) end
+   where s.submission_id = p_submission_id and s.called_at is not null;
 end
 $$;
 

@@ -107,7 +107,7 @@ class Settings(BaseSettings):
     )
     llamaparse_timeout: float = Field(default=60.0, gt=0, le=600, description="Seconds that one request may take.")
     llamaparse_poll: float = Field(
-        default=2.0, gt=0, le=60, description="Seconds before the first look at a parse; the waits grow to 60."
+        default=5.0, gt=0, le=60, description="Seconds before the first look at a parse; the waits grow to 60."
     )
     llamaparse_parse_timeout: Seconds = Field(
         default=3600.0, description="Seconds after its submission that a parse may take."

@@ -73,6 +73,17 @@ def test_a_use_costs_what_the_table_says(model: str, units: dict[str, Any], cost
     assert cost_micros(PRICES, provider="hosted", model=model, **given) == (None if cost is None else Decimal(cost))
 
 
+def test_a_price_of_a_model_holds_for_its_versions_that_have_none_of_their_own() -> None:
+    table = {"hosted/tier": {"pages": 1}, "hosted/tier/2026-10-16": {"pages": 2}}
+    used = {"tokens": 0, "pages": 1000, "credits_taken": Decimal(0), "requests": 1}
+
+    def cost(model: str) -> Decimal | None:
+        return cost_micros(table, provider="hosted", model=model, **used)  # type: ignore[arg-type]
+
+    assert (cost("tier/2026-09-28"), cost("tier/2026-10-16"), cost("tier")) == (1_000_000, 2_000_000, 1_000_000)
+    assert (cost("other/2026-09-28"), cost("tier2")) == (None, None)
+
+
 def test_what_is_local_costs_nothing_unless_it_has_a_price() -> None:
     units: dict[str, Any] = {"tokens": 10, "pages": 0, "requests": 1, "credits_taken": Decimal(0)}
     assert cost_micros({}, provider="local", model="m", **units) == 0

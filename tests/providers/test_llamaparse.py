@@ -19,6 +19,7 @@ from upload_pipeline.errors import ErrorCode, PipelineError
 from upload_pipeline.providers.llamaparse import LlamaParse
 from upload_pipeline.providers.llamaparse_results import FinishedParse, ParseError, Remedy, warnings_of
 
+AROUND = {"since": datetime.now(UTC) - timedelta(hours=1), "before": datetime.now(UTC) + timedelta(hours=1)}
 TIER = {"tier": "cost_effective", "version": "2026-09-28"}
 
 
@@ -42,10 +43,6 @@ def path(tmp_path: Path) -> Path:
     return path
 
 
-def long_ago() -> datetime:
-    return datetime.now(UTC) - timedelta(minutes=1)
-
-
 async def upload(parser: LlamaParse, path: Path, external_id: str = "d1") -> str:
     found = await parser.find_file(external_id)
     return found or await parser.upload(path, name="d1.txt", media_type="text/plain", external_id=external_id)
@@ -54,7 +51,7 @@ async def upload(parser: LlamaParse, path: Path, external_id: str = "d1") -> str
 async def submit(parser: LlamaParse, path: Path, submission: str = "s1") -> str:
     """Finds the job, or makes it: as a worker does that knows of an earlier call."""
     file_id = await upload(parser, path)
-    made = await parser.find_submission(submission, since=long_ago())
+    made = await parser.find_submission(submission, **AROUND)
     return made or await parser.submit(file_id, document="d1", submission=submission)
 
 
@@ -114,8 +111,11 @@ async def test_a_job_is_found_behind_many_others(
         await parser._client.parsing.create(  # without the search of each submit
             file_id=file_id, **TIER, user_metadata={"document": "d1", "submission": f"other{number}"}
         )
-    assert await parser.find_submission("s1", since=long_ago()) == made
-    assert await parser.find_submission("s2", since=long_ago()) is None
+    assert await parser.find_submission("s1", **AROUND) == made
+    assert await parser.find_submission("s2", **AROUND) is None
+    now = datetime.now(UTC)
+    assert await parser.find_submission("s1", since=AROUND["since"], before=now - timedelta(minutes=5)) is None
+    assert await parser.find_submission("s1", since=now + timedelta(minutes=5), before=AROUND["before"]) is None
 
 
 async def test_what_is_announced_at_the_last_moment_can_stop_the_call(

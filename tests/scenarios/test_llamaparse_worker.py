@@ -118,7 +118,8 @@ async def test_a_worker_that_is_killed_between_the_submission_and_its_record_lea
             told = await asyncio.to_thread(victim.stdout.readline)
         assert told
         (submission,) = await rows(world, "select * from upload_pipeline.parse_submissions")
-        assert (submission["calls"], submission["parse_id"]) == (1, None)
+        assert submission["called_at"] is not None
+        assert submission["parse_id"] is None
     finally:
         victim.kill()
         victim.communicate()
@@ -134,7 +135,7 @@ async def test_a_worker_that_slept_while_it_submitted_pays_nothing_when_it_wakes
     """It is stopped with its call announced: the other finds what the call made, or makes it once the call is over."""
     await world.ingest(spread_over_users(write_pdfs(world, 4), users=4))
     zombie = world.start_worker()
-    announced = "select 1 from upload_pipeline.parse_submissions where calls > 0 and parse_id is null"
+    announced = "select 1 from upload_pipeline.parse_submissions where called_at is not null and parse_id is null"
     async with asyncio.timeout(60):
         while not await rows(world, announced):
             await asyncio.sleep(0.002)

@@ -309,7 +309,9 @@ class LlamaCloudSimulator:
     async def _list_jobs(self, request: web.Request) -> web.Response:
         since = request.query.get("created_at_on_or_after")
         first = datetime.fromisoformat(since) if since else datetime.min.replace(tzinfo=UTC)
-        newest_first = [job for job in reversed(self._jobs.values()) if job.made_at >= first]
+        until = request.query.get("created_at_on_or_before")
+        last = datetime.fromisoformat(until) if until else datetime.max.replace(tzinfo=UTC)
+        newest_first = [job for job in reversed(self._jobs.values()) if first <= job.made_at <= last]
         return _page(request, [self._job_json(job) for job in newest_first])
 
     async def _poll(self, request: web.Request) -> web.Response:

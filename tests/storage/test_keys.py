@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from functools import partial
+from hashlib import sha256
 from uuid import UUID
 
 import pytest
@@ -20,6 +21,11 @@ SHA256 = "0123456789abcdef" * 4
     [
         (keys.raw_key, keys.ObjectKind.RAW, f"raw/{USER}/{DOCUMENT}"),
         (keys.parser_output_key, keys.ObjectKind.PARSER_OUTPUT, f"parsed/{USER}/{DOCUMENT}.raw.md"),
+        (
+            partial(keys.hosted_output_key, parse_id="pjb-1/é"),
+            keys.ObjectKind.PARSER_OUTPUT,
+            f"parsed/{USER}/{DOCUMENT}/{sha256('pjb-1/é'.encode()).hexdigest()}.raw.md",
+        ),
         (
             partial(keys.markdown_key, sha256=SHA256),
             keys.ObjectKind.MARKDOWN,

@@ -70,8 +70,8 @@ PARSED_HERE = frozenset({PLAIN, MARKDOWN})
 
 _ENDINGS = {PDF: (".pdf",), DOCX: (".docx",), HTML: (".html", ".htm", ".xhtml")}
 
-CLOCKS_APART = timedelta(minutes=10)
-"""By how much the provider's clock may be behind the database's: jobs that old are looked at."""
+CLOCKS_APART = timedelta(minutes=5)
+"""By how much the provider's clock and the database's may differ."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,10 +179,13 @@ class HostedParser:
 
     async def _find(self, begun: BegunSubmission) -> str | None:
         """The job that an earlier call made, or None once it is sure that there is none."""
-        if not begun.look:
+        if begun.called_at is None or begun.called_until is None:
             return None
-        name, since = str(begun.submission_id), begun.begun_at - CLOCKS_APART
-        found = await self.client.find_submission(name, since=since)
+        found = await self.client.find_submission(
+            str(begun.submission_id),
+            since=begun.called_at - CLOCKS_APART,
+            before=begun.called_until + self._settle + CLOCKS_APART,
+        )
         if found is None and begun.wait > 0:
             raise put_off(begun.wait)
         return found

@@ -26,9 +26,9 @@ class BegunSubmission:
     Attributes:
         submission_id: what the provider is told.
         tier: another than was asked for only where a call may have made its job and nobody knows.
-        begun_at: before the first call, by the database's clock.
         parse_id: the provider's id; None while it is not known.
-        look: whether an earlier call may have made the job.
+        called_at: when the call began that may have made the job, by the database's clock; None where there was none.
+        called_until: when that call was over.
         wait: seconds until another call may be made.
         age: seconds since the id was stored; None while it is not known, and once the result is in the store.
     """
@@ -36,9 +36,9 @@ class BegunSubmission:
     submission_id: UUID
     tier: str
     version: str
-    begun_at: datetime
     parse_id: str | None
-    look: bool
+    called_at: datetime | None
+    called_until: datetime | None
     wait: float
     age: float | None
 

@@ -166,7 +166,7 @@ class LlamaParse:
         finally:
             file.close()
 
-    async def find_submission(self, submission: str, *, since: datetime) -> str | None:
+    async def find_submission(self, submission: str, *, since: datetime, before: datetime) -> str | None:
         """The id of the job that was made for a submission, or None.
 
         A job that was cancelled is not found. Where there are several, the one that is listed last counts.
@@ -174,6 +174,7 @@ class LlamaParse:
         Args:
             submission: as given to `submit`.
             since: jobs made before it are not looked at.
+            before: nor those made after this.
 
         Raises:
             ParseError: as `find_file`.
@@ -184,7 +185,10 @@ class LlamaParse:
             following = {} if token is None else {"page_token": token}
             async with self._request("list", "look for the job"):
                 page = await self._client.parsing.list(
-                    created_at_on_or_after=since, page_size=_LISTED_AT_ONCE, **following
+                    created_at_on_or_after=since,
+                    created_at_on_or_before=before,
+                    page_size=_LISTED_AT_ONCE,
+                    **following,
                 )
                 for job in page.items:
                     if (job.user_metadata or {}).get("submission") == submission and job.status != "CANCELLED":
