@@ -145,7 +145,7 @@ declare
 begin
   update upload_pipeline.parse_submissions s
      set parse_id = coalesce(s.parse_id, p_parse_id), submitted_at = coalesce(s.submitted_at, v_now)
-   where s.submission_id = p_submission_id;
+   where s.submission_id = p_submission_id and s.document_id = p_document_id;
   update upload_pipeline.documents d
      set parse_provider = s.provider, parse_id = s.parse_id, parse_tier = s.tier, parse_version = s.version,
          parse_submitted_at = s.submitted_at, updated_at = v_now
@@ -234,26 +234,29 @@ language plpgsql
 security definer
 set search_path = ''
 set enable_seqscan = off
-set enable_hashjoin = off
-set enable_mergejoin = off
+set enable_bitmapscan = off
 as $$
 declare
-  v_job   uuid;
-  v_count integer := 0;
+  v_document uuid;
+  v_ended    boolean;
+  v_job      uuid;
+  v_count    integer := 0;
 begin
-  for v_job in
-    select j.job_id
-      from upload_pipeline.parse_submissions s
-      join upload_pipeline.documents d on d.document_id = s.document_id and d.parse_id = s.parse_id
-      join upload_pipeline.upload_jobs j on j.document_id = d.document_id and j.pipeline = 'document'
-     where s.parse_id = p_parse_id and s.provider = p_provider and s.finished_at is null and s.failed_at is null
-       and j.stage = 'parsing' and j.state in ('working', 'retryable')
-     order by j.job_id
+  -- step by step, and by the id alone: on old statistics the planner reads all jobs first, or all that has not failed
+  for v_document, v_ended in
+    select s.document_id, s.finished_at is not null or s.failed_at is not null from upload_pipeline.parse_submissions s
+     where s.parse_id = p_parse_id and s.provider = p_provider
+     order by s.document_id
   loop
+    continue when v_ended;
+    select j.job_id into v_job from upload_pipeline.upload_jobs j
+     where j.document_id = v_document and j.pipeline = 'document' and j.state in ('queued', 'working', 'retryable');
+    continue when not found
+      or (select j.stage <> 'parsing' or j.state = 'queued' from upload_pipeline.upload_jobs j where j.job_id = v_job)
+      or (select d.parse_id is distinct from p_parse_id from upload_pipeline.documents d where d.document_id = v_document);
     perform upload_pipeline.wake_job(v_job);
     update upload_pipeline.parse_submissions s set told_at = upload_pipeline.now()
-     where s.parse_id = p_parse_id and s.provider = p_provider and s.told_at is null
-       and s.document_id = (select j.document_id from upload_pipeline.upload_jobs j where j.job_id = v_job);
+     where s.parse_id = p_parse_id and s.provider = p_provider and s.document_id = v_document and s.told_at is null;
     v_count := v_count + 1;
   end loop;
   return v_count;
