@@ -2766,8 +2766,9 @@ $$;
 --
 -- All but the last are fenced by the job's lease, whose row they lock first.
 
--- `submission_id` is what the provider is told. `calls`: how many may have made a job; `called_until`: when the last of
--- these is over. `told_at`: when the provider said that it has ended. Of one document, provider, tier and version one submission counts: that which has not failed.
+-- `submission_id` is what the provider is told. `called_at`, `called_until`: between which a call may have made its job; null
+-- while none can have. Calls before that one made nothing: it was looked for what they made before another was allowed.
+-- `told_at`: when the provider said that it has ended. Of one document, provider, tier and version one submission counts: that which has not failed.
 create table upload_pipeline.parse_submissions (
   submission_id uuid primary key default gen_random_uuid(),
   document_id   uuid not null,
@@ -2776,7 +2777,7 @@ create table upload_pipeline.parse_submissions (
   tier          text not null,
   version       text not null,
   begun_at      timestamptz not null,
-  calls         integer not null default 0,
+  called_at     timestamptz,
   called_until  timestamptz,
   parse_id      text,
   submitted_at  timestamptz,
@@ -2788,7 +2789,7 @@ create table upload_pipeline.parse_submissions (
   foreign key (document_id, user_id) references upload_pipeline.documents (document_id, user_id)
     on update cascade on delete cascade,
   constraint parse_submissions_names check (provider <> '' and tier <> '' and version <> '' and parse_id <> ''),
-  constraint parse_submissions_calls check (calls >= 0 and (calls = 0 or called_until is not null)),
+  constraint parse_submissions_call check ((called_at is null) = (called_until is null)),
   constraint parse_submissions_submitted check ((parse_id is null) = (submitted_at is null)),
   constraint parse_submissions_finished check (finished_at is null or (parse_id is not null and page_count > 0))
 );
@@ -2802,14 +2803,14 @@ create index parse_submissions_document on upload_pipeline.parse_submissions (do
 create index parse_submissions_parse on upload_pipeline.parse_submissions (parse_id, provider) where parse_id is not null;
 
 -- The submission of the job's document that counts, or a new one. One of another tier or version counts too while a call
--- may have made its job and nobody knows. `look` where an earlier call may have made the job; `wait`: seconds until another
--- call may be made, p_settle after the last one is over; `age`: seconds since it was submitted, null once it has finished.
+-- may have made its job and nobody knows. `called_at` where a call may have made the job; `wait`: seconds until another call
+-- may be made, p_settle after that one is over; `age`: seconds since it was submitted, null once it has finished.
 create function upload_pipeline.begin_submission(
   p_job_id uuid, p_token bigint, p_provider text, p_tier text, p_version text, p_settle interval
 )
 returns table (
-  submission_id uuid, tier text, version text, begun_at timestamptz, parse_id text, look boolean, wait double precision,
-  age double precision
+  submission_id uuid, tier text, version text, parse_id text, called_at timestamptz, called_until timestamptz,
+  wait double precision, age double precision
 )
 language plpgsql
 security definer
@@ -2825,8 +2826,8 @@ begin
   -- the lock on the job lets nobody else in
   select s.* into v_mine from upload_pipeline.parse_submissions s
    where s.document_id = v_job.document_id and s.provider = p_provider and s.failed_at is null
-     and ((s.tier = p_tier and s.version = p_version) or (s.calls > 0 and s.parse_id is null))
-   order by s.calls > 0 and s.parse_id is null desc
+     and ((s.tier = p_tier and s.version = p_version) or (s.called_at is not null and s.parse_id is null))
+   order by s.called_at is not null and s.parse_id is null desc
    limit 1;
   if not found then
     insert into upload_pipeline.parse_submissions (document_id, user_id, provider, tier, version, begun_at)
@@ -2834,7 +2835,7 @@ begin
     returning * into v_mine;
   end if;
   return query
-    select v_mine.submission_id, v_mine.tier, v_mine.version, v_mine.begun_at, v_mine.parse_id, v_mine.calls > 0,
+    select v_mine.submission_id, v_mine.tier, v_mine.version, v_mine.parse_id, v_mine.called_at, v_mine.called_until,
            greatest(0, extract(epoch from v_mine.called_until + p_settle - v_now))::double precision,
            case when v_mine.finished_at is null then extract(epoch from v_now - v_mine.submitted_at)::double precision end;
 end
@@ -2855,7 +2856,7 @@ declare
 begin
   perform upload_pipeline.check_lease(p_job_id, p_token);
   update upload_pipeline.parse_submissions s
-     set calls = s.calls + 1, called_until = v_now + p_seconds
+     set called_at = v_now, called_until = v_now + p_seconds
    where s.submission_id = p_submission_id and s.parse_id is null and s.failed_at is null
      and (s.called_until is null or s.called_until + p_settle <= v_now);
   return found;
@@ -2874,11 +2875,9 @@ as $$
 begin
   perform upload_pipeline.check_lease(p_job_id, p_token);
   update upload_pipeline.parse_submissions s
-     set calls = s.calls - p_made_nothing::integer,
-         -- calls before it were over and settled, or it would not have been allowed
-         called_until = case when not p_made_nothing then least(s.called_until, upload_pipeline.now())
-                             when s.calls > 1 then upload_pipeline.now() - interval '1 hour' end
-   where s.submission_id = p_submission_id and s.calls > 0;
+     set called_at = case when not p_made_nothing then s.called_at end,
+         called_until = case when not p_made_nothing then least(s.called_until, upload_pipeline.now()) end
+   where s.submission_id = p_submission_id and s.called_at is not null;
 end
 $$;
 
@@ -2894,7 +2893,7 @@ declare
 begin
   update upload_pipeline.parse_submissions s
      set parse_id = coalesce(s.parse_id, p_parse_id), submitted_at = coalesce(s.submitted_at, v_now)
-   where s.submission_id = p_submission_id;
+   where s.submission_id = p_submission_id and s.document_id = p_document_id;
   update upload_pipeline.documents d
      set parse_provider = s.provider, parse_id = s.parse_id, parse_tier = s.tier, parse_version = s.version,
          parse_submitted_at = s.submitted_at, updated_at = v_now
@@ -2983,26 +2982,29 @@ language plpgsql
 security definer
 set search_path = ''
 set enable_seqscan = off
-set enable_hashjoin = off
-set enable_mergejoin = off
+set enable_bitmapscan = off
 as $$
 declare
-  v_job   uuid;
-  v_count integer := 0;
+  v_document uuid;
+  v_ended    boolean;
+  v_job      uuid;
+  v_count    integer := 0;
 begin
-  for v_job in
-    select j.job_id
-      from upload_pipeline.parse_submissions s
-      join upload_pipeline.documents d on d.document_id = s.document_id and d.parse_id = s.parse_id
-      join upload_pipeline.upload_jobs j on j.document_id = d.document_id and j.pipeline = 'document'
-     where s.parse_id = p_parse_id and s.provider = p_provider and s.finished_at is null and s.failed_at is null
-       and j.stage = 'parsing' and j.state in ('working', 'retryable')
-     order by j.job_id
+  -- step by step, and by the id alone: on old statistics the planner reads all jobs first, or all that has not failed
+  for v_document, v_ended in
+    select s.document_id, s.finished_at is not null or s.failed_at is not null from upload_pipeline.parse_submissions s
+     where s.parse_id = p_parse_id and s.provider = p_provider
+     order by s.document_id
   loop
+    continue when v_ended;
+    select j.job_id into v_job from upload_pipeline.upload_jobs j
+     where j.document_id = v_document and j.pipeline = 'document' and j.state in ('queued', 'working', 'retryable');
+    continue when not found
+      or (select j.stage <> 'parsing' or j.state = 'queued' from upload_pipeline.upload_jobs j where j.job_id = v_job)
+      or (select d.parse_id is distinct from p_parse_id from upload_pipeline.documents d where d.document_id = v_document);
     perform upload_pipeline.wake_job(v_job);
     update upload_pipeline.parse_submissions s set told_at = upload_pipeline.now()
-     where s.parse_id = p_parse_id and s.provider = p_provider and s.told_at is null
-       and s.document_id = (select j.document_id from upload_pipeline.upload_jobs j where j.job_id = v_job);
+     where s.parse_id = p_parse_id and s.provider = p_provider and s.document_id = v_document and s.told_at is null;
     v_count := v_count + 1;
   end loop;
   return v_count;
