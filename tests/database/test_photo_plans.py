@@ -54,7 +54,8 @@ select p.photo_id, p.photo_id, p.user_id, 'photo', case p.status when 'failed' t
        'default', case p.status when 'failed' then 'deadletter' else 'done' end::upload_pipeline.job_state, now()
   from upload_pipeline.photos p where p.organization_id = '{ORGANIZATION}';
 insert into upload_pipeline.job_outcomes (job_id, user_id, error_code, error_message)
-select p.photo_id, p.user_id, 'CORRUPT_FILE', 'broken' from upload_pipeline.photos p where p.status = 'failed' and p.organization_id = '{ORGANIZATION}';
+select p.photo_id, p.user_id, 'CORRUPT_FILE', 'broken' from upload_pipeline.photos p
+ where p.status = 'failed' and p.organization_id = '{ORGANIZATION}';
 insert into upload_pipeline.events (at, code, user_id, job_id, payload)
 select now(), 'photo_status_changed', p.user_id, p.photo_id, jsonb_build_object('status', s)
   from upload_pipeline.photos p, unnest(array['pending_upload', 'uploaded', 'completed']) s
