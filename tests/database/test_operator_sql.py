@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
@@ -12,10 +13,12 @@ from typing import Any
 from uuid import UUID, uuid4
 
 import pytest
+from photo_verbs import PHOTO_STAGES, add_project, reserve_photo
 from sessions import Connection
 from verbs import (
     add_document,
     add_job,
+    advance,
     advance_to,
     claim,
     claim_one,
@@ -202,6 +205,25 @@ def test_what_a_hosted_parser_has_is_told(database: Any, admin: Connection, work
     finish = "select upload_pipeline.finish_submission(%s, %s, %s, 1, '{}')"
     worker.execute(finish, [lease.job_id, lease.lease_token, submission])
     assert run(database, "hosted_parses") == ""
+
+
+def test_photos_that_wait_for_a_detector_are_told(database: Any, worker: Connection) -> None:
+    def detecting() -> Any:
+        user = uuid4()
+        reserve_photo(worker, user, add_project(worker, user))
+        lease = claim_one(worker)
+        for here, there in itertools.pairwise(PHOTO_STAGES[:-1]):
+            advance(worker, lease, here, there)
+        return lease
+
+    sent, away = detecting(), detecting()
+    assert run(database, "waiting_detections") == ""
+    query = "select * from upload_pipeline.await_detections(%s, %s, gen_random_uuid(), 2, '10 min')"
+    worker.execute(query, [sent.job_id, sent.lease_token])
+    snooze(worker, away)
+    first, second = run(database, "waiting_detections").splitlines()
+    assert first.startswith(f"{sent.subject_id}|{sent.user_id}|to be answered|2|0|")
+    assert second.startswith(f"{away.subject_id}|{away.user_id}|to be asked again||0|")
 
 
 def test_dead_letters_are_counted_and_named(database: Any, busy: UUID) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
+from upload_pipeline.cli.detector_check import check_detector
 from upload_pipeline.cli.failures import expected
 from upload_pipeline.cli.opening import INSUFFICIENT_PRIVILEGE
 from upload_pipeline.cli.unknown_settings import unknown_settings
@@ -69,6 +70,8 @@ async def check_all(settings: Settings) -> list[Finding]:
     if settings.parser == "llamaparse":
         findings.append(await _guarded("llamaparse", _check_llamaparse, settings))
     findings.append(await _guarded("embedder", _check_embedder, settings))
+    if settings.detector != "none":
+        findings.append(await _guarded("detector", check_detector, settings))
     findings.append(await _guarded("api", _check_api, settings))
     return findings
 
