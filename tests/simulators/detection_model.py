@@ -2,9 +2,9 @@
 
     python -m tests.simulators.detection_model --port 8102 --secret "$UPLOAD_PIPELINE_DETECTION_SECRET" --latency 1
 
-It is written against docs/detection.md alone and shares no code with the service: it checks and signs by itself. What it
-finds is a function of the photo's id and the detection types. The books tell each message that came and each callback's
-status; over HTTP they are at `GET /books`, and faults are asked for by `POST /misbehave`.
+It is written against docs/detection.md alone and shares no code with the service: it checks and signs by itself. What
+it finds is a function of the photo's id and the detection types. The books tell each message that came and each
+callback's status; over HTTP they are at `GET /books`, and faults are asked for by `POST /misbehave`.
 """
 
 from __future__ import annotations
