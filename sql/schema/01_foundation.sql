@@ -18,6 +18,7 @@
 --   UP004  the stage does not allow this
 --   UP005  the work handed in is not whole or does not fit
 --   UP006  the caller's role does not allow this
+--   UP007  vectors of the embedding model in use are lacking, or it is another one by now: embed, then try again
 
 create schema if not exists upload_pipeline;
 
@@ -79,7 +80,15 @@ create type upload_pipeline.event_code as enum (
   'capacity_warning',
   'provider_paused',
   'worker_started',
-  'worker_stopped'
+  'worker_stopped',
+  'embedding_model_changed'
+);
+
+create type upload_pipeline.model_status as enum (
+  'building',  -- being filled beside the active one; serves nothing yet
+  'active',    -- searches use it, and every live chunk has a vector of it
+  'retiring',  -- was active; its vectors stay for a grace time, and it may be activated again
+  'retired'    -- its vectors are removed bit by bit
 );
 
 create type upload_pipeline.node_kind as enum ('document', 'section', 'chunk');

@@ -36,17 +36,35 @@ insert into upload_pipeline.stages (pipeline, stage, position, progress, final) 
   ('photo',    'detecting',            4,  80, false),
   ('photo',    'completed',            5, 100, true);
 
--- Which vectors exist and which serve searches. Exactly one model is active once any is registered.
+-- Filling a model (05_models): in a pool of its own, so that no user's upload waits for a slot of its lane.
+insert into upload_pipeline.stages (pipeline, stage, position, progress, pool, final) values
+  ('reembed', 'queued', 0,   0, 'background', false),
+  ('reembed', 'filled', 1, 100, 'background', true);
+
+-- Which vectors exist and which serve searches. One model is active once any is registered; one at a time is filled.
 create table upload_pipeline.embedding_models (
-  model      text primary key,
-  provider   text not null,
-  dimensions integer not null,
-  active     boolean not null default false,
-  created_at timestamptz not null default upload_pipeline.now(),
-  constraint embedding_models_dimensions check (dimensions between 1 and 16000)
+  model          text primary key,
+  provider       text not null,
+  dimensions     integer not null,
+  status         upload_pipeline.model_status not null,
+  -- of a model that is being filled: no more jobs, until it goes on
+  paused         boolean not null default false,
+  created_at     timestamptz not null default upload_pipeline.now(),
+  building_since timestamptz,
+  activated_at   timestamptz,
+  -- of one that is retiring: when its vectors may go
+  retire_at      timestamptz,
+  -- how far enqueue_refills has walked through the documents, and when it may walk again
+  fill_after     uuid,
+  next_fill_at   timestamptz not null default upload_pipeline.now(),
+  constraint embedding_models_dimensions check (dimensions between 1 and 16000),
+  constraint embedding_models_building check (status <> 'building' or building_since is not null),
+  constraint embedding_models_grace check ((status = 'retiring') = (retire_at is not null)),
+  constraint embedding_models_paused check (status = 'building' or not paused)
 );
 
-create unique index embedding_models_active on upload_pipeline.embedding_models (active) where active;
+create unique index embedding_models_active on upload_pipeline.embedding_models (status) where status = 'active';
+create unique index embedding_models_building on upload_pipeline.embedding_models (status) where status = 'building';
 
 -- One row a file of a user. Same user and same bytes are the same document.
 create table upload_pipeline.documents (
@@ -308,6 +326,22 @@ create index document_chunks_document on upload_pipeline.document_chunks (docume
 -- search_chunks: exact search over one user's rows
 create index document_chunks_user on upload_pipeline.document_chunks (user_id) where live;
 create index document_chunks_model on upload_pipeline.document_chunks (embed_model) where embed_model is not null;
+
+-- Vectors of other models than the one in the chunk's own row: of the model that is being filled, and for a grace time of
+-- the one before. Empty but while a model changes (05_models tells how they move).
+create table upload_pipeline.chunk_vectors (
+  chunk_id    uuid not null references upload_pipeline.document_chunks on delete cascade,
+  embed_model text not null references upload_pipeline.embedding_models,
+  document_id uuid not null,
+  embedding   extensions.vector not null,
+  created_at  timestamptz not null default upload_pipeline.now(),
+  primary key (chunk_id, embed_model)
+);
+
+-- settle_models: which documents have vectors of the active model here, and which those of a document are
+create index chunk_vectors_model on upload_pipeline.chunk_vectors (embed_model, document_id);
+-- model_overview: how many came lately; rows come in order of time
+create index chunk_vectors_created on upload_pipeline.chunk_vectors using brin (created_at) with (autosummarize = on);
 
 -- The document's structure: document, sections, chunks. A chunk's node has the chunk's id, a document's the document's.
 create table upload_pipeline.document_nodes (

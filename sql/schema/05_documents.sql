@@ -268,6 +268,8 @@ as $$
                       where v.chunk_id = b.chunk_id and v.embed_model = p_model)
      and not exists (select from upload_pipeline.document_chunks c
                       where c.chunk_id = b.chunk_id and c.embed_model = p_model)
+     and not exists (select from upload_pipeline.chunk_vectors s
+                      where s.chunk_id = b.chunk_id and s.embed_model = p_model)
    order by b.ordinal
    limit p_limit
 $$;
@@ -287,7 +289,7 @@ begin
   select m.dimensions into v_dimensions from upload_pipeline.embedding_models m where m.model = p_model;
   if not found then
     raise exception 'there is no embedding model "%"', p_model
-      using errcode = 'UP002', hint = 'Register it with upload_pipeline.register_model.';
+      using errcode = 'UP002', hint = 'Add it with `upload-pipeline models add`.';
   end if;
   select extensions.vector_dims(e) into v_wrong from unnest(p_embeddings) e where extensions.vector_dims(e) <> v_dimensions limit 1;
   if found then
@@ -297,7 +299,68 @@ begin
 end
 $$;
 
--- Stores vectors of buffered chunks as they arrive; ones that are there already stay. Returns how many were new.
+-- Puts vectors where a job's chunks have them: those of a document that is processed into the buffer, those that a model
+-- is filled with (pipeline `reembed`) beside the live chunks. One place in the arrays for each chunk, with its job; the
+-- caller holds the jobs. Vectors that are there already stay, and what is no chunk of the job's document is left out.
+-- Of a model that was given up nothing is put beside live chunks. Returns the chunks that got theirs.
+create function upload_pipeline.place_vectors(
+  p_model text, p_job_ids uuid[], p_chunk_ids uuid[], p_embeddings extensions.vector[]
+)
+returns uuid[]
+language plpgsql
+security definer
+set search_path = ''
+set enable_seqscan = off
+set enable_bitmapscan = off
+set enable_hashjoin = off
+set enable_mergejoin = off
+set enable_material = off
+set jit = off
+as $$
+declare
+  v_refills uuid[] := array(select j.job_id from upload_pipeline.upload_jobs j
+                             where j.job_id = any (p_job_ids) and j.pipeline = 'reembed');
+  v_placed  uuid[];
+  v_more    uuid[];
+begin
+  with placed as (
+    insert into upload_pipeline.document_vector_buffer (chunk_id, embed_model, document_id, embedding)
+    select b.chunk_id, p_model, b.document_id, a.embedding
+      from unnest(p_job_ids, p_chunk_ids, p_embeddings) a (job_id, chunk_id, embedding)
+      join upload_pipeline.upload_jobs j on j.job_id = a.job_id
+      join upload_pipeline.document_chunk_buffer b on b.chunk_id = a.chunk_id and b.document_id = j.document_id
+     where a.job_id <> all (v_refills)
+     order by b.chunk_id
+    on conflict (chunk_id, embed_model) do nothing
+    returning chunk_id
+  )
+  select coalesce(array_agg(p.chunk_id), '{}') into v_placed from placed p;
+  if v_refills = '{}' then
+    return v_placed;
+  end if;
+
+  -- the document before its chunks, as commit_embeddings and settle_models have it
+  perform from upload_pipeline.documents d
+   where d.document_id = any (array(select j.document_id from upload_pipeline.upload_jobs j where j.job_id = any (v_refills)))
+   order by d.document_id for no key update;
+  with placed as (
+    insert into upload_pipeline.chunk_vectors (chunk_id, embed_model, document_id, embedding, created_at)
+    select c.chunk_id, p_model, c.document_id, a.embedding, upload_pipeline.now()
+      from unnest(p_job_ids, p_chunk_ids, p_embeddings) a (job_id, chunk_id, embedding)
+      join upload_pipeline.upload_jobs j on j.job_id = a.job_id
+      join upload_pipeline.document_chunks c on c.chunk_id = a.chunk_id and c.document_id = j.document_id
+      join upload_pipeline.embedding_models m on m.model = p_model and m.status <> 'retired'
+     where a.job_id = any (v_refills) and c.live and c.embed_model <> p_model
+     order by c.chunk_id
+    on conflict (chunk_id, embed_model) do nothing
+    returning chunk_id
+  )
+  select coalesce(array_agg(p.chunk_id), '{}') into v_more from placed p;
+  return v_placed || v_more;
+end
+$$;
+
+-- Stores vectors of a job's chunks as they arrive; ones that are there already stay. Returns how many were new.
 create function upload_pipeline.buffer_vectors(
   p_job_id     uuid,
   p_token      bigint,
@@ -316,27 +379,25 @@ set enable_mergejoin = off
 set enable_material = off
 set jit = off
 as $$
-declare
-  v_job upload_pipeline.upload_jobs := upload_pipeline.check_lease(p_job_id, p_token);
-  v_new integer;
 begin
+  perform upload_pipeline.check_lease(p_job_id, p_token);
   if cardinality(p_chunk_ids) <> cardinality(p_embeddings) then
     raise exception '% vectors came for % chunks', cardinality(p_embeddings), cardinality(p_chunk_ids) using errcode = 'UP005';
   end if;
   perform upload_pipeline.check_vectors(p_model, p_embeddings);
-  insert into upload_pipeline.document_vector_buffer (chunk_id, embed_model, document_id, embedding)
-  select a.chunk_id, p_model, v_job.document_id, a.embedding
-    from unnest(p_chunk_ids, p_embeddings) a (chunk_id, embedding)
-    join upload_pipeline.document_chunk_buffer b on b.chunk_id = a.chunk_id and b.document_id = v_job.document_id
-  on conflict (chunk_id, embed_model) do nothing;
-  get diagnostics v_new = row_count;
-  return v_new;
+  return cardinality(upload_pipeline.place_vectors(
+    p_model, array_fill(p_job_id, array[cardinality(p_chunk_ids)]), p_chunk_ids, p_embeddings));
 end
 $$;
 
 -- embeddings_buffered -> embedded, the job's end: in one transaction the new set gets its vectors and becomes live,
 -- rows that are no longer in it go, nodes and edges are written anew, and the buffers are emptied. Until it commits
 -- readers see the old set, after it the new one. Chunks that did not change keep their rows and vectors.
+--
+-- p_model is the model that the caller takes for the active one. UP007 where it is not, or where a chunk has no vector of
+-- it: the caller embeds what is lacking, and asks again. A chunk's first vector stands in its row; those of other models
+-- that were buffered stand beside it. Where a model is being filled that the set lacks vectors of, a job is made for them,
+-- so that nothing becomes live unknown to the filling.
 create function upload_pipeline.commit_embeddings(
   p_job_id uuid,
   p_token  bigint,
@@ -358,8 +419,11 @@ declare
   v_now      timestamptz := upload_pipeline.now();
   v_job      upload_pipeline.upload_jobs := upload_pipeline.check_step(p_job_id, p_token, 'embedded');
   v_document uuid := v_job.document_id;
+  v_active   text;
+  v_building text;
   v_chunks   integer;
   v_missing  integer;
+  v_unlike   integer;
   v_nodes    integer;
   v_edges    integer;
 begin
@@ -370,15 +434,29 @@ begin
   if v_job.stage <> 'embeddings_buffered' then
     raise exception 'job % is at stage "%", not "embeddings_buffered"', p_job_id, v_job.stage using errcode = 'UP004';
   end if;
-  select count(*), count(*) filter (where c.chunk_id is null or (v.chunk_id is null and c.embed_model is distinct from p_model))
-    into v_chunks, v_missing
+  -- no model becomes the active one between here and the commit, and nobody else writes chunks of this document
+  perform upload_pipeline.hold_models();
+  perform from upload_pipeline.documents d where d.document_id = v_document for no key update;
+  select m.model into v_active from upload_pipeline.embedding_models m where m.status = 'active';
+  if v_active is distinct from p_model then
+    raise exception 'vectors of "%" were made for document %, and the active embedding model is "%"', p_model, v_document, v_active
+      using errcode = 'UP007', hint = 'Embed what lacks a vector of that model, then commit again.';
+  end if;
+  select count(*), count(*) filter (where c.chunk_id is null),
+         count(*) filter (where v.chunk_id is null and c.embed_model is distinct from p_model and s.chunk_id is null)
+    into v_chunks, v_missing, v_unlike
     from upload_pipeline.document_chunk_buffer b
     left join upload_pipeline.document_chunks c on c.chunk_id = b.chunk_id
     left join upload_pipeline.document_vector_buffer v on v.chunk_id = b.chunk_id and v.embed_model = p_model
+    left join upload_pipeline.chunk_vectors s on s.chunk_id = b.chunk_id and s.embed_model = p_model
    where b.document_id = v_document;
   if v_chunks = 0 or v_missing > 0 then
-    raise exception 'document %: % of % buffered chunks lack a row or a vector of "%"', v_document, v_missing, v_chunks, p_model
+    raise exception 'document %: % of % buffered chunks lack a row', v_document, v_missing, v_chunks
       using errcode = 'UP005', hint = 'Retry the job from stage "chunking".';
+  end if;
+  if v_unlike > 0 then
+    raise exception 'document %: % of % buffered chunks lack a vector of "%"', v_document, v_unlike, v_chunks, p_model
+      using errcode = 'UP007', hint = 'Embed them, then commit again.';
   end if;
 
   delete from upload_pipeline.document_chunks c
@@ -386,15 +464,24 @@ begin
      and not exists (select from upload_pipeline.document_chunk_buffer b where b.chunk_id = c.chunk_id);
 
   update upload_pipeline.document_chunks c
-     set embedding = coalesce(v.embedding, c.embedding), embed_model = p_model, live = true,
+     set embedding = coalesce(c.embedding, v.embedding), embed_model = coalesce(c.embed_model, p_model), live = true,
          start_offset = b.start_offset, end_offset = b.end_offset, page_from = b.page_from, page_to = b.page_to,
          heading_path = b.heading_path, section_ids = b.section_ids
     from upload_pipeline.document_chunk_buffer b
     left join upload_pipeline.document_vector_buffer v on v.chunk_id = b.chunk_id and v.embed_model = p_model
    where b.document_id = v_document and c.chunk_id = b.chunk_id
-     and (not c.live or v.chunk_id is not null
+     and (not c.live
           or (c.start_offset, c.end_offset, c.page_from, c.page_to, c.heading_path, c.section_ids)
              is distinct from (b.start_offset, b.end_offset, b.page_from, b.page_to, b.heading_path, b.section_ids));
+
+  insert into upload_pipeline.chunk_vectors (chunk_id, embed_model, document_id, embedding, created_at)
+  select c.chunk_id, v.embed_model, v_document, v.embedding, v_now
+    from upload_pipeline.document_chunk_buffer b
+    join upload_pipeline.document_chunks c on c.chunk_id = b.chunk_id
+    join upload_pipeline.document_vector_buffer v on v.chunk_id = b.chunk_id and v.embed_model <> c.embed_model
+    join upload_pipeline.embedding_models m on m.model = v.embed_model and m.status <> 'retired'
+   where b.document_id = v_document
+  on conflict (chunk_id, embed_model) do nothing;
 
   delete from upload_pipeline.document_nodes n where n.document_id = v_document;
   insert into upload_pipeline.document_nodes (node_id, document_id, user_id, kind, title, level, ordinal)
@@ -437,6 +524,11 @@ begin
   perform upload_pipeline.record_event('document_searchable', p_user_id => v_job.user_id, p_document_id => v_document,
     p_job_id => p_job_id, p_worker_id => v_job.worker_id, p_correlation_id => v_job.correlation_id,
     p_payload => jsonb_build_object('chunks', v_chunks, 'embed_model', p_model));
+
+  select m.model into v_building from upload_pipeline.embedding_models m where m.status = 'building' and not m.paused;
+  if upload_pipeline.lacks_vectors(v_document, v_building) then
+    perform upload_pipeline.enqueue_job(v_document, v_job.user_id, 'reembed', 0::smallint, v_job.correlation_id);
+  end if;
 
   return query
     select * from upload_pipeline.advance_job(p_job_id, p_token, 'embeddings_buffered', 'embedded', false, p_ttl,
@@ -553,31 +645,4 @@ as $$
   select d.document_id, d.user_id, d.raw_key from upload_pipeline.documents d
    where d.deleted_at is not null and d.deleted_at < p_before
    order by d.deleted_at limit p_limit
-$$;
-
--- Names an embedding model and its dimensions; the first one ever named becomes the active one. A model that is
--- registered with other dimensions raises UP005.
-create function upload_pipeline.register_model(p_model text, p_provider text, p_dimensions integer)
-returns void
-language plpgsql
-security definer
-set search_path = ''
-as $$
-declare
-  v_dimensions integer;
-begin
-  insert into upload_pipeline.embedding_models (model, provider, dimensions) values (p_model, p_provider, p_dimensions)
-  on conflict (model) do nothing;
-  select m.dimensions into v_dimensions from upload_pipeline.embedding_models m where m.model = p_model;
-  if v_dimensions <> p_dimensions then
-    raise exception 'embedding model "%" is registered with % dimensions, not %', p_model, v_dimensions, p_dimensions
-      using errcode = 'UP005', hint = 'Give the model with other dimensions another name.';
-  end if;
-  begin
-    update upload_pipeline.embedding_models m set active = true
-     where m.model = p_model and not m.active and not exists (select from upload_pipeline.embedding_models a where a.active);
-  exception when unique_violation then
-    null; -- another process registered the first model at the same moment: that one is active
-  end;
-end
 $$;

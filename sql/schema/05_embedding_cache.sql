@@ -32,8 +32,7 @@ as $$
   select (upload_pipeline.now() at time zone 'UTC')::date
 $$;
 
--- Puts into the vector buffer what the cache has for the first p_limit pending chunks of a job's document, and gives these
--- chunks: with their text where it is still to be embedded, without where the vector is there now. No row: none is pending.
+-- Places (place_vectors) what the cache has for the first p_limit pending chunks of a job, and gives these chunks: with their text where it is still to be embedded, without where the vector is there now. No row: none is pending.
 -- What came from the cache is written into the books as p_billed_as, the model as prices name it.
 create function upload_pipeline.fill_vectors(
   p_job_id    uuid,
@@ -58,31 +57,28 @@ declare
   v_job        upload_pipeline.upload_jobs := upload_pipeline.check_lease(p_job_id, p_token);
   v_dimensions integer := upload_pipeline.check_vectors(p_model, '{}');
   v_chunks     uuid[];
+  v_words      text[];
   v_texts      bytea[];
-  v_found      uuid[];
+  v_found      uuid[] := '{}';
 begin
-  select array_agg(p.chunk_id), array_agg(sha256(convert_to(p.text, 'UTF8')))
-    into v_chunks, v_texts
-    from upload_pipeline.pending_vectors(v_job.document_id, p_model, p_limit) p;
+  select array_agg(p.chunk_id), array_agg(p.text), array_agg(sha256(convert_to(p.text, 'UTF8')))
+    into v_chunks, v_words, v_texts
+    from upload_pipeline.pending_chunks(v_job.pipeline, v_job.document_id, p_model, p_limit) p;
   if v_chunks is null then
     return;
   end if;
 
-  with made as (
-    insert into upload_pipeline.document_vector_buffer (chunk_id, embed_model, document_id, embedding)
-    select p.chunk_id, p_model, v_job.document_id, c.embedding
-      from unnest(v_chunks, v_texts) p (chunk_id, text_sha256)
-     cross join lateral (
-       select e.embedding from upload_pipeline.embedding_cache e
-        where e.user_id = v_job.user_id and e.model = p_model and e.dimensions = v_dimensions
-          and e.text_sha256 = p.text_sha256
-       offset 0) c
-    on conflict (chunk_id, embed_model) do nothing
-    returning chunk_id
-  )
-  select array_agg(m.chunk_id) into v_found from made m;
+  select upload_pipeline.place_vectors(p_model, array_agg(v_job.job_id), array_agg(p.chunk_id), array_agg(c.embedding))
+    into v_found
+    from unnest(v_chunks, v_texts) p (chunk_id, text_sha256)
+   cross join lateral (
+     select e.embedding from upload_pipeline.embedding_cache e
+      where e.user_id = v_job.user_id and e.model = p_model and e.dimensions = v_dimensions
+        and e.text_sha256 = p.text_sha256
+     offset 0) c
+  having count(*) > 0;
 
-  if v_found is not null then
+  if v_found <> '{}' then
     perform upload_pipeline.touch_vectors(v_job.user_id, p_model, v_dimensions,
       (select array_agg(distinct p.text_sha256) from unnest(v_chunks, v_texts) p (chunk_id, text_sha256)
         where p.chunk_id = any (v_found)));
@@ -93,9 +89,8 @@ begin
       from upload_pipeline.embedding_models m where m.model = p_model;
   end if;
   return query
-    select p.chunk_id, case when f.chunk_id is null then b.text end
-      from unnest(v_chunks) with ordinality p (chunk_id, place)
-      join upload_pipeline.document_chunk_buffer b on b.chunk_id = p.chunk_id
+    select p.chunk_id, case when f.chunk_id is null then p.words end
+      from unnest(v_chunks, v_words) with ordinality p (chunk_id, words, place)
       left join unnest(v_found) f (chunk_id) on f.chunk_id = p.chunk_id
      order by p.place;
 end
@@ -125,8 +120,8 @@ as $$
            for no key update skip locked) e))
 $$;
 
--- Keeps what a provider was paid for: each vector in the cache, for the user that it was made for, and in the buffers of the
--- chunks that wait for it, whose jobs are asked by their leases. Returns how many chunks got theirs. The cache needs no lease:
+-- Keeps what a provider was paid for: each vector in the cache, for the user that it was made for, and where the chunks
+-- that wait for it have theirs (place_vectors), whose jobs are asked by their leases. Returns how many chunks got theirs. The cache needs no lease:
 -- a job that lost its own gets nothing here, but what was paid for is there for whoever leads it now.
 --
 --   p_user_ids, p_texts, p_embeddings    one place a text: for whom, its SHA-256, its vector
@@ -163,7 +158,6 @@ declare
   v_told       uuid[];
   v_owners     uuid[];
   v_held       uuid[];
-  v_new        integer;
 begin
   if cardinality(p_user_ids) <> cardinality(p_embeddings) or cardinality(p_texts) <> cardinality(p_embeddings) then
     raise exception '% vectors came for % texts of % users', cardinality(p_embeddings), cardinality(p_texts),
@@ -193,15 +187,12 @@ begin
    order by o.owner, t.text_sha256
   on conflict (user_id, model, dimensions, text_sha256) do nothing;
 
-  insert into upload_pipeline.document_vector_buffer (chunk_id, embed_model, document_id, embedding)
-  select b.chunk_id, p_model, b.document_id, p_embeddings[a.place]
-    from unnest(p_job_ids, p_chunk_ids, p_places) a (job_id, chunk_id, place)
-    join upload_pipeline.upload_jobs j on j.job_id = a.job_id and j.job_id = any (v_held)
-    join upload_pipeline.document_chunk_buffer b on b.chunk_id = a.chunk_id and b.document_id = j.document_id
-   order by b.chunk_id
-  on conflict (chunk_id, embed_model) do nothing;
-  get diagnostics v_new = row_count;
-  return v_new;
+  return coalesce((
+    select cardinality(upload_pipeline.place_vectors(
+             p_model, array_agg(a.job_id), array_agg(a.chunk_id), array_agg(p_embeddings[a.place])))
+      from unnest(p_job_ids, p_chunk_ids, p_places) a (job_id, chunk_id, place)
+     where a.job_id = any (v_held)
+    having count(*) > 0), 0);
 end
 $$;
 

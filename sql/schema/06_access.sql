@@ -226,7 +226,7 @@ $$;
 create index upload_jobs_waiting on upload_pipeline.upload_jobs (user_id) where state = 'retryable';
 
 -- How many jobs of a user have not ended, counted to p_limit at most: each state by its own index, whatever the number
--- of jobs that have ended, or are other users'.
+-- of jobs that have ended, or are other users'. Filling a model is no job that the user asked for.
 create function upload_pipeline.count_open_jobs(p_user_id uuid, p_limit integer)
 returns integer
 language plpgsql
@@ -242,15 +242,17 @@ declare
 begin
   select count(*) into v_count
     from (select from upload_pipeline.upload_jobs j
-           where j.state = 'retryable' and j.user_id = p_user_id limit p_limit) j;
-  for v_pool in select distinct s.pool from upload_pipeline.stages s loop
+           where j.state = 'retryable' and j.user_id = p_user_id and j.pipeline <> 'reembed' limit p_limit) j;
+  for v_pool in select distinct s.pool from upload_pipeline.stages s where s.pipeline <> 'reembed' loop
     select count(*) into v_part
       from (select from upload_pipeline.upload_jobs j
-             where j.state = 'queued' and j.pool = v_pool and j.user_id = p_user_id limit p_limit) j;
+             where j.state = 'queued' and j.pool = v_pool and j.user_id = p_user_id and j.pipeline <> 'reembed'
+             limit p_limit) j;
     v_count := v_count + v_part;
     select count(*) into v_part
       from (select from upload_pipeline.upload_jobs j
-             where j.state = 'working' and j.pool = v_pool and j.user_id = p_user_id limit p_limit) j;
+             where j.state = 'working' and j.pool = v_pool and j.user_id = p_user_id and j.pipeline <> 'reembed'
+             limit p_limit) j;
     v_count := v_count + v_part;
   end loop;
   return least(v_count, p_limit);

@@ -11,7 +11,8 @@ create unlogged table upload_pipeline.admissions (
   constraint admissions_bytes check (bytes >= 0)
 );
 
--- The bytes of the jobs at work now. Read from the partial index of working jobs, of which there are few.
+-- The bytes of the jobs at work now. Read from the partial index of working jobs, of which there are few. Who fills a
+-- model opens no file.
 create function upload_pipeline.bytes_at_work()
 returns bigint
 language sql
@@ -27,7 +28,7 @@ as $$
     from upload_pipeline.upload_jobs j
     left join upload_pipeline.documents d on d.document_id = j.document_id
     left join upload_pipeline.photos p on p.photo_id = j.photo_id
-   where j.state = 'working'
+   where j.state = 'working' and j.pipeline <> 'reembed'
 $$;
 
 -- Admits a request of p_bytes, or does not, and says what is in use then. Exact: one call at a time, each with the rows

@@ -11,6 +11,12 @@
 --              heading weighs 1.5 times one in the text (ts_rank's own default, ten times, finds a quarter fewer answers),
 --              and ts_rank is divided by 1 + log(length)
 --   p_filter   a document's metadata must contain this object
+--   p_model    the active model, or one that was until lately (its vectors are there for a grace time; documents that came
+--              since are found by words only). Any other raises UP002: its vectors are not there, or not all of them
+--
+-- A vector stands in the chunk's row or, for a while after a change of models, in `chunk_vectors`. It is looked up there,
+-- by its key, for those chunks only whose own vector is another model's: a join would be asked for each chunk always, and
+-- in which way would hang on statistics of a table that is empty most of the time.
 create function upload_pipeline.search_chunks(
   p_query        text,
   p_embedding    extensions.vector,
@@ -65,6 +71,14 @@ begin
   if p_mode <> 'text' and p_embedding is null then
     raise exception 'p_embedding is null, mode "%" needs the query''s vector', p_mode using errcode = '22023';
   end if;
+  if p_mode <> 'text'
+     and not exists (select from upload_pipeline.embedding_models m
+                      where m.model = p_model and m.status in ('active', 'retiring'))
+     and exists (select from upload_pipeline.embedding_models m where m.status = 'active') then
+    raise exception 'vectors of "%" do not serve searches, those of "%" do', p_model, (
+        select m.model from upload_pipeline.embedding_models m where m.status = 'active')
+      using errcode = 'UP002', hint = 'Embed the query with the active model.';
+  end if;
 
   return query
   with term as materialized (
@@ -74,8 +88,11 @@ begin
     -- Most chunks are done with at the first look, whether any word is there. For the others each word of the query is
     -- looked for; `ts_delete` of nothing and `offset 0` have a chunk's words read once where they lie out of line.
     select c.chunk_id,
-           case when p_mode <> 'text' and c.embed_model = p_model
-                then 1 - (c.embedding operator(extensions.<=>) p_embedding) end as similarity,
+           case when p_mode <> 'text'
+                then 1 - (case when c.embed_model = p_model then c.embedding
+                               else (select s.embedding from upload_pipeline.chunk_vectors s
+                                      where s.chunk_id = c.chunk_id and s.embed_model = p_model) end
+                          operator(extensions.<=>) p_embedding) end as similarity,
            case when c.search_vector @@ v_any then array(
              select case when w.words @@ t.query
                          then ts_rank(array[0.1, 0.1, 0.1, 0.15]::real[], w.words, t.query, 1) end

@@ -45,3 +45,37 @@ select d.document_id, d.user_id, d.filename, d.file_bytes, d.media_type, d.creat
    and not exists (select from upload_pipeline.upload_jobs n
                     where n.document_id = j.document_id and n.pipeline = 'document' and n.seq > j.seq)
   left join upload_pipeline.job_outcomes o on o.job_id = j.job_id;
+
+-- The embedding models, and how far the one is that is being filled. `chunks_per_second` is the rate of the last five
+-- minutes; the time left follows from it. `failed_documents` are those whose job has failed for good since it was added.
+create view upload_pipeline.model_overview with (security_invoker = true) as
+select m.model, m.provider, m.dimensions, m.status, m.paused, m.created_at, m.building_since, m.activated_at, m.retire_at,
+       live.chunks, live.chunks - lacking.chunks as filled_chunks, lacking.chunks as lacking_chunks, lacking.documents as lacking_documents,
+       stored.vectors, rate.chunks_per_second,
+       case when m.status = 'building' and not m.paused and rate.chunks_per_second > 0
+            then make_interval(secs => lacking.chunks / rate.chunks_per_second) end as time_left,
+       jobs.open_jobs, jobs.failed_documents
+  from upload_pipeline.embedding_models m
+ cross join lateral (
+   select count(*) as chunks from upload_pipeline.document_chunks c
+     join upload_pipeline.documents d on d.document_id = c.document_id
+    where c.live and d.deleted_at is null) live
+ cross join lateral (
+   select count(*) as chunks, count(distinct c.document_id) as documents from upload_pipeline.document_chunks c
+     join upload_pipeline.documents d on d.document_id = c.document_id
+    where c.live and d.deleted_at is null and c.embed_model <> m.model
+      and not exists (select from upload_pipeline.chunk_vectors s where s.chunk_id = c.chunk_id and s.embed_model = m.model)) lacking
+ cross join lateral (
+   select (select count(*) from upload_pipeline.document_chunks c where c.embed_model = m.model)
+          + (select count(*) from upload_pipeline.chunk_vectors s where s.embed_model = m.model) as vectors) stored
+  left join lateral (
+   select count(s.chunk_id) / nullif(extract(epoch from upload_pipeline.now() - w.since), 0)::double precision as chunks_per_second
+     from (select greatest(m.building_since, upload_pipeline.now() - interval '5 minutes') as since) w
+     left join upload_pipeline.chunk_vectors s on s.embed_model = m.model and s.created_at >= w.since
+    where m.status = 'building'
+    group by w.since) rate on true
+ cross join lateral (
+   select count(*) filter (where j.finished_at is null) as open_jobs,
+          count(distinct j.document_id) filter (where j.state = 'deadletter' and j.finished_at >= m.building_since) as failed_documents
+     from upload_pipeline.upload_jobs j
+    where j.pipeline = 'reembed' and m.status = 'building') jobs;

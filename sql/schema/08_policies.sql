@@ -18,14 +18,14 @@ begin
     'document_vector_buffer', 'document_chunks', 'document_nodes', 'document_edges', 'workers',
     'stage_durations', 'policies', 'batches', 'batch_members', 'processing_records', 'provider_budgets',
     'provider_reservations', 'usage_records', 'organizations', 'organization_members', 'projects', 'photos', 'parse_submissions',
-    'photo_detection_requests']
+    'photo_detection_requests', 'chunk_vectors']
   loop
     execute format('create policy %I on upload_pipeline.%I for select to upload_worker using (true)', v_table || '_worker', v_table);
     execute format('grant select on upload_pipeline.%I to upload_worker, service_role', v_table);
   end loop;
 
   foreach v_table in array array[
-    'upload_jobs', 'job_outcomes', 'events', 'document_nodes', 'document_edges', 'policies', 'batches', 'batch_members',
+    'job_outcomes', 'events', 'document_nodes', 'document_edges', 'policies', 'batches', 'batch_members',
     'usage_records']
   loop
     execute format(
@@ -57,9 +57,13 @@ end
 $$;
 create policy photos_member on upload_pipeline.photos for select to authenticated
   using (organization_id = any ((select upload_pipeline.member_organizations())::uuid[]) and deleted_at is null);
+-- filling a model is nothing that a user asked for, or can act on
+create policy upload_jobs_owner on upload_pipeline.upload_jobs for select to authenticated
+  using (user_id = (select auth.uid()) and pipeline <> 'reembed');
 create policy stages_reader on upload_pipeline.stages for select to authenticated using (true);
-grant select on upload_pipeline.documents, upload_pipeline.document_chunks, upload_pipeline.stages, upload_pipeline.photos
-  to authenticated;
+grant select on upload_pipeline.documents, upload_pipeline.document_chunks, upload_pipeline.upload_jobs, upload_pipeline.stages,
+  upload_pipeline.photos to authenticated;
+grant select on upload_pipeline.model_overview to upload_worker, service_role;
 grant select on upload_pipeline.job_overview, upload_pipeline.queue_depth, upload_pipeline.upload_history,
   upload_pipeline.batch_overview, upload_pipeline.batch_member_overview,
   upload_pipeline.usage_by_user, upload_pipeline.usage_by_day, upload_pipeline.usage_by_model to authenticated, upload_worker, service_role;
@@ -88,7 +92,8 @@ begin
                              'check_no_stranger', 'look_for_upload', 'resume_upload_job', 'move_session_documents',
                              'forget_session_document', 'lock_budget', 'job_cost', 'note_photo_status', 'lock_photo_job',
                              'start_photo_deletion', 'check_owner', 'check_vectors', 'today', 'touch_vectors',
-                             'move_user_vectors', 'note_parse', 'set_detections', 'detection_results')
+                             'move_user_vectors', 'note_parse', 'set_detections', 'detection_results', 'hold_models',
+                             'lacks_vectors', 'note_model_change', 'pending_chunks', 'place_vectors')
   loop
     execute format('grant execute on function %s to upload_worker, service_role', v_function);
   end loop;

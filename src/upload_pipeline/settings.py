@@ -88,7 +88,9 @@ class Settings(BaseSettings):
 
     # what does the work
     parser: Literal["local", "llamaparse"] = Field(default="local", description="Who turns files into Markdown.")
-    embedder: Literal["local", "openai"] = Field(default="local", description="Who turns text into vectors.")
+    embedder: Literal["local", "openai"] = Field(
+        default="local", description="Who turns text into vectors, in a new database."
+    )
 
     # LlamaParse
     llamaparse_api_key: SecretStr = Field(
@@ -149,6 +151,12 @@ class Settings(BaseSettings):
     )
     embedding_cache_days: int = Field(
         default=90, ge=1, le=36_500, description="Days after its last use that a vector that was paid for is forgotten."
+    )
+
+    model_grace: float = Field(
+        default=7 * 24 * 3600.0,
+        ge=0,
+        description="Seconds that the vectors of the model before are kept once another is active, to go back to it.",
     )
 
     # detection in photos
@@ -268,7 +276,10 @@ class Settings(BaseSettings):
     embed_batch_size: int = Field(default=256, ge=1, le=256, description="Texts in one call of the embedder.")
 
     # workers
-    worker_pools: tuple[str, ...] = Field(default=("default",), description="Pools that a worker serves.")
+    worker_pools: tuple[str, ...] = Field(
+        default=("default", "background"),
+        description="Pools that a worker serves; `background`: where a new embedding model is filled.",
+    )
     worker_concurrency: int = Field(default=4, ge=1, le=1000, description="Jobs that a worker leads at once.")
     worker_memory_bytes: int = Field(
         default=0,

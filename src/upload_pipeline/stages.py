@@ -12,6 +12,12 @@ from enum import StrEnum
 DOCUMENT_PIPELINE = "document"
 PHOTO_PIPELINE = "photo"
 
+REEMBED_PIPELINE = "reembed"
+"""Fills an embedding model with the chunks that there are; no job of it is one that a user asked for."""
+
+BACKGROUND_POOL = "background"
+"""Where such jobs wait, so that they take nothing of what users wait for."""
+
 
 class Stage(StrEnum):
     """Where a document's job stands: the work named before it is done, the step that leaves it is next."""
@@ -48,6 +54,13 @@ class PhotoStatus(StrEnum):
     PROCESSING = "processing"
     COMPLETED = "completed"
     FAILED = "failed"
+
+
+class ReembedStage(StrEnum):
+    """Where a job stands that gives a document's chunks their vectors of the model that is being filled."""
+
+    QUEUED = "queued"
+    FILLED = "filled"
 
 
 class JobState(StrEnum):

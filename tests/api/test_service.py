@@ -95,7 +95,7 @@ async def test_metrics_tell_of_requests_by_route_and_of_the_queue(
         "select upload_pipeline.record_event('job_failed'), upload_pipeline.record_event('job_deadlettered')"
     )
     await admin.execute("select upload_pipeline.record_fenced_write($1, 1, $1)", jobs[1])
-    await api.resources.embedder.embed(["a query"])
+    await (await api.resources.query_models.current()).embed("a query", user_id=USER)
     answer = await api.client.get("/metrics")
     assert answer.headers["content-type"].startswith("text/plain")
     found = samples(answer.text)

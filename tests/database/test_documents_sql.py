@@ -461,7 +461,7 @@ def test_a_set_that_lacks_a_vector_does_not_become_live(worker: Connection, leas
     before = everything(worker)
     with pytest.raises(psycopg.Error, match="1 of 4") as error:
         commit_embeddings(worker, lease)
-    assert error.value.sqlstate == "UP005"
+    assert error.value.sqlstate == "UP007"
     assert everything(worker) == before
 
 
@@ -503,22 +503,6 @@ def test_chunks_that_did_not_change_keep_their_rows_and_vectors(worker: Connecti
         text: before[text] for text in ("one", "two", "four")
     }
     assert set(after) == {"one", "two", "new", "four"}
-
-
-def test_another_models_vectors_replace_the_first_models(admin: Connection, worker: Connection, lease: Any) -> None:
-    lead(worker, lease, FOUR)
-    worker.execute("select upload_pipeline.register_model('m2', 'test', 2)")
-    retry(worker, lease.job_id, "embedding")
-    lease = claim_one(worker)
-    ids = pending(worker, lease.document_id, "m2")
-    assert len(ids) == 4
-    buffer_vectors(worker, lease, ids, ["[1,0]"] * 4, "m2")
-    advance(worker, lease, "embedding", "embeddings_buffered")
-    commit_embeddings(worker, lease, "m2")
-    rows = admin.execute(
-        "select distinct embed_model, extensions.vector_dims(embedding) as n from upload_pipeline.document_chunks"
-    ).fetchall()
-    assert [tuple(row) for row in rows] == [("m2", 2)]
 
 
 @pytest.mark.parametrize("stage", STAGES[:-1])
@@ -597,36 +581,6 @@ def test_a_deletion_waits_for_the_results_being_written(
     deleted.result(timeout=10)
     assert value(worker, "select deleted_at is not null from upload_pipeline.documents")
     assert job_row(worker, lease.job_id).state == "done"
-
-
-# models
-
-
-def test_the_first_model_is_the_active_one(worker: Connection) -> None:
-    for model, dimensions in (("a", 2), ("b", 3), ("a", 2)):
-        worker.execute("select upload_pipeline.register_model(%s, 'test', %s)", [model, dimensions])
-    rows = worker.execute("select model, active from upload_pipeline.embedding_models order by 1").fetchall()
-    assert [tuple(row) for row in rows] == [("a", True), ("b", False)]
-
-
-def test_a_model_with_other_dimensions_is_refused(worker: Connection) -> None:
-    worker.execute("select upload_pipeline.register_model('a', 'test', 2)")
-    with pytest.raises(psycopg.Error) as error:
-        worker.execute("select upload_pipeline.register_model('a', 'test', 3)")
-    assert error.value.sqlstate == "UP005"
-    with pytest.raises(psycopg.errors.CheckViolation):
-        worker.execute("select upload_pipeline.register_model('z', 'test', 0)")
-
-
-def test_two_first_models_at_once_leave_one_active(admin: Connection, worker: Connection, connect: Connect) -> None:
-    other = connect()
-    worker.execute("begin")
-    worker.execute("select upload_pipeline.register_model('a', 'test', 2)")
-    registered = in_background(other.execute, "select upload_pipeline.register_model('b', 'test', 2)")
-    await_lock_wait(admin, other)
-    worker.execute("commit")
-    registered.result(timeout=10)
-    assert value(worker, "select array_agg(model::text) from upload_pipeline.embedding_models where active") == ["a"]
 
 
 # events by month

@@ -36,6 +36,8 @@ READERS = {
     "document_chunk_buffer": {"upload_worker", "service_role"},
     "document_vector_buffer": {"upload_worker", "service_role"},
     "embedding_cache": set(),
+    "chunk_vectors": {"upload_worker", "service_role"},
+    "model_overview": {"upload_worker", "service_role"},
     "document_chunks": {"authenticated", "upload_worker", "service_role"},
     "document_nodes": {"authenticated", "upload_worker", "service_role"},
     "document_edges": {"authenticated", "upload_worker", "service_role"},
@@ -87,9 +89,14 @@ CALLERS = {
             "set_detections",
             "detection_results",
             "new_job_id",
+            "note_model_change",
+            "check_vectors",
+            "lacks_vectors",
+            "hold_models",
+            "pending_chunks",
+            "place_vectors",
             "wake_lanes",
             "check_step",
-            "check_vectors",
             "prepare_restart",
             "drop_event_partitions",
             "forget_session_document",
@@ -117,6 +124,14 @@ CALLERS = {
     **dict.fromkeys(
         (
             "accept_document",
+            "settle_models",
+            "retire_model",
+            "pending_refill",
+            "pause_model",
+            "enqueue_refills",
+            "commit_refill",
+            "add_model",
+            "activate_model",
             "accept_policy",
             "add_organization",
             "add_project",
@@ -266,7 +281,7 @@ def readers_of(name: str) -> set[str]:
 @pytest.fixture
 def filled(admin: Connection, worker: Connection) -> Connection:
     """Every table has rows of OWNER and, where a row has a user, of STRANGER."""
-    admin.execute("select upload_pipeline.register_model('m3', 'test', 3)")
+    admin.execute("select upload_pipeline.register_model('m3', 'test', 3), upload_pipeline.add_model('m2', 'test', 2)")
     worker.execute("select upload_pipeline.register_worker(%s, 'h', 1, 'v', '{default}', 1)", [uuid4()])
     admin.execute("insert into upload_pipeline.events_default (at, code) values ('1999-01-01', 'worker_started')")
     admin.execute("insert into upload_pipeline.stage_durations values ('document', 'parsing', 0, 1.5, 3)")
@@ -303,6 +318,13 @@ def filled(admin: Connection, worker: Connection) -> Connection:
         )
         used = {"usage_id": str(uuid4()), "user_id": str(user), "provider": "p", "model": "m", "operation": "embed"}
         worker.execute("select upload_pipeline.record_usage(%s)", [json.dumps([used])])
+        admin.execute(
+            """
+            insert into upload_pipeline.chunk_vectors (chunk_id, embed_model, document_id, embedding)
+            select chunk_id, 'm2', document_id, '[1,0]' from upload_pipeline.document_chunks where document_id = %s
+            """,
+            [document],
+        )
         chunk, node = uuid4(), uuid4()
         admin.execute(
             """

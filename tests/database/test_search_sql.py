@@ -52,7 +52,7 @@ def add_chunk(
 @pytest.fixture
 def library(admin: Connection) -> dict[str, UUID]:
     """Chunks by name; two documents of USER and one of OTHER."""
-    admin.execute("select upload_pipeline.register_model(m, 'test', d) from (values ('m3', 3), ('m2', 2)) v (m, d)")
+    admin.execute("select upload_pipeline.register_model('m3', 'test', 3), upload_pipeline.add_model('m2', 'test', 2)")
     fruit, ships, theirs = (add_document(admin, user) for user in (USER, USER, OTHER))
     admin.execute(
         'update upload_pipeline.documents set metadata = \'{"kind": "fruit"}\' where document_id = %s', [fruit]

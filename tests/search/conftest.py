@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import Any
 from uuid import UUID, uuid4
 
@@ -11,7 +12,10 @@ import pytest
 
 from tests.search.library import Library
 from upload_pipeline.database.pools import BoundedPool, open_pool
+from upload_pipeline.providers.calls import ProviderCalls
 from upload_pipeline.providers.local_embedder import LocalEmbedder
+from upload_pipeline.search.query_models import QueryModels
+from upload_pipeline.settings import load_settings
 
 __all__ = ["Library"]
 
@@ -31,6 +35,13 @@ async def db(database: Any) -> AsyncIterator[BoundedPool]:
 @pytest.fixture
 async def embedder() -> AsyncIterator[LocalEmbedder]:
     opened = LocalEmbedder()
+    yield opened
+    await opened.close()
+
+
+@pytest.fixture
+async def models(db: BoundedPool, tmp_path: Path) -> AsyncIterator[QueryModels]:
+    opened = QueryModels(db, ProviderCalls(), load_settings(home=tmp_path))
     yield opened
     await opened.close()
 

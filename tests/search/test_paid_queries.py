@@ -21,6 +21,7 @@ from upload_pipeline.providers.openai_embedder import OpenAIEmbedder
 from upload_pipeline.search import paid_queries as module
 from upload_pipeline.search.paid_queries import PaidQueries, paid_queries
 from upload_pipeline.search.query import search
+from upload_pipeline.search.query_models import QueryModels
 from upload_pipeline.settings import load_settings
 
 MODEL = "text-embedding-3-small"
@@ -148,10 +149,18 @@ async def test_books_that_cannot_be_written_fail_no_search(
 
 
 async def test_a_search_by_words_costs_nothing(
-    paid: PaidQueries, simulator: OpenAISimulator, db: BoundedPool, user: UUID
+    simulator: OpenAISimulator, db: BoundedPool, user: UUID, tmp_path: Any
 ) -> None:
-    await search(db, paid.embedder, user_id=user, query="hail", mode="text", paid=paid)
+    settings = load_settings(
+        home=tmp_path, embedder="openai", openai_api_key=KEY, openai_base_url=simulator.url, openai_model=MODEL
+    )
+    models = QueryModels(db, ProviderCalls(), settings)
+    await models.start()
+    await search(db, models, user_id=user, query="hail", mode="text")
     assert simulator.books.requests == 0
+    await search(db, models, user_id=user, query="hail", mode="vector")
+    assert simulator.books.requests == 1
+    await models.close()
 
 
 async def test_a_local_embedder_is_not_paid(embedder: LocalEmbedder, db: BoundedPool, tmp_path: Any) -> None:

@@ -52,10 +52,10 @@ async def fill(library, user: UUID, paths: Sequence[Path], options: ChunkOptions
         parser.close()
 
 
-async def measure(db, embedder, user: UUID, questions: Sequence[Question], mode: SearchMode) -> Figures:
+async def measure(db, models, user: UUID, questions: Sequence[Question], mode: SearchMode) -> Figures:
     places = []
     for question in questions:
-        result = await search(db, embedder, user_id=user, query=question.text, limit=10, mode=mode)
+        result = await search(db, models, user_id=user, query=question.text, limit=10, mode=mode)
         places.append(place(result, question))
     return Figures(
         sum(1 <= found <= 5 for found in places) / len(places),
@@ -73,8 +73,8 @@ def place(result: SearchResult, question: Question) -> int:
     return 0
 
 
-async def assert_hybrid_is_best(db, embedder, user, questions, *, recall: float, reciprocal_rank: float) -> None:
-    figures = {mode: await measure(db, embedder, user, questions, mode) for mode in SearchMode}
+async def assert_hybrid_is_best(db, models, user, questions, *, recall: float, reciprocal_rank: float) -> None:
+    figures = {mode: await measure(db, models, user, questions, mode) for mode in SearchMode}
     hybrid = figures[SearchMode.HYBRID]
     for mode in (SearchMode.VECTOR, SearchMode.TEXT):
         assert hybrid.recall >= figures[mode].recall, figures
@@ -82,14 +82,14 @@ async def assert_hybrid_is_best(db, embedder, user, questions, *, recall: float,
     assert hybrid.reciprocal_rank >= reciprocal_rank, hybrid
 
 
-async def test_every_passage_is_in_the_texts(library, user, db, embedder):
+async def test_every_passage_is_in_the_texts(library, user, db, models):
     await fill(library, user, sorted(SAMPLES.glob("*.*")), ChunkOptions(400, 40, 2000))
     for question in SAMPLE_QUESTIONS:
-        everything = await search(db, embedder, user_id=user, query=question.text, limit=1000, mode="vector")
+        everything = await search(db, models, user_id=user, query=question.text, limit=1000, mode="vector")
         assert place(everything, question), question
 
 
-async def test_hybrid_search_finds_answers_in_the_samples_among_claim_files(library, user, db, embedder):
+async def test_hybrid_search_finds_answers_in_the_samples_among_claim_files(library, user, db, models):
     # Small chunks, so that there are enough of them for finding to be work.
     options = ChunkOptions(400, 40, 2000)
     samples = [path for path in sorted(SAMPLES.glob("*.*")) if path.suffix != ".docx"]  # the policy as PDF is there
@@ -98,13 +98,13 @@ async def test_hybrid_search_finds_answers_in_the_samples_among_claim_files(libr
         text = make_document("md", seed).decode()
         await library.add(user, f"claim-{seed}.md", text, options=options)
     # Measured: hybrid 0.875 and 0.748, vector 0.700 and 0.577, text 0.825 and 0.705. One question is 0.025.
-    await assert_hybrid_is_best(db, embedder, user, SAMPLE_QUESTIONS, recall=0.85, reciprocal_rank=0.72)
+    await assert_hybrid_is_best(db, models, user, SAMPLE_QUESTIONS, recall=0.85, reciprocal_rank=0.72)
 
 
-async def test_hybrid_search_finds_answers_in_real_insurance_files(library, user, db, embedder, corpus):
+async def test_hybrid_search_finds_answers_in_real_insurance_files(library, user, db, models, corpus):
     await fill(library, user, [corpus / name for name in CORPUS_FILES], ChunkOptions())
     for question in CORPUS_QUESTIONS:
-        everything = await search(db, embedder, user_id=user, query=question.text, limit=1000, mode="vector")
+        everything = await search(db, models, user_id=user, query=question.text, limit=1000, mode="vector")
         assert place(everything, question), question
     # Measured: hybrid 0.885 and 0.826, vector 0.769 and 0.660, text 0.885 and 0.835. One question is 0.038.
-    await assert_hybrid_is_best(db, embedder, user, CORPUS_QUESTIONS, recall=0.84, reciprocal_rank=0.78)
+    await assert_hybrid_is_best(db, models, user, CORPUS_QUESTIONS, recall=0.84, reciprocal_rank=0.78)

@@ -24,6 +24,7 @@ from upload_pipeline.database.pools import open_pool
 from upload_pipeline.database.queue import Advance, ClaimedJob, Lease
 from upload_pipeline.errors import ErrorCode, PipelineError
 from upload_pipeline.ids import document_id as document_id_of
+from upload_pipeline.providers.calls import ProviderCalls
 from upload_pipeline.providers.local_embedder import LocalEmbedder
 from upload_pipeline.providers.local_parser import LocalParser
 from upload_pipeline.settings import load_settings
@@ -32,6 +33,7 @@ from upload_pipeline.storage.document_objects import remove_document_objects
 from upload_pipeline.storage.keys import markdown_prefix, parser_output_key, raw_key
 from upload_pipeline.storage.store import ObjectStore, open_store
 from upload_pipeline.text.normalise import NormalisedMarkdown, normalise_markdown
+from upload_workers.models_in_use import ModelsInUse
 from upload_workers.pipelines import STEPS
 from upload_workers.stages import check_markdown
 from upload_workers.steps import Commit, StepContext
@@ -113,11 +115,6 @@ class Line:
 
 
 @pytest.fixture(scope="module")
-def embedder() -> LocalEmbedder:
-    return LocalEmbedder()
-
-
-@pytest.fixture(scope="module")
 def parser() -> Any:
     parser = LocalParser(60.0, 1024**3)
     yield parser
@@ -129,7 +126,7 @@ OpenLine = Callable[..., Awaitable[Line]]
 
 @pytest.fixture
 async def open_line(
-    database: Any, admin: asyncpg.Connection, tmp_path: Path, parser: LocalParser, embedder: LocalEmbedder
+    database: Any, admin: asyncpg.Connection, tmp_path: Path, parser: LocalParser
 ) -> AsyncIterator[OpenLine]:
     """Puts a document's bytes in the store and its job in the queue."""
     settings = load_settings(home=tmp_path, database_url=database.worker_url, embed_batch_size=2)
@@ -137,7 +134,8 @@ async def open_line(
     store = open_store(settings.effective_storage_url)
     scratch = tmp_path / "scratch"
     scratch.mkdir()
-    await documents.register_model(pool, model=embedder.model, provider="local", dimensions=embedder.dimensions)
+    models = ModelsInUse(pool, ProviderCalls(), settings)
+    await models.start()
 
     async def begin(kind: Kind, data: bytes | None = None) -> Line:
         data = make_document(kind, seed=7, pages=4) if data is None else data
@@ -156,9 +154,10 @@ async def open_line(
             raw_key=key,
             metadata={},
         )
-        return Line(StepContext(pool, store, parser, embedder, settings, scratch), admin, document)
+        return Line(StepContext(pool, store, parser, models, settings, scratch), admin, document)
 
     yield begin
+    await models.close()
     await pool.close()
 
 
@@ -434,24 +433,19 @@ async def test_text_of_a_document_that_is_uploaded_anew_stays(open_line: OpenLin
     assert text_key in [info.key async for info in store.list()]
 
 
-async def test_embedder_is_asked_in_batches_and_only_for_what_is_not_there_yet(open_line: OpenLine) -> None:
+async def test_embedder_is_asked_in_batches_and_only_for_what_is_not_there_yet(
+    open_line: OpenLine, monkeypatch: pytest.MonkeyPatch
+) -> None:
     asked: list[list[str]] = []
+    embed = LocalEmbedder.embed
 
-    class Watched:
-        def __init__(self, inner: LocalEmbedder) -> None:
-            self.facts, self.model, self.dimensions = inner.facts, inner.model, inner.dimensions
-            self._inner = inner
-
-        async def embed(self, texts: Any) -> Any:
-            asked.append(list(texts))
-            return await self._inner.embed(texts)
-
-        async def close(self) -> None:
-            return
+    async def watched(self: LocalEmbedder, texts: Any) -> Any:
+        asked.append(list(texts))
+        return await embed(self, texts)
 
     line = await open_line("md", "\n\n".join(f"# Part {n}\n\n{'word ' * 300}" for n in range(7)).encode())
     job = await line.run_to(await line.claim(), "embedding")
-    line = replace(line, context=replace(line.context, embedder=Watched(line.context.embedder)))  # type: ignore[arg-type]
+    monkeypatch.setattr(LocalEmbedder, "embed", watched)
     crashing = CrashingDatabase(line.context.db, "buffer_vectors", after=True, passes=1)
     with pytest.raises(Crash):
         await replace(line, context=replace(line.context, db=crashing)).run(job)
@@ -502,7 +496,7 @@ async def test_vectors_are_those_of_the_texts(open_line: OpenLine) -> None:
     rows = await line.admin.fetch(
         "select text, embedding from upload_pipeline.document_chunks where live order by ordinal"
     )
-    expected = await line.context.embedder.embed([row["text"] for row in rows])
+    expected = await (await line.context.models.active()).embedder.embed([row["text"] for row in rows])
     stored = np.array([np.asarray(row["embedding"].to_numpy()) for row in rows])
     # stored as half floats
     assert np.abs(stored - expected).max() < 1e-3

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
 from uuid import uuid4
 
 from upload_pipeline.database.queue import ClaimedJob
 from upload_pipeline.database.usage import Usage, record_usage
 from upload_pipeline.prices import LOCAL
 from upload_workers.steps import StepContext
+
+if TYPE_CHECKING:
+    from upload_pipeline.providers.embedding import EmbeddingModel
 
 
 async def note_local_parse(job: ClaimedJob, context: StepContext, *, pages: int) -> None:
@@ -17,8 +21,8 @@ async def note_local_parse(job: ClaimedJob, context: StepContext, *, pages: int)
         await record_usage(context.db, [used], context.settings.prices)
 
 
-async def note_local_embedding(job: ClaimedJob, context: StepContext, *, requests: int) -> None:
+async def note_local_embedding(job: ClaimedJob, context: StepContext, model: EmbeddingModel, *, requests: int) -> None:
     """Records one document's calls of an embedder, where it is a local one and that is asked for."""
-    if requests and context.settings.record_local_usage and context.embedder.facts.provider == LOCAL:
-        used = Usage(uuid4(), LOCAL, context.embedder.model, "embed", job_id=job.job_id, requests=requests)
+    if requests and context.settings.record_local_usage and model.provider == LOCAL:
+        used = Usage(uuid4(), LOCAL, model.name, "embed", job_id=job.job_id, requests=requests)
         await record_usage(context.db, [used], context.settings.prices)

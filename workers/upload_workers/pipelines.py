@@ -4,7 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from upload_pipeline.stages import DOCUMENT_PIPELINE, PHOTO_PIPELINE, PhotoStage, Stage
+from upload_pipeline.stages import (
+    DOCUMENT_PIPELINE,
+    PHOTO_PIPELINE,
+    REEMBED_PIPELINE,
+    PhotoStage,
+    ReembedStage,
+    Stage,
+)
 from upload_workers.stages.check_markdown import check_markdown
 from upload_workers.stages.chunk import chunk
 from upload_workers.stages.embed import embed
@@ -15,6 +22,7 @@ from upload_workers.stages.photo_copy import photo_copy
 from upload_workers.stages.photo_detect import photo_detect
 from upload_workers.stages.photo_extract import photo_extract
 from upload_workers.stages.publish import publish
+from upload_workers.stages.refill import refill
 from upload_workers.stages.store_chunks import store_chunks
 from upload_workers.stages.submit import submit
 from upload_workers.stages.validate import validate
@@ -36,4 +44,5 @@ STEPS: Mapping[tuple[str, str], Step] = {
     (PHOTO_PIPELINE, PhotoStage.EXTRACTING): photo_extract,
     (PHOTO_PIPELINE, PhotoStage.EXTRACTED): open_step,
     (PHOTO_PIPELINE, PhotoStage.DETECTING): photo_detect,
+    (REEMBED_PIPELINE, ReembedStage.QUEUED): refill,
 }

@@ -15,11 +15,10 @@ import asyncpg
 import structlog
 
 import upload_pipeline
-from upload_pipeline.database import documents, queue
+from upload_pipeline.database import queue
 from upload_pipeline.database.connection import connect, connection_options
 from upload_pipeline.database.pools import BoundedPool, open_pool
-from upload_pipeline.providers.calls import MeasuredEmbedder, MeasuredParser, MeasuredPhotoReader, ProviderCalls
-from upload_pipeline.providers.embedding import open_embedder
+from upload_pipeline.providers.calls import MeasuredParser, MeasuredPhotoReader, ProviderCalls
 from upload_pipeline.providers.local_parser import LocalParser
 from upload_pipeline.providers.local_photo_reader import LocalPhotoReader
 from upload_pipeline.settings import Settings
@@ -28,12 +27,12 @@ from upload_pipeline.storage.store import ObjectStore
 from upload_pipeline.storage.virus_scan import open_scanner
 from upload_workers.bounded import bounded
 from upload_workers.detection_desk import open_desk
-from upload_workers.embedding_batcher import open_batcher
 from upload_workers.health import health_endpoint
 from upload_workers.hosted_parse import open_hosted_parser
 from upload_workers.leases import LeaseKeeper, heartbeat_connection
 from upload_workers.memory import MemoryWatch
 from upload_workers.metrics import WorkerMetrics
+from upload_workers.models_in_use import ModelsInUse
 from upload_workers.pipelines import STEPS
 from upload_workers.runner import Runner
 from upload_workers.shutdown import on_signals
@@ -80,12 +79,8 @@ async def running_worker(
         store = store or configured_store(settings)
         await store.check_writable()
         calls = ProviderCalls()
-        own_embedder = open_embedder(settings.embedder, settings)
-        embedder = MeasuredEmbedder(own_embedder, calls)
-        stack.push_async_callback(embedder.close)
-        batcher = open_batcher(own_embedder, db, calls, settings)
-        if batcher is not None:
-            stack.push_async_callback(batcher.close)
+        models = ModelsInUse(db, calls, settings)
+        stack.push_async_callback(models.close)
         hosted_parser = open_hosted_parser(db, calls, settings)
         if hosted_parser is not None:
             stack.push_async_callback(hosted_parser.close)
@@ -96,9 +91,7 @@ async def running_worker(
         stack.callback(local_photos.close)
         desk = open_desk(db, calls, settings)
         stack.push_async_callback(desk.close)
-        await documents.register_model(
-            db, model=embedder.model, provider=settings.embedder, dimensions=embedder.dimensions
-        )
+        await models.start()
         worker_id = uuid4()
         keeper = LeaseKeeper(
             worker_id,
@@ -114,11 +107,10 @@ async def running_worker(
                 db,
                 store,
                 parser,
-                embedder,
+                models,
                 settings,
                 scratch,
                 open_scanner(settings.clamd_url, seconds=settings.clamd_timeout),
-                batcher,
                 MeasuredPhotoReader(local_photos, calls),
                 hosted_parser,
                 desk,

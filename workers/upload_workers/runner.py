@@ -4,6 +4,8 @@
        claims, leads       no claims; a job is given back at its       what is still held is
                            next step boundary                          cancelled and handed back
 
+Jobs of the pool `background`, which nobody waits for, get at most half of a worker's slots beside other pools.
+
 How many jobs are at work is bounded by `concurrency`; what they ask of the queue within a few milliseconds shares a
 statement (`grouping`). No exception of a job, of the database or of the network ends the runner.
 """
@@ -20,6 +22,7 @@ from typing import TYPE_CHECKING
 import structlog
 
 from upload_pipeline.database import queue
+from upload_pipeline.stages import BACKGROUND_POOL
 from upload_workers.grouping import GroupedAdvances
 from upload_workers.lead import JobLeader
 from upload_workers.metrics import WorkerMetrics
@@ -78,6 +81,7 @@ class Runner:
     ended: int = 0
     _stopping: asyncio.Event = field(default_factory=asyncio.Event)
     _tasks: set[asyncio.Task[None]] = field(default_factory=set)
+    _background: set[asyncio.Task[None]] = field(default_factory=set)
     _cursors: dict[str, UUID] = field(default_factory=dict)
     _rounds: int = 0
     _claiming: asyncio.Task[None] | None = None
@@ -176,16 +180,22 @@ class Runner:
                     self._cursors[pool] = jobs[-1].user_id
                     if len(jobs) == claim.limit:
                         # There may be more: the next claim is on its way while the jobs of this one are begun.
-                        more = self._ask(pool, self.concurrency - self.at_work - len(jobs), ttl)
+                        more = self._ask(pool, self.concurrency - self.at_work - len(jobs), ttl, coming=len(jobs))
                         await asyncio.sleep(0)
-                    self._begin(leader, jobs, claim.sent)
+                    self._begin(leader, jobs, claim.sent, pool)
                 claim = more
         if self.at_work >= self.concurrency:
             await self._wait_for_slots()
         return found
 
-    def _ask(self, pool: str, free: int, ttl: timedelta) -> _Claim | None:
-        """Sends a claim for up to `free` jobs; None where there is nothing to ask for."""
+    def _ask(self, pool: str, free: int, ttl: timedelta, *, coming: int = 0) -> _Claim | None:
+        """Sends a claim for up to `free` jobs; None where there is nothing to ask for.
+
+        Args:
+            coming: jobs of this pool that were claimed and are not begun yet.
+        """
+        if pool == BACKGROUND_POOL and len(self.pools) > 1:
+            free = min(free, max(1, self.concurrency // 2) - len(self._background) - coming)
         if free <= 0 or self.stopping or not self.has_room():
             return None
         limit = min(free, CLAIM_LIMIT)
@@ -194,11 +204,13 @@ class Runner:
         )
         return _Claim(time.monotonic(), limit, asyncio.create_task(answer))
 
-    def _begin(self, leader: JobLeader, jobs: list[ClaimedJob], sent: float) -> None:
+    def _begin(self, leader: JobLeader, jobs: list[ClaimedJob], sent: float, pool: str) -> None:
         for job in jobs:
             held = self.keeper.hold(job.lease, sent=sent)
             held.task = asyncio.create_task(leader.lead(job, held))
             self._tasks.add(held.task)
+            if pool == BACKGROUND_POOL:
+                self._background.add(held.task)
             held.task.add_done_callback(self._job_ended)
         self.claimed += len(jobs)
 
@@ -212,6 +224,7 @@ class Runner:
 
     def _job_ended(self, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)
+        self._background.discard(task)
         self.ended += 1
         # A free slot, and perhaps a lane below its cap again.
         self.wake.set()

@@ -17,15 +17,14 @@ from typing import TYPE_CHECKING, Any, Protocol
 from upload_pipeline.database.queue import ClaimedJob, Executor, Lease, Transition
 
 if TYPE_CHECKING:
-    from upload_pipeline.providers.embedding import Embedder
     from upload_pipeline.providers.parsing import Parser
     from upload_pipeline.providers.photo_reading import PhotoReader
     from upload_pipeline.settings import Settings
     from upload_pipeline.storage.store import ObjectStore
     from upload_pipeline.storage.virus_scan import VirusScanner
     from upload_workers.detection_desk import DetectionDesk
-    from upload_workers.embedding_batcher import EmbeddingBatcher
     from upload_workers.hosted_parse import HostedParser
+    from upload_workers.models_in_use import ModelsInUse
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,9 +32,9 @@ class StepContext:
     """What steps work with.
 
     Attributes:
+        models: who embeds: the active model, and the one that is being filled.
         scratch: directory for temporary files of this process.
         scanner: sees bytes that reached the store by themselves; None where there is none.
-        batcher: embeds texts that are paid for; None where the embedder is our own.
         photos: reads photos; None where no step of them is run.
         hosted_parser: follows what a hosted parser has; None where there is no key for one.
         detector: asks who looks for things in photos; None where no step of them is run.
@@ -44,11 +43,10 @@ class StepContext:
     db: Executor
     store: ObjectStore
     parser: Parser
-    embedder: Embedder
+    models: ModelsInUse
     settings: Settings
     scratch: Path
     scanner: VirusScanner | None = None
-    batcher: EmbeddingBatcher | None = None
     photos: PhotoReader | None = None
     hosted_parser: HostedParser | None = None
     detector: DetectionDesk | None = None

@@ -1,7 +1,8 @@
 """Upkeep: what any worker does for all of them. There is no leader; each round is bounded and safe beside others.
 
 every second or so      due retries and snoozes become ready
-every two seconds       batches whose last file has come to its end are noted
+every two seconds       batches whose last file has come to its end are noted; jobs that fill a new embedding model are
+                        made, and vectors moved or removed after a change of models
 every quarter lease     jobs whose lease ran out are taken back
 MAINTENANCE_INTERVAL    event partitions, silent workers, deletions that a crash cut short, orphaned objects,
                         photos that never came, temporary files that a killed process left; sessions that are long
@@ -29,6 +30,7 @@ from upload_pipeline.database.batches import note_completed_batches
 from upload_pipeline.database.deletion import finish_deletions
 from upload_pipeline.database.documents import DeletedDocument
 from upload_pipeline.database.embedding_cache import forget_unused_vectors
+from upload_pipeline.database.embedding_models import enqueue_refills, settle_models
 from upload_pipeline.database.photo_deletion import expire_photos, finish_photo_deletions
 from upload_pipeline.database.photos import DeletedPhoto
 from upload_pipeline.database.queue import Executor
@@ -44,6 +46,9 @@ T = TypeVar("T")
 
 PROMOTE_INTERVAL = 1.0
 NOTE_INTERVAL = 2.0
+MODEL_INTERVAL = 2.0
+MODEL_TURNS = 20
+"""Most statements about embedding models in a row, so that a change of millions of vectors leaves room for the rest."""
 BATCH = 100
 """Jobs that one statement promotes or takes back."""
 
@@ -205,6 +210,7 @@ class Upkeep:
         await asyncio.gather(
             self._every(PROMOTE_INTERVAL, self._promote),
             self._every(NOTE_INTERVAL, self._note_batches),
+            self._every(MODEL_INTERVAL, self._tend_models),
             self._every(self.lease_ttl / 4, self._reap),
             self._every(self.maintenance_interval, self._maintain),
         )
@@ -238,6 +244,17 @@ class Upkeep:
                 failed=batch.failed,
                 seconds=round(batch.seconds, 3),
             )
+
+    async def _tend_models(self) -> None:
+        for _ in range(MODEL_TURNS):
+            jobs, more = await enqueue_refills(self.db)
+            if jobs:
+                self.wake()
+            if not more:
+                break
+        for _ in range(MODEL_TURNS):
+            if not await settle_models(self.db):
+                break
 
     async def _reap(self) -> None:
         reaped = BATCH

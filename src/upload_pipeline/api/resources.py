@@ -19,10 +19,9 @@ from upload_pipeline.database.connection import connect, connection_options
 from upload_pipeline.database.pools import BoundedPool, open_pool
 from upload_pipeline.intake.admission import Admissions
 from upload_pipeline.intake.staging import Intake
-from upload_pipeline.providers.calls import MeasuredEmbedder, MeasuredParser, ProviderCalls
-from upload_pipeline.providers.embedding import Embedder, open_embedder
+from upload_pipeline.providers.calls import MeasuredParser, ProviderCalls
 from upload_pipeline.providers.local_parser import LocalParser
-from upload_pipeline.search.paid_queries import PaidQueries, paid_queries
+from upload_pipeline.search.query_models import QueryModels
 from upload_pipeline.settings import Settings
 from upload_pipeline.storage.configured import configured_store
 from upload_pipeline.storage.signed_urls import UrlSigner, open_signer
@@ -44,22 +43,21 @@ class Resources:
         database_url: as role `upload_worker`, for connections outside the pool (LISTEN).
         db: pool of role `upload_worker`; what a user may see is read through `as_user`.
         store: the object store.
-        embedder: for queries.
+        query_models: who embeds queries.
         intake: takes files in.
         tokens: tells users by their tokens.
         signer: signs URLs of objects, where the store does not.
         job_feed: tells what is new of jobs that somebody watches.
         streams: counts the open streams of events.
         admissions: lets large requests in while there is room.
-        provider_calls: counts and times the calls of `embedder` and of the parser that `intake` opens files with.
-        paid_queries: embeds queries in the place of `embedder`, where that is a hosted one.
+        provider_calls: counts and times the calls of embedders and of the parser that `intake` opens files with.
     """
 
     settings: Settings
     database_url: str = field(repr=False)
     db: BoundedPool
     store: ObjectStore
-    embedder: Embedder
+    query_models: QueryModels
     intake: Intake
     tokens: TokenVerifier
     signer: UrlSigner
@@ -67,7 +65,6 @@ class Resources:
     streams: OpenStreams
     admissions: Admissions
     provider_calls: ProviderCalls
-    paid_queries: PaidQueries | None = None
 
 
 @asynccontextmanager
@@ -89,9 +86,9 @@ async def open_resources(settings: Settings, database_url: str) -> AsyncGenerato
         store = configured_store(settings)
         stack.push_async_callback(store.close)
         provider_calls = ProviderCalls()
-        own_embedder = open_embedder(settings.embedder, settings)
-        embedder = MeasuredEmbedder(own_embedder, provider_calls)
-        stack.push_async_callback(embedder.close)
+        query_models = QueryModels(db, provider_calls, settings)
+        stack.push_async_callback(query_models.close)
+        await query_models.start()
         local_parser = LocalParser(settings.parse_timeout, settings.parse_memory_bytes)
         stack.callback(local_parser.close)
         parser = MeasuredParser(local_parser, provider_calls)
@@ -115,8 +112,7 @@ async def open_resources(settings: Settings, database_url: str) -> AsyncGenerato
             database_url=database_url,
             db=db,
             store=store,
-            embedder=embedder,
-            paid_queries=paid_queries(own_embedder, db, provider_calls, settings),
+            query_models=query_models,
             intake=Intake(
                 db,
                 store,

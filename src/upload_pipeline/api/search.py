@@ -97,14 +97,13 @@ async def search_documents(
     started = time.perf_counter()
     found = await search(
         resources.db,
-        resources.embedder,
+        resources.query_models,
         user_id=principal.user_id,
         query=request.query,
         limit=request.limit,
         mode=request.mode,
         document_ids=request.document_ids,
         metadata_filter=request.filter,
-        paid=resources.paid_queries,
     )
     hits = await expand_hits(resources.db, user_id=principal.user_id, hits=found.hits, expansion=request.expand)
     return SearchAnswer(

@@ -47,6 +47,15 @@ def register(app: typer.Typer) -> None:
 
 def list_command(
     state: Annotated[State | None, typer.Option("--state", help="Only jobs in this state.", show_default=False)] = None,
+    pipeline: Annotated[
+        str | None,
+        typer.Option(
+            "--pipeline",
+            metavar="P",
+            help="Only jobs of this pipeline. Default: all but `reembed`.",
+            show_default=False,
+        ),
+    ] = None,
     user: OnlyUserOption = None,
     limit: LimitOption = 50,
     as_json: JsonOption = False,
@@ -58,7 +67,9 @@ def list_command(
 
     with reading_database() as connection:
         # One more than asked for tells whether there are more.
-        found = list_jobs(connection, state=state.value if state else None, user_id=user, limit=limit + 1)
+        found = list_jobs(
+            connection, state=state.value if state else None, user_id=user, pipeline=pipeline, limit=limit + 1
+        )
     if as_json:
         for job in found[:limit]:
             print_json(job_object(job))

@@ -69,21 +69,19 @@ async def _search(settings: Settings, query: str, *, limit: int, mode: Mode, use
     from upload_pipeline.database.connection import connection_options
     from upload_pipeline.database.pools import open_pool
     from upload_pipeline.providers.calls import ProviderCalls
-    from upload_pipeline.providers.embedding import open_embedder
-    from upload_pipeline.search.paid_queries import paid_queries
     from upload_pipeline.search.query import search
+    from upload_pipeline.search.query_models import QueryModels
 
     urls = await asyncio.to_thread(open_database, settings)
-    embedder = open_embedder(settings.embedder, settings)
+    db = await open_pool(urls.worker, connection_options(settings, "upload-pipeline search"), size=1)
     try:
-        db = await open_pool(urls.worker, connection_options(settings, "upload-pipeline search"), size=1)
+        models = QueryModels(db, ProviderCalls(), settings)
         try:
-            paid = paid_queries(embedder, db, ProviderCalls(), settings)
-            return await search(db, embedder, user_id=user_id, query=query, limit=limit, mode=mode.value, paid=paid)
+            return await search(db, models, user_id=user_id, query=query, limit=limit, mode=mode.value)
         finally:
-            await db.close()
+            await models.close()
     finally:
-        await embedder.close()
+        await db.close()
 
 
 def _as_json(hit: Hit) -> dict[str, object]:

@@ -297,12 +297,3 @@ async def unfinished_deletions(db: Executor, *, before: datetime, limit: int = 1
     """Deletions begun before a moment and not finished, oldest first."""
     rows = await db.fetch("select * from upload_pipeline.unfinished_deletions($1, $2)", before, limit)
     return [DeletedDocument(**row) for row in rows]
-
-
-async def register_model(db: Executor, *, model: str, provider: str, dimensions: int) -> None:
-    """Names an embedding model; the first one becomes the active one.
-
-    Raises:
-        asyncpg.PostgresError: SQLSTATE UP005 where it is registered with other dimensions.
-    """
-    await db.fetchval("select upload_pipeline.register_model($1, $2, $3)", model, provider, dimensions)

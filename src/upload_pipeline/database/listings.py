@@ -141,9 +141,14 @@ _JOB_COLUMNS = """
 
 
 def list_jobs(
-    connection: Connection[Any], *, state: str | None = None, user_id: UUID | None = None, limit: int
+    connection: Connection[Any],
+    *,
+    state: str | None = None,
+    user_id: UUID | None = None,
+    pipeline: str | None = None,
+    limit: int,
 ) -> list[JobListing]:
-    """The newest jobs, of all users or one, in any state or one."""
+    """The newest jobs, of all users or one, in any state or one; without a pipeline those that users asked for."""
     with connection.cursor(row_factory=class_row(JobListing)) as cursor:
         cursor.execute(
             f"""
@@ -151,10 +156,11 @@ def list_jobs(
               from upload_pipeline.job_overview
              where (%(state)s::text is null or state = %(state)s::text::upload_pipeline.job_state)
                and (%(user)s::uuid is null or user_id = %(user)s)
+               and case when %(pipeline)s::text is null then pipeline <> 'reembed' else pipeline = %(pipeline)s end
              order by created_at desc, seq desc
              limit %(limit)s
             """,  # noqa: S608 - the columns are a constant
-            {"state": state, "user": user_id, "limit": limit},
+            {"state": state, "user": user_id, "pipeline": pipeline, "limit": limit},
         )
         return cursor.fetchall()
 
@@ -194,7 +200,7 @@ def list_documents(connection: Connection[Any], *, user_id: UUID | None = None, 
               from upload_pipeline.documents d
               left join lateral (
                 select j.job_id, j.state::text as state, j.stage from upload_pipeline.upload_jobs j
-                 where j.document_id = d.document_id order by j.seq desc limit 1) j on true
+                 where j.document_id = d.document_id and j.pipeline <> 'reembed' order by j.seq desc limit 1) j on true
              where d.deleted_at is null and (%(user)s::uuid is null or d.user_id = %(user)s)
              order by d.created_at desc, d.document_id
              limit %(limit)s
@@ -232,7 +238,7 @@ async def job_progress(db: Executor, job_ids: Sequence[UUID]) -> dict[UUID, JobP
 
 
 async def live_workers(db: Executor, *, silence: timedelta) -> tuple[list[LiveWorker], set[str]]:
-    """The workers heard of within `silence`, and the pools that the stages name."""
+    """The workers heard of within `silence`, and the pools of the stages that users wait for."""
     rows = await db.fetch(
         """
         select worker_id, host, pid, pools from upload_pipeline.workers
@@ -240,7 +246,7 @@ async def live_workers(db: Executor, *, silence: timedelta) -> tuple[list[LiveWo
         """,
         silence,
     )
-    pools = await db.fetch("select distinct pool from upload_pipeline.stages where not final")
+    pools = await db.fetch("select distinct pool from upload_pipeline.stages where not final and pipeline <> 'reembed'")
     return (
         [LiveWorker(row["worker_id"], row["host"], row["pid"], tuple(row["pools"])) for row in rows],
         {row["pool"] for row in pools},

@@ -10,6 +10,10 @@ A vector depends on its own text alone, to the last bit. The weights are 16-bit 
 each is a multiple of 2^-24 and a sum of fewer than 2^25 of them is exact in a 64-bit float, in whatever order
 it is taken; the length comes from `math.fsum`, which rounds once. What else shares the batch, how many threads
 there are and which processor it is cannot show in the result.
+
+The model was trained so that the first 128 or 64 dimensions are vectors by themselves (Matryoshka representations:
+Kusupati and others, 2022; the sizes are those that the model's authors name). Cut to these and scaled to length 1 again
+they are models of their own, named `wordllama-256@128` and `wordllama-256@64`.
 """
 
 from __future__ import annotations
@@ -34,6 +38,9 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 WORDLLAMA_256 = EmbeddingModel(name="wordllama-256", provider="local", dimensions=256)
+
+LOCAL_DIMENSIONS = (64, 128, 256)
+"""Lengths that its vectors may be cut to."""
 
 # Where the wheel keeps them, and the tensor's name in the file.
 _PACKAGE = "wordllama"
@@ -66,7 +73,26 @@ class LocalEmbedder:
     surrogate counts as U+FFFD. There is no limit of length: a long text is the average of all of its tokens.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, dimensions: int = WORDLLAMA_256.dimensions) -> None:
+        """Loads nothing yet.
+
+        Args:
+            dimensions: one of `LOCAL_DIMENSIONS`.
+
+        Raises:
+            PipelineError: `INVALID_ARGUMENT` for any other length.
+        """
+        if dimensions not in LOCAL_DIMENSIONS:
+            raise PipelineError(
+                ErrorCode.INVALID_ARGUMENT,
+                f"Vectors of {WORDLLAMA_256.name} may have {', '.join(map(str, LOCAL_DIMENSIONS))} dimensions, "
+                f"not {dimensions}.",
+                {"dimensions": dimensions, "allowed": list(LOCAL_DIMENSIONS)},
+            )
+        name = WORDLLAMA_256.name
+        self._facts = EmbeddingModel(
+            name if dimensions == WORDLLAMA_256.dimensions else f"{name}@{dimensions}", "local", dimensions
+        )
         # One thread: the event loop stays free, and jobs that embed at once take turns batch by batch.
         self._threads = ThreadPoolExecutor(max_workers=1, thread_name_prefix="local-embedder")
         self._closed = False
@@ -74,23 +100,23 @@ class LocalEmbedder:
     @property
     def facts(self) -> EmbeddingModel:
         """The model's facts."""
-        return WORDLLAMA_256
+        return self._facts
 
     @property
     def model(self) -> str:
         """The model's name."""
-        return WORDLLAMA_256.name
+        return self._facts.name
 
     @property
     def dimensions(self) -> int:
         """The length of each vector."""
-        return WORDLLAMA_256.dimensions
+        return self._facts.dimensions
 
     async def embed(self, texts: Sequence[str]) -> NDArray[np.float32]:
         """Embeds texts; cancelling the call stops the work at the next batch.
 
         Returns:
-            An array of shape (len(texts), 256), float32, row i for text i; each row is finite and has length 1.
+            An array of shape (len(texts), dimensions), float32, row i for text i; each row is finite and has length 1.
 
         Raises:
             PipelineError: `EMBED_FAILED` when the model's files are missing or damaged, or after `close`.
@@ -103,12 +129,12 @@ class LocalEmbedder:
         model = await loop.run_in_executor(self._threads, _load)
         import numpy as np
 
-        vectors = np.empty((len(texts), WORDLLAMA_256.dimensions), dtype=np.float32)
+        vectors = np.empty((len(texts), self.dimensions), dtype=np.float32)
         for start in range(0, len(texts), MAX_BATCH):
             if self._closed:
                 raise PipelineError(ErrorCode.EMBED_FAILED, "The local embedder was closed while it worked.")
             batch = texts[start : start + MAX_BATCH]
-            rows = await loop.run_in_executor(self._threads, _embed_batch, model, batch)
+            rows = await loop.run_in_executor(self._threads, _embed_batch, model, batch, self.dimensions)
             vectors[start : start + len(batch)] = rows
         return vectors
 
@@ -177,19 +203,19 @@ def _damaged(path: Path, error: Exception) -> PipelineError:
     )
 
 
-def _embed_batch(model: _Model, texts: Sequence[str]) -> NDArray[np.float32]:
-    """Vectors of texts, shape (len(texts), dimensions)."""
+def _embed_batch(model: _Model, texts: Sequence[str], dimensions: int | None = None) -> NDArray[np.float32]:
+    """Vectors of texts, shape (len(texts), dimensions); None: not cut."""
     import numpy as np
 
-    return np.stack([_embed_text(model, text) for text in texts])
+    return np.stack([_embed_text(model, text, dimensions) for text in texts])
 
 
-def _embed_text(model: _Model, text: str) -> NDArray[np.float32]:
-    """The vector of one text: the sum of its tokens' vectors, scaled to length 1."""
-    total = _token_sum(model, text if text.strip() else _SILENCE)
+def _embed_text(model: _Model, text: str, dimensions: int | None = None) -> NDArray[np.float32]:
+    """The vector of one text: the sum of its tokens' vectors, cut, and scaled to length 1."""
+    total = _token_sum(model, text if text.strip() else _SILENCE)[:dimensions]
     length = _length(total)
     if length == 0.0:  # tokens that cancel each other out exactly
-        total = _token_sum(model, _SILENCE)
+        total = _token_sum(model, _SILENCE)[:dimensions]
         length = _length(total)
     return (total / length).astype("float32")
 

@@ -15,18 +15,21 @@ from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
 from upload_pipeline.database.as_user import Pool, become_user
+from upload_pipeline.database.embedding_models import active_model
 from upload_pipeline.database.failures import DATABASE_FAILURES, translate
 from upload_pipeline.errors import ErrorCode, PipelineError
-from upload_pipeline.providers.embedding import Embedder
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from upload_pipeline.search.paid_queries import PaidQueries
+    from upload_pipeline.search.query_models import QueryModels
 
 MAX_LIMIT = 1000
 """Most hits of one search, as `search_chunks` has it."""
+
+MODEL_TRIES = 3
+"""How often a search begins; each finds another active model than the one before."""
 
 MAX_QUERY_CHARS = 8000
 """Longest query: as much as a chunk may hold (8,000 bytes), since more has no meaning of its own."""
@@ -77,9 +80,13 @@ class SearchResult:
     took_ms: float
 
 
+# The vector goes as text: this needs no codec, and nine digits give back each 32-bit float.
+_SEARCH = "select * from upload_pipeline.search_chunks($1, $2::text::extensions.vector, $3, $4, $5, $6, $7)"
+
+
 async def search(
     db: Pool,
-    embedder: Embedder,
+    models: QueryModels,
     *,
     user_id: UUID,
     query: str,
@@ -87,64 +94,54 @@ async def search(
     mode: str = SearchMode.HYBRID,
     document_ids: Sequence[UUID] | None = None,
     metadata_filter: Mapping[str, Any] | None = None,
-    paid: PaidQueries | None = None,
 ) -> SearchResult:
     """Searches the chunks of one user.
 
     Args:
         db: connections of role `upload_worker`, which may become `authenticated`.
-        embedder: must be of the active model; not used by mode `text`.
+        models: who embeds the query; not used by mode `text`.
         user_id: whose chunks.
         query: 1 to `MAX_QUERY_CHARS` characters, not only white space.
         limit: most hits, 1 to `MAX_LIMIT`.
         mode: one of `SearchMode`.
         document_ids: only chunks of these documents; an empty list finds nothing.
         metadata_filter: only documents whose metadata contain this object (Postgres's `@>`).
-        paid: embeds the query in the embedder's place, where that is a hosted one.
 
     Raises:
-        PipelineError: `INVALID_ARGUMENT` naming the argument and what is allowed; `SETTING_INVALID` where the embedder
-            is not of the active model; `EMBED_FAILED`, `DATABASE_UNAVAILABLE`, `MIGRATIONS_PENDING`.
+        PipelineError: `INVALID_ARGUMENT` naming the argument and what is allowed; `SETTING_INVALID` where the active
+            model cannot be opened; `EMBED_FAILED`, `DATABASE_UNAVAILABLE`, `MIGRATIONS_PENDING`.
     """
     started = time.perf_counter()
     chosen = _check(query, limit, mode)
     filter_json = _check_filter(metadata_filter)
-    vector = None
-    if chosen is not SearchMode.TEXT:
-        vector = (await embedder.embed([query]))[0] if paid is None else await paid.embed(query, user_id=user_id)
-    try:
-        async with db.acquire() as connection:
-            if vector is not None:
-                await _check_model(connection, embedder.model)
-            async with connection.transaction(readonly=True):
-                await become_user(connection, user_id)
-                rows = await connection.fetch(
-                    # The vector goes as text: this needs no codec, and nine digits give back each 32-bit float.
-                    "select * from upload_pipeline.search_chunks($1, $2::text::extensions.vector, $3, $4, $5, $6, $7)",
-                    query,
-                    None if vector is None else _literal(vector),
-                    embedder.model,
-                    limit,
-                    chosen.value,
-                    None if document_ids is None else list(document_ids),
-                    filter_json,
-                )
-    except DATABASE_FAILURES as error:
-        raise translate(error, "search") from error
-    return SearchResult(tuple(_hit(row) for row in rows), (time.perf_counter() - started) * 1000)
-
-
-async def _check_model(connection: Any, model: str) -> None:
-    active = await connection.fetchval("select model from upload_pipeline.embedding_models where active")
-    # No model yet: nothing was ever embedded, and nothing is found.
-    if active is not None and active != model:
-        raise PipelineError(
-            ErrorCode.SETTING_INVALID,
-            f"The chunks were embedded by {active!r}, but the setting UPLOAD_PIPELINE_EMBEDDER names an embedder of "
-            f"{model!r}; vectors of two models cannot be compared. Set the embedder that {active!r} belongs to, or "
-            "search with mode text.",
-            {"active_model": active, "embedder_model": model},
-        )
+    for _ in range(MODEL_TRIES):
+        name, vector = "", None
+        if chosen is not SearchMode.TEXT:
+            model = await models.current()
+            name, vector = model.name, await model.embed(query, user_id=user_id)
+        try:
+            # One snapshot for both: the model that is active then is the one whose vectors are searched.
+            async with db.acquire() as connection, connection.transaction(isolation="repeatable_read", readonly=True):
+                active = await active_model(connection) if vector is not None else None
+                if active is None or active.model == name:
+                    await become_user(connection, user_id)
+                    rows = await connection.fetch(
+                        _SEARCH,
+                        query,
+                        None if vector is None else _literal(vector),
+                        name,
+                        limit,
+                        chosen.value,
+                        None if document_ids is None else list(document_ids),
+                        filter_json,
+                    )
+                    return SearchResult(tuple(_hit(row) for row in rows), (time.perf_counter() - started) * 1000)
+        except DATABASE_FAILURES as error:
+            raise translate(error, "search") from error
+        models.note_active(active)
+    raise PipelineError(
+        ErrorCode.EMBED_FAILED, f"The active embedding model has changed {MODEL_TRIES} times. Search again in a moment."
+    )
 
 
 def _check(query: str, limit: int, mode: str) -> SearchMode:

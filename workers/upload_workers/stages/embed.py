@@ -1,58 +1,45 @@
-"""`embedding` -> `embeddings_buffered`: every buffered chunk gets a vector; each batch is stored as it comes.
+"""`embedding` -> `embeddings_buffered`: every buffered chunk gets a vector of the active model.
 
-With a provider that is paid for each text, what the cache has is taken from it, and the other texts go through the
-worker's batcher, which writes what comes. Our own embedder has no cache: it costs less than to look.
+Where another model is being filled it gets one of that as well, if that is quickly done: what becomes live then lacks
+nothing, and the filling comes to its end however many documents arrive. The user does not wait for it to work out; what
+is left is the filling's own.
 """
 
 from __future__ import annotations
 
-import time
-from contextlib import aclosing
+import asyncio
 from datetime import timedelta
 
-from upload_pipeline.database.documents import buffer_vectors, pending_vectors
+import structlog
+
 from upload_pipeline.database.queue import ClaimedJob
-from upload_workers.embedding_batcher import EmbeddingBatcher
+from upload_pipeline.errors import PipelineError
 from upload_workers.embedding_line import PutOff
-from upload_workers.local_usage import note_local_embedding
+from upload_workers.filling import fill
 from upload_workers.steps import Advance, Outcome, Snooze, StepContext
 
-WINDOW = 4
-"""Requests' worth of texts that a job has in line at once."""
+log = structlog.get_logger(__name__)
+
+AHEAD_SECONDS = 20.0
+"""For which a document waits for vectors that nobody needs yet."""
 
 
 async def embed(job: ClaimedJob, context: StepContext) -> Outcome:
-    """Asks only for what is neither buffered nor stored, so a crash repeats at most what was under way."""
-    if context.batcher is not None:
-        return await _embed_in_company(job, context, context.batcher)
-    model = context.embedder.model
-    limit = context.settings.embed_batch_size
-    requests = 0
-    while pending := await pending_vectors(context.db, document_id=job.document_id, model=model, limit=limit):
-        embeddings = await context.embedder.embed([text for _, text in pending])
-        requests += 1
-        await buffer_vectors(
-            context.db, job.lease, model=model, chunk_ids=[chunk_id for chunk_id, _ in pending], embeddings=embeddings
-        )
-    await note_local_embedding(job, context, requests=requests)
-    return Advance()
-
-
-async def _embed_in_company(job: ClaimedJob, context: StepContext, batcher: EmbeddingBatcher) -> Outcome:
-    """A document too long for one lease of the step goes on in the next: what it has is stored."""
-    until = time.monotonic() + context.settings.stage_timeout / 2
-    limit = context.settings.embed_batch_size * WINDOW
+    """Asks only for what is neither buffered nor stored; a document too long for one lease goes on in the next."""
     try:
-        while (filled := await batcher.fill(job, limit)).found or filled.pending:
-            if not filled.pending:
-                continue
-            if time.monotonic() >= until:
-                raise PutOff(0.0)
-            chunk_ids = [chunk_id for chunk_id, _ in filled.pending]
-            texts = [text for _, text in filled.pending]
-            async with aclosing(batcher.embed(job, texts, until=until, chunk_ids=chunk_ids)) as arriving:
-                async for _ in arriving:
-                    pass
+        await fill(job, context, await context.models.active(), seconds=context.settings.stage_timeout / 2)
     except PutOff as error:
         return Snooze(timedelta(seconds=error.seconds))
+    await _embed_ahead(job, context)
     return Advance()
+
+
+async def _embed_ahead(job: ClaimedJob, context: StepContext) -> None:
+    try:
+        building = await context.models.building()
+        if building is None or building[1]:
+            return
+        async with asyncio.timeout(AHEAD_SECONDS):
+            await fill(job, context, building[0], seconds=AHEAD_SECONDS / 2)
+    except (PutOff, PipelineError, TimeoutError) as error:
+        log.info("not_embedded_ahead", error=str(error) or type(error).__name__)

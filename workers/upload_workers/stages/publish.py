@@ -1,15 +1,48 @@
-"""`embeddings_buffered` -> `embedded`: the new set of chunks takes the old one's place, and the document is found."""
+"""`embeddings_buffered` -> `embedded`: the new set of chunks takes the old one's place, and the document is found.
+
+All of it is one transaction of the database. It is refused where another embedding model has become the active one
+since the chunks were embedded; then they are embedded by that one, here and now.
+"""
 
 from __future__ import annotations
 
+from datetime import timedelta
 from functools import partial
 
+import asyncpg
+
 from upload_pipeline.database.documents import commit_embeddings
-from upload_pipeline.database.queue import ClaimedJob
+from upload_pipeline.database.embedding_models import MODEL_CHANGED
+from upload_pipeline.database.queue import ClaimedJob, Executor, Lease, Transition
+from upload_pipeline.errors import ErrorCode, PipelineError
+from upload_workers.embedding_line import PutOff
+from upload_workers.filling import fill
 from upload_workers.steps import Commit, Outcome, StepContext
+
+TRIES = 3
+"""Of the commit; each finds another active model than the one before."""
 
 
 async def publish(job: ClaimedJob, context: StepContext) -> Outcome:
-    """All of it is one transaction of the database."""
-    del job
-    return Commit(partial(commit_embeddings, model=context.embedder.model))
+    """Commits by the model that is active at that moment."""
+    return Commit(partial(_commit, job, context))
+
+
+async def _commit(
+    job: ClaimedJob, context: StepContext, db: Executor, lease: Lease, *, keep: bool, ttl: timedelta
+) -> Transition:
+    for tries_left in reversed(range(TRIES)):
+        active = await context.models.active()
+        try:
+            return await commit_embeddings(db, lease, model=active.facts.name, keep=keep, ttl=ttl)
+        except asyncpg.PostgresError as error:
+            if error.sqlstate != MODEL_CHANGED or not tries_left:
+                raise
+        context.models.look_again()
+        try:
+            await fill(job, context, await context.models.active(), seconds=context.settings.stage_timeout / 2)
+        except PutOff as error:
+            # Counted as a try: a snooze is for steps, and this one has been at its end before.
+            message = "The embedding model has changed, and the budget of the new one is used up for now."
+            raise PipelineError(ErrorCode.EMBED_FAILED, message) from error
+    raise AssertionError("the last try returns or raises")

@@ -1,0 +1,127 @@
+"""The embedding models that a worker works with now: the active one, and the one that is being filled.
+
+The registry of the database says which they are. It is read at most every two seconds, so a change reaches each worker
+without a restart; what a worker does by an outdated view the database refuses, and the worker looks again. Embedders
+stay open once they were needed: a change may be undone, and what is under way with one ends by itself.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import structlog
+
+from upload_pipeline.database.embedding_models import ModelRegistry, RegisteredModel, read_registry, register_model
+from upload_pipeline.providers.calls import MeasuredEmbedder
+from upload_pipeline.providers.embedding import Embedder, EmbeddingModel, open_embedder
+from upload_pipeline.providers.registered_models import open_model, other_than_set
+from upload_workers.embedding_batcher import open_batcher
+
+if TYPE_CHECKING:
+    from upload_pipeline.database.queue import Executor
+    from upload_pipeline.providers.calls import ProviderCalls
+    from upload_pipeline.settings import Settings
+    from upload_workers.embedding_batcher import EmbeddingBatcher
+
+log = structlog.get_logger(__name__)
+
+LOOK_SECONDS = 2.0
+"""How old a view of the registry may be."""
+
+
+@dataclass(frozen=True, slots=True)
+class ModelInUse:
+    """A model, and who embeds with it.
+
+    Attributes:
+        batcher: embeds texts that are paid for; None where the embedder is our own.
+    """
+
+    embedder: Embedder
+    batcher: EmbeddingBatcher | None
+
+    @property
+    def facts(self) -> EmbeddingModel:
+        """The model's facts."""
+        return self.embedder.facts
+
+
+class ModelsInUse:
+    """One for each worker process."""
+
+    def __init__(self, db: Executor, calls: ProviderCalls, settings: Settings) -> None:
+        """Opens nothing yet."""
+        self._db = db
+        self._calls = calls
+        self._settings = settings
+        self._opened: dict[str, ModelInUse] = {}
+        self._view: ModelRegistry | None = None
+        self._viewed = 0.0
+        self._reading = asyncio.Lock()
+
+    async def start(self) -> None:
+        """Names the first model of a new database, opens the active one, and says where the settings name another.
+
+        Raises:
+            PipelineError: the active model cannot be opened.
+        """
+        registry = await self._registry()
+        if registry.active is None:
+            facts = open_embedder(self._settings.embedder, self._settings).facts
+            await register_model(self._db, model=facts.name, provider=facts.provider, dimensions=facts.dimensions)
+            self.look_again()
+        active = await self.active()
+        warning = other_than_set(active.facts, self._settings)
+        if warning is not None:
+            log.warning("embedding_model_differs", active=active.facts.name, problem=warning)
+
+    async def active(self) -> ModelInUse:
+        """The model that searches use.
+
+        Raises:
+            PipelineError: it cannot be opened.
+        """
+        registry = await self._registry()
+        if registry.active is None:
+            raise RuntimeError("no embedding model is active; a worker names one when it starts")
+        return self._open(registry.active)
+
+    async def building(self) -> tuple[ModelInUse, bool] | None:
+        """The model that is being filled, and whether that is paused; None where there is none.
+
+        Raises:
+            PipelineError: it cannot be opened.
+        """
+        registry = await self._registry()
+        return (self._open(registry.building), registry.paused) if registry.building is not None else None
+
+    def look_again(self) -> None:
+        """The view is outdated: the next question is asked of the database."""
+        self._view = None
+
+    async def close(self) -> None:
+        """Closes all that was opened. A second call does nothing."""
+        opened = list(self._opened.values())
+        self._opened.clear()
+        for model in opened:
+            if model.batcher is not None:
+                await model.batcher.close()
+            await model.embedder.close()
+
+    async def _registry(self) -> ModelRegistry:
+        async with self._reading:
+            if self._view is None or time.monotonic() - self._viewed > LOOK_SECONDS:
+                self._viewed = time.monotonic()
+                self._view = await read_registry(self._db)
+            return self._view
+
+    def _open(self, model: RegisteredModel) -> ModelInUse:
+        opened = self._opened.get(model.model)
+        if opened is None:
+            own = open_model(EmbeddingModel(model.model, model.provider, model.dimensions), self._settings)
+            batcher = open_batcher(own, self._db, self._calls, self._settings)
+            opened = self._opened[model.model] = ModelInUse(MeasuredEmbedder(own, self._calls), batcher)
+        return opened
