@@ -12,6 +12,7 @@ import pytest
 
 from tests.api.live_service import LiveService, new_user, running_service, service_settings
 from tests.search.library import Library
+from upload_pipeline.providers.local_embedder import LocalEmbedder
 from upload_pipeline.text.chunker import ChunkOptions
 
 SECTIONS = ("Roof", "Water", "Storm")
@@ -30,7 +31,7 @@ async def service(database: Any, tmp_path: Path) -> AsyncIterator[LiveService]:
 
 @pytest.fixture
 def library(service: LiveService, admin: asyncpg.Connection) -> Library:
-    return Library(admin, service.resources.embedder)
+    return Library(admin, LocalEmbedder())
 
 
 async def test_a_hit_has_the_fields_of_the_contract_and_is_the_callers(service: LiveService, library: Library) -> None:

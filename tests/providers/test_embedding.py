@@ -298,10 +298,10 @@ async def test_work_is_done_in_batches_of_at_most_256(embedder: LocalEmbedder, m
     threads: set[str] = set()
     original = local_embedder._embed_batch
 
-    def record(model: local_embedder._Model, texts: list[str]) -> np.ndarray:
+    def record(model: local_embedder._Model, texts: list[str], *rest: int) -> np.ndarray:
         sizes.append(len(texts))
         threads.add(threading.current_thread().name)
-        return original(model, texts)
+        return original(model, texts, *rest)
 
     monkeypatch.setattr(local_embedder, "_embed_batch", record)
     assert (await embedder.embed(["text"] * 600)).shape == (600, 256)
@@ -347,11 +347,11 @@ async def test_a_cancelled_call_stops_at_the_next_batch(
     batches: list[int] = []
     original = local_embedder._embed_batch
 
-    def hold(model: local_embedder._Model, texts: list[str]) -> np.ndarray:
+    def hold(model: local_embedder._Model, texts: list[str], *rest: int) -> np.ndarray:
         batches.append(len(texts))
         begun.set()
         assert go_on.wait(timeout=30)
-        return original(model, texts)
+        return original(model, texts, *rest)
 
     with monkeypatch.context() as held:
         held.setattr(local_embedder, "_embed_batch", hold)
@@ -380,10 +380,10 @@ async def test_closing_ends_a_running_call_with_a_code(monkeypatch: pytest.Monke
     begun, go_on = threading.Event(), threading.Event()
     original = local_embedder._embed_batch
 
-    def hold(model: local_embedder._Model, texts: list[str]) -> np.ndarray:
+    def hold(model: local_embedder._Model, texts: list[str], *rest: int) -> np.ndarray:
         begun.set()
         assert go_on.wait(timeout=30)
-        return original(model, texts)
+        return original(model, texts, *rest)
 
     monkeypatch.setattr(local_embedder, "_embed_batch", hold)
     call = asyncio.create_task(embedder.embed(["text"] * 1000))

@@ -56,7 +56,7 @@ async def test_claims_steps_and_calls_are_counted_and_told_over_http(world: Prob
     async def use_providers(job: ClaimedJob, context: StepContext) -> Outcome:
         await context.parser.inspect(path, MARKDOWN)
         await context.parser.parse(path, MARKDOWN)
-        await context.embedder.embed(["one", "two"])
+        await (await context.models.active()).embedder.embed(["one", "two"])
         return Advance()
 
     async def fail(job: ClaimedJob, context: StepContext) -> Outcome:
