@@ -23,7 +23,7 @@ def test_a_cap_is_set_listed_and_set_again(terminal: Terminal, user: str) -> Non
 @pytest.mark.parametrize(
     ("changed", "said"),
     [
-        ({"--pool": "nowhere"}, "No stage has the pool 'nowhere'. The pools are: default"),
+        ({"--pool": "nowhere"}, "No stage has the pool 'nowhere'. The pools are: background, default"),
         ({"--user": str(UUID(int=0))}, "nil UUID"),
     ],
 )

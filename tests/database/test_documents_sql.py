@@ -702,6 +702,6 @@ def test_every_verb_that_joins_the_buffers_leaves_the_planner_only_keys(admin: C
            and prosrc ~ '(join|exists [(]select from) upload_pipeline.document_(chunk|vector)_buffer'
         """
     ).fetchall()
-    assert {row.proname for row in rows} >= {"pending_vectors", "buffer_vectors", "commit_embeddings"}
+    assert {row.proname for row in rows} >= {"pending_vectors", "place_vectors", "commit_embeddings"}
     needed = {f"enable_{way}=off" for way in ("seqscan", "bitmapscan", "hashjoin", "mergejoin", "material")}
     assert {row.proname for row in rows if not needed <= set(row.proconfig)} == set()

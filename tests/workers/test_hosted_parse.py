@@ -24,7 +24,6 @@ from upload_pipeline.ids import document_id as document_id_of
 from upload_pipeline.providers.calls import ProviderCalls
 from upload_pipeline.providers.llamaparse import LlamaParse
 from upload_pipeline.providers.llamaparse_results import PROVIDER
-from upload_pipeline.providers.local_embedder import LocalEmbedder
 from upload_pipeline.providers.local_parser import LocalParser
 from upload_pipeline.rate_headers import key_id_of
 from upload_pipeline.settings import Settings, load_settings
@@ -32,6 +31,7 @@ from upload_pipeline.stages import DOCUMENT_STAGES, Stage
 from upload_pipeline.storage.keys import parser_output_key, raw_key
 from upload_pipeline.storage.store import ObjectStore, open_store
 from upload_workers.hosted_parse import HostedParser, open_hosted_parser
+from upload_workers.models_in_use import ModelsInUse
 from upload_workers.parse_turns import BUDGET
 from upload_workers.pipelines import STEPS
 from upload_workers.steps import Commit, Snooze, StepContext
@@ -214,7 +214,7 @@ async def _context(pool: Any, settings: Settings, parser: LocalParser) -> StepCo
         pool,
         open_store(settings.effective_storage_url),
         parser,
-        LocalEmbedder(),
+        ModelsInUse(pool, ProviderCalls(), settings),
         settings,
         scratch,
         hosted_parser=open_hosted_parser(pool, ProviderCalls(), settings),
