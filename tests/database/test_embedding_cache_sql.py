@@ -76,7 +76,7 @@ def test_nobody_is_given_what_another_user_paid_for_nor_another_models(admin: Co
     lease, (chunk,) = start_job(admin, worker, mine, ["same"])
     start_job(admin, worker, stranger, ["same"])
     keep(worker, stranger, ["same"], ["[9,9,9]"])
-    worker.execute("select upload_pipeline.register_model('other', 'openai', 3)")
+    worker.execute("select upload_pipeline.add_model('other', 'openai', 3)")
     keep(worker, mine, ["same"], ["[8,8,8]"], model="other")
     assert fill(worker, lease) == [(chunk, "same")]
     assert value(worker, "select upload_pipeline.cached_vector(%s, %s, sha256('same'))", mine, MODEL) is None

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from tests.simulators.openai_embeddings import KEY, Fault, OpenAISimulator, vector_of
-from upload_pipeline.database.documents import register_model
+from upload_pipeline.database.embedding_models import register_model
 from upload_pipeline.database.pools import BoundedPool
 from upload_pipeline.errors import ErrorCode, PipelineError
 from upload_pipeline.providers.calls import ProviderCalls
