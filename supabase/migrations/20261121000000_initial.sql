@@ -22,6 +22,7 @@
 --   UP004  the stage does not allow this
 --   UP005  the work handed in is not whole or does not fit
 --   UP006  the caller's role does not allow this
+--   UP007  vectors of the embedding model in use are lacking, or it is another one by now: embed, then try again
 
 create schema if not exists upload_pipeline;
 
@@ -83,7 +84,15 @@ create type upload_pipeline.event_code as enum (
   'capacity_warning',
   'provider_paused',
   'worker_started',
-  'worker_stopped'
+  'worker_stopped',
+  'embedding_model_changed'
+);
+
+create type upload_pipeline.model_status as enum (
+  'building',  -- being filled beside the active one; serves nothing yet
+  'active',    -- searches use it, and every live chunk has a vector of it
+  'retiring',  -- was active; its vectors stay for a grace time, and it may be activated again
+  'retired'    -- its vectors are removed bit by bit
 );
 
 create type upload_pipeline.node_kind as enum ('document', 'section', 'chunk');
@@ -160,17 +169,35 @@ insert into upload_pipeline.stages (pipeline, stage, position, progress, final) 
   ('photo',    'detecting',            4,  80, false),
   ('photo',    'completed',            5, 100, true);
 
--- Which vectors exist and which serve searches. Exactly one model is active once any is registered.
+-- Filling a model (05_models): in a pool of its own, so that no user's upload waits for a slot of its lane.
+insert into upload_pipeline.stages (pipeline, stage, position, progress, pool, final) values
+  ('reembed', 'queued', 0,   0, 'background', false),
+  ('reembed', 'filled', 1, 100, 'background', true);
+
+-- Which vectors exist and which serve searches. One model is active once any is registered; one at a time is filled.
 create table upload_pipeline.embedding_models (
-  model      text primary key,
-  provider   text not null,
-  dimensions integer not null,
-  active     boolean not null default false,
-  created_at timestamptz not null default upload_pipeline.now(),
-  constraint embedding_models_dimensions check (dimensions between 1 and 16000)
+  model          text primary key,
+  provider       text not null,
+  dimensions     integer not null,
+  status         upload_pipeline.model_status not null,
+  -- of a model that is being filled: no more jobs, until it goes on
+  paused         boolean not null default false,
+  created_at     timestamptz not null default upload_pipeline.now(),
+  building_since timestamptz,
+  activated_at   timestamptz,
+  -- of one that is retiring: when its vectors may go
+  retire_at      timestamptz,
+  -- how far enqueue_refills has walked through the documents, and when it may walk again
+  fill_after     uuid,
+  next_fill_at   timestamptz not null default upload_pipeline.now(),
+  constraint embedding_models_dimensions check (dimensions between 1 and 16000),
+  constraint embedding_models_building check (status <> 'building' or building_since is not null),
+  constraint embedding_models_grace check ((status = 'retiring') = (retire_at is not null)),
+  constraint embedding_models_paused check (status = 'building' or not paused)
 );
 
-create unique index embedding_models_active on upload_pipeline.embedding_models (active) where active;
+create unique index embedding_models_active on upload_pipeline.embedding_models (status) where status = 'active';
+create unique index embedding_models_building on upload_pipeline.embedding_models (status) where status = 'building';
 
 -- One row a file of a user. Same user and same bytes are the same document.
 create table upload_pipeline.documents (
@@ -432,6 +459,22 @@ create index document_chunks_document on upload_pipeline.document_chunks (docume
 -- search_chunks: exact search over one user's rows
 create index document_chunks_user on upload_pipeline.document_chunks (user_id) where live;
 create index document_chunks_model on upload_pipeline.document_chunks (embed_model) where embed_model is not null;
+
+-- Vectors of other models than the one in the chunk's own row: of the model that is being filled, and for a grace time of
+-- the one before. Empty but while a model changes (05_models tells how they move).
+create table upload_pipeline.chunk_vectors (
+  chunk_id    uuid not null references upload_pipeline.document_chunks on delete cascade,
+  embed_model text not null references upload_pipeline.embedding_models,
+  document_id uuid not null,
+  embedding   extensions.vector not null,
+  created_at  timestamptz not null default upload_pipeline.now(),
+  primary key (chunk_id, embed_model)
+);
+
+-- settle_models: which documents have vectors of the active model here, and which those of a document are
+create index chunk_vectors_model on upload_pipeline.chunk_vectors (embed_model, document_id);
+-- model_overview: how many came lately; rows come in order of time
+create index chunk_vectors_created on upload_pipeline.chunk_vectors using brin (created_at) with (autosummarize = on);
 
 -- The document's structure: document, sections, chunks. A chunk's node has the chunk's id, a document's the document's.
 create table upload_pipeline.document_nodes (
@@ -1955,6 +1998,8 @@ as $$
                       where v.chunk_id = b.chunk_id and v.embed_model = p_model)
      and not exists (select from upload_pipeline.document_chunks c
                       where c.chunk_id = b.chunk_id and c.embed_model = p_model)
+     and not exists (select from upload_pipeline.chunk_vectors s
+                      where s.chunk_id = b.chunk_id and s.embed_model = p_model)
    order by b.ordinal
    limit p_limit
 $$;
@@ -1974,7 +2019,7 @@ begin
   select m.dimensions into v_dimensions from upload_pipeline.embedding_models m where m.model = p_model;
   if not found then
     raise exception 'there is no embedding model "%"', p_model
-      using errcode = 'UP002', hint = 'Register it with upload_pipeline.register_model.';
+      using errcode = 'UP002', hint = 'Add it with `upload-pipeline models add`.';
   end if;
   select extensions.vector_dims(e) into v_wrong from unnest(p_embeddings) e where extensions.vector_dims(e) <> v_dimensions limit 1;
   if found then
@@ -1984,7 +2029,68 @@ begin
 end
 $$;
 
--- Stores vectors of buffered chunks as they arrive; ones that are there already stay. Returns how many were new.
+-- Puts vectors where a job's chunks have them: those of a document that is processed into the buffer, those that a model
+-- is filled with (pipeline `reembed`) beside the live chunks. One place in the arrays for each chunk, with its job; the
+-- caller holds the jobs. Vectors that are there already stay, and what is no chunk of the job's document is left out.
+-- Of a model that was given up nothing is put beside live chunks. Returns the chunks that got theirs.
+create function upload_pipeline.place_vectors(
+  p_model text, p_job_ids uuid[], p_chunk_ids uuid[], p_embeddings extensions.vector[]
+)
+returns uuid[]
+language plpgsql
+security definer
+set search_path = ''
+set enable_seqscan = off
+set enable_bitmapscan = off
+set enable_hashjoin = off
+set enable_mergejoin = off
+set enable_material = off
+set jit = off
+as $$
+declare
+  v_refills uuid[] := array(select j.job_id from upload_pipeline.upload_jobs j
+                             where j.job_id = any (p_job_ids) and j.pipeline = 'reembed');
+  v_placed  uuid[];
+  v_more    uuid[];
+begin
+  with placed as (
+    insert into upload_pipeline.document_vector_buffer (chunk_id, embed_model, document_id, embedding)
+    select b.chunk_id, p_model, b.document_id, a.embedding
+      from unnest(p_job_ids, p_chunk_ids, p_embeddings) a (job_id, chunk_id, embedding)
+      join upload_pipeline.upload_jobs j on j.job_id = a.job_id
+      join upload_pipeline.document_chunk_buffer b on b.chunk_id = a.chunk_id and b.document_id = j.document_id
+     where a.job_id <> all (v_refills)
+     order by b.chunk_id
+    on conflict (chunk_id, embed_model) do nothing
+    returning chunk_id
+  )
+  select coalesce(array_agg(p.chunk_id), '{}') into v_placed from placed p;
+  if v_refills = '{}' then
+    return v_placed;
+  end if;
+
+  -- the document before its chunks, as commit_embeddings and settle_models have it
+  perform from upload_pipeline.documents d
+   where d.document_id = any (array(select j.document_id from upload_pipeline.upload_jobs j where j.job_id = any (v_refills)))
+   order by d.document_id for no key update;
+  with placed as (
+    insert into upload_pipeline.chunk_vectors (chunk_id, embed_model, document_id, embedding, created_at)
+    select c.chunk_id, p_model, c.document_id, a.embedding, upload_pipeline.now()
+      from unnest(p_job_ids, p_chunk_ids, p_embeddings) a (job_id, chunk_id, embedding)
+      join upload_pipeline.upload_jobs j on j.job_id = a.job_id
+      join upload_pipeline.document_chunks c on c.chunk_id = a.chunk_id and c.document_id = j.document_id
+      join upload_pipeline.embedding_models m on m.model = p_model and m.status <> 'retired'
+     where a.job_id = any (v_refills) and c.live and c.embed_model <> p_model
+     order by c.chunk_id
+    on conflict (chunk_id, embed_model) do nothing
+    returning chunk_id
+  )
+  select coalesce(array_agg(p.chunk_id), '{}') into v_more from placed p;
+  return v_placed || v_more;
+end
+$$;
+
+-- Stores vectors of a job's chunks as they arrive; ones that are there already stay. Returns how many were new.
 create function upload_pipeline.buffer_vectors(
   p_job_id     uuid,
   p_token      bigint,
@@ -2003,27 +2109,25 @@ set enable_mergejoin = off
 set enable_material = off
 set jit = off
 as $$
-declare
-  v_job upload_pipeline.upload_jobs := upload_pipeline.check_lease(p_job_id, p_token);
-  v_new integer;
 begin
+  perform upload_pipeline.check_lease(p_job_id, p_token);
   if cardinality(p_chunk_ids) <> cardinality(p_embeddings) then
     raise exception '% vectors came for % chunks', cardinality(p_embeddings), cardinality(p_chunk_ids) using errcode = 'UP005';
   end if;
   perform upload_pipeline.check_vectors(p_model, p_embeddings);
-  insert into upload_pipeline.document_vector_buffer (chunk_id, embed_model, document_id, embedding)
-  select a.chunk_id, p_model, v_job.document_id, a.embedding
-    from unnest(p_chunk_ids, p_embeddings) a (chunk_id, embedding)
-    join upload_pipeline.document_chunk_buffer b on b.chunk_id = a.chunk_id and b.document_id = v_job.document_id
-  on conflict (chunk_id, embed_model) do nothing;
-  get diagnostics v_new = row_count;
-  return v_new;
+  return cardinality(upload_pipeline.place_vectors(
+    p_model, array_fill(p_job_id, array[cardinality(p_chunk_ids)]), p_chunk_ids, p_embeddings));
 end
 $$;
 
 -- embeddings_buffered -> embedded, the job's end: in one transaction the new set gets its vectors and becomes live,
 -- rows that are no longer in it go, nodes and edges are written anew, and the buffers are emptied. Until it commits
 -- readers see the old set, after it the new one. Chunks that did not change keep their rows and vectors.
+--
+-- p_model is the model that the caller takes for the active one. UP007 where it is not, or where a chunk has no vector of
+-- it: the caller embeds what is lacking, and asks again. A chunk's first vector stands in its row; those of other models
+-- that were buffered stand beside it. Where a model is being filled that the set lacks vectors of, a job is made for them,
+-- so that nothing becomes live unknown to the filling.
 create function upload_pipeline.commit_embeddings(
   p_job_id uuid,
   p_token  bigint,
@@ -2045,8 +2149,11 @@ declare
   v_now      timestamptz := upload_pipeline.now();
   v_job      upload_pipeline.upload_jobs := upload_pipeline.check_step(p_job_id, p_token, 'embedded');
   v_document uuid := v_job.document_id;
+  v_active   text;
+  v_building text;
   v_chunks   integer;
   v_missing  integer;
+  v_unlike   integer;
   v_nodes    integer;
   v_edges    integer;
 begin
@@ -2057,15 +2164,29 @@ begin
   if v_job.stage <> 'embeddings_buffered' then
     raise exception 'job % is at stage "%", not "embeddings_buffered"', p_job_id, v_job.stage using errcode = 'UP004';
   end if;
-  select count(*), count(*) filter (where c.chunk_id is null or (v.chunk_id is null and c.embed_model is distinct from p_model))
-    into v_chunks, v_missing
+  -- no model becomes the active one between here and the commit, and nobody else writes chunks of this document
+  perform upload_pipeline.hold_models();
+  perform from upload_pipeline.documents d where d.document_id = v_document for no key update;
+  select m.model into v_active from upload_pipeline.embedding_models m where m.status = 'active';
+  if v_active is distinct from p_model then
+    raise exception 'vectors of "%" were made for document %, and the active embedding model is "%"', p_model, v_document, v_active
+      using errcode = 'UP007', hint = 'Embed what lacks a vector of that model, then commit again.';
+  end if;
+  select count(*), count(*) filter (where c.chunk_id is null),
+         count(*) filter (where v.chunk_id is null and c.embed_model is distinct from p_model and s.chunk_id is null)
+    into v_chunks, v_missing, v_unlike
     from upload_pipeline.document_chunk_buffer b
     left join upload_pipeline.document_chunks c on c.chunk_id = b.chunk_id
     left join upload_pipeline.document_vector_buffer v on v.chunk_id = b.chunk_id and v.embed_model = p_model
+    left join upload_pipeline.chunk_vectors s on s.chunk_id = b.chunk_id and s.embed_model = p_model
    where b.document_id = v_document;
   if v_chunks = 0 or v_missing > 0 then
-    raise exception 'document %: % of % buffered chunks lack a row or a vector of "%"', v_document, v_missing, v_chunks, p_model
+    raise exception 'document %: % of % buffered chunks lack a row', v_document, v_missing, v_chunks
       using errcode = 'UP005', hint = 'Retry the job from stage "chunking".';
+  end if;
+  if v_unlike > 0 then
+    raise exception 'document %: % of % buffered chunks lack a vector of "%"', v_document, v_unlike, v_chunks, p_model
+      using errcode = 'UP007', hint = 'Embed them, then commit again.';
   end if;
 
   delete from upload_pipeline.document_chunks c
@@ -2073,15 +2194,24 @@ begin
      and not exists (select from upload_pipeline.document_chunk_buffer b where b.chunk_id = c.chunk_id);
 
   update upload_pipeline.document_chunks c
-     set embedding = coalesce(v.embedding, c.embedding), embed_model = p_model, live = true,
+     set embedding = coalesce(c.embedding, v.embedding), embed_model = coalesce(c.embed_model, p_model), live = true,
          start_offset = b.start_offset, end_offset = b.end_offset, page_from = b.page_from, page_to = b.page_to,
          heading_path = b.heading_path, section_ids = b.section_ids
     from upload_pipeline.document_chunk_buffer b
     left join upload_pipeline.document_vector_buffer v on v.chunk_id = b.chunk_id and v.embed_model = p_model
    where b.document_id = v_document and c.chunk_id = b.chunk_id
-     and (not c.live or v.chunk_id is not null
+     and (not c.live
           or (c.start_offset, c.end_offset, c.page_from, c.page_to, c.heading_path, c.section_ids)
              is distinct from (b.start_offset, b.end_offset, b.page_from, b.page_to, b.heading_path, b.section_ids));
+
+  insert into upload_pipeline.chunk_vectors (chunk_id, embed_model, document_id, embedding, created_at)
+  select c.chunk_id, v.embed_model, v_document, v.embedding, v_now
+    from upload_pipeline.document_chunk_buffer b
+    join upload_pipeline.document_chunks c on c.chunk_id = b.chunk_id
+    join upload_pipeline.document_vector_buffer v on v.chunk_id = b.chunk_id and v.embed_model <> c.embed_model
+    join upload_pipeline.embedding_models m on m.model = v.embed_model and m.status <> 'retired'
+   where b.document_id = v_document
+  on conflict (chunk_id, embed_model) do nothing;
 
   delete from upload_pipeline.document_nodes n where n.document_id = v_document;
   insert into upload_pipeline.document_nodes (node_id, document_id, user_id, kind, title, level, ordinal)
@@ -2124,6 +2254,11 @@ begin
   perform upload_pipeline.record_event('document_searchable', p_user_id => v_job.user_id, p_document_id => v_document,
     p_job_id => p_job_id, p_worker_id => v_job.worker_id, p_correlation_id => v_job.correlation_id,
     p_payload => jsonb_build_object('chunks', v_chunks, 'embed_model', p_model));
+
+  select m.model into v_building from upload_pipeline.embedding_models m where m.status = 'building' and not m.paused;
+  if upload_pipeline.lacks_vectors(v_document, v_building) then
+    perform upload_pipeline.enqueue_job(v_document, v_job.user_id, 'reembed', 0::smallint, v_job.correlation_id);
+  end if;
 
   return query
     select * from upload_pipeline.advance_job(p_job_id, p_token, 'embeddings_buffered', 'embedded', false, p_ttl,
@@ -2242,33 +2377,6 @@ as $$
    order by d.deleted_at limit p_limit
 $$;
 
--- Names an embedding model and its dimensions; the first one ever named becomes the active one. A model that is
--- registered with other dimensions raises UP005.
-create function upload_pipeline.register_model(p_model text, p_provider text, p_dimensions integer)
-returns void
-language plpgsql
-security definer
-set search_path = ''
-as $$
-declare
-  v_dimensions integer;
-begin
-  insert into upload_pipeline.embedding_models (model, provider, dimensions) values (p_model, p_provider, p_dimensions)
-  on conflict (model) do nothing;
-  select m.dimensions into v_dimensions from upload_pipeline.embedding_models m where m.model = p_model;
-  if v_dimensions <> p_dimensions then
-    raise exception 'embedding model "%" is registered with % dimensions, not %', p_model, v_dimensions, p_dimensions
-      using errcode = 'UP005', hint = 'Give the model with other dimensions another name.';
-  end if;
-  begin
-    update upload_pipeline.embedding_models m set active = true
-     where m.model = p_model and not m.active and not exists (select from upload_pipeline.embedding_models a where a.active);
-  exception when unique_violation then
-    null; -- another process registered the first model at the same moment: that one is active
-  end;
-end
-$$;
-
 -- sql/schema/05_embedding_cache.sql
 
 -- Vectors that a provider was paid for: a text that was once embedded for a user is not paid for again, in whatever
@@ -2305,8 +2413,7 @@ as $$
   select (upload_pipeline.now() at time zone 'UTC')::date
 $$;
 
--- Puts into the vector buffer what the cache has for the first p_limit pending chunks of a job's document, and gives these
--- chunks: with their text where it is still to be embedded, without where the vector is there now. No row: none is pending.
+-- Places (place_vectors) what the cache has for the first p_limit pending chunks of a job, and gives these chunks: with their text where it is still to be embedded, without where the vector is there now. No row: none is pending.
 -- What came from the cache is written into the books as p_billed_as, the model as prices name it.
 create function upload_pipeline.fill_vectors(
   p_job_id    uuid,
@@ -2331,31 +2438,28 @@ declare
   v_job        upload_pipeline.upload_jobs := upload_pipeline.check_lease(p_job_id, p_token);
   v_dimensions integer := upload_pipeline.check_vectors(p_model, '{}');
   v_chunks     uuid[];
+  v_words      text[];
   v_texts      bytea[];
-  v_found      uuid[];
+  v_found      uuid[] := '{}';
 begin
-  select array_agg(p.chunk_id), array_agg(sha256(convert_to(p.text, 'UTF8')))
-    into v_chunks, v_texts
-    from upload_pipeline.pending_vectors(v_job.document_id, p_model, p_limit) p;
+  select array_agg(p.chunk_id), array_agg(p.text), array_agg(sha256(convert_to(p.text, 'UTF8')))
+    into v_chunks, v_words, v_texts
+    from upload_pipeline.pending_chunks(v_job.pipeline, v_job.document_id, p_model, p_limit) p;
   if v_chunks is null then
     return;
   end if;
 
-  with made as (
-    insert into upload_pipeline.document_vector_buffer (chunk_id, embed_model, document_id, embedding)
-    select p.chunk_id, p_model, v_job.document_id, c.embedding
-      from unnest(v_chunks, v_texts) p (chunk_id, text_sha256)
-     cross join lateral (
-       select e.embedding from upload_pipeline.embedding_cache e
-        where e.user_id = v_job.user_id and e.model = p_model and e.dimensions = v_dimensions
-          and e.text_sha256 = p.text_sha256
-       offset 0) c
-    on conflict (chunk_id, embed_model) do nothing
-    returning chunk_id
-  )
-  select array_agg(m.chunk_id) into v_found from made m;
+  select upload_pipeline.place_vectors(p_model, array_agg(v_job.job_id), array_agg(p.chunk_id), array_agg(c.embedding))
+    into v_found
+    from unnest(v_chunks, v_texts) p (chunk_id, text_sha256)
+   cross join lateral (
+     select e.embedding from upload_pipeline.embedding_cache e
+      where e.user_id = v_job.user_id and e.model = p_model and e.dimensions = v_dimensions
+        and e.text_sha256 = p.text_sha256
+     offset 0) c
+  having count(*) > 0;
 
-  if v_found is not null then
+  if v_found <> '{}' then
     perform upload_pipeline.touch_vectors(v_job.user_id, p_model, v_dimensions,
       (select array_agg(distinct p.text_sha256) from unnest(v_chunks, v_texts) p (chunk_id, text_sha256)
         where p.chunk_id = any (v_found)));
@@ -2366,9 +2470,8 @@ begin
       from upload_pipeline.embedding_models m where m.model = p_model;
   end if;
   return query
-    select p.chunk_id, case when f.chunk_id is null then b.text end
-      from unnest(v_chunks) with ordinality p (chunk_id, place)
-      join upload_pipeline.document_chunk_buffer b on b.chunk_id = p.chunk_id
+    select p.chunk_id, case when f.chunk_id is null then p.words end
+      from unnest(v_chunks, v_words) with ordinality p (chunk_id, words, place)
       left join unnest(v_found) f (chunk_id) on f.chunk_id = p.chunk_id
      order by p.place;
 end
@@ -2398,8 +2501,8 @@ as $$
            for no key update skip locked) e))
 $$;
 
--- Keeps what a provider was paid for: each vector in the cache, for the user that it was made for, and in the buffers of the
--- chunks that wait for it, whose jobs are asked by their leases. Returns how many chunks got theirs. The cache needs no lease:
+-- Keeps what a provider was paid for: each vector in the cache, for the user that it was made for, and where the chunks
+-- that wait for it have theirs (place_vectors), whose jobs are asked by their leases. Returns how many chunks got theirs. The cache needs no lease:
 -- a job that lost its own gets nothing here, but what was paid for is there for whoever leads it now.
 --
 --   p_user_ids, p_texts, p_embeddings    one place a text: for whom, its SHA-256, its vector
@@ -2436,7 +2539,6 @@ declare
   v_told       uuid[];
   v_owners     uuid[];
   v_held       uuid[];
-  v_new        integer;
 begin
   if cardinality(p_user_ids) <> cardinality(p_embeddings) or cardinality(p_texts) <> cardinality(p_embeddings) then
     raise exception '% vectors came for % texts of % users', cardinality(p_embeddings), cardinality(p_texts),
@@ -2466,15 +2568,12 @@ begin
    order by o.owner, t.text_sha256
   on conflict (user_id, model, dimensions, text_sha256) do nothing;
 
-  insert into upload_pipeline.document_vector_buffer (chunk_id, embed_model, document_id, embedding)
-  select b.chunk_id, p_model, b.document_id, p_embeddings[a.place]
-    from unnest(p_job_ids, p_chunk_ids, p_places) a (job_id, chunk_id, place)
-    join upload_pipeline.upload_jobs j on j.job_id = a.job_id and j.job_id = any (v_held)
-    join upload_pipeline.document_chunk_buffer b on b.chunk_id = a.chunk_id and b.document_id = j.document_id
-   order by b.chunk_id
-  on conflict (chunk_id, embed_model) do nothing;
-  get diagnostics v_new = row_count;
-  return v_new;
+  return coalesce((
+    select cardinality(upload_pipeline.place_vectors(
+             p_model, array_agg(a.job_id), array_agg(a.chunk_id), array_agg(p_embeddings[a.place])))
+      from unnest(p_job_ids, p_chunk_ids, p_places) a (job_id, chunk_id, place)
+     where a.job_id = any (v_held)
+    having count(*) > 0), 0);
 end
 $$;
 
@@ -2561,6 +2660,499 @@ begin
    order by c.model, c.dimensions, c.text_sha256
   on conflict (user_id, model, dimensions, text_sha256) do nothing;
   delete from upload_pipeline.embedding_cache c where c.user_id = p_from;
+end
+$$;
+
+-- sql/schema/05_models.sql
+
+-- Embedding models, and how one takes another's place while searches go on.
+--
+--            add                activate             the other one is activated
+--   (none) ───────▶ building ───────────▶ active ─────────────────────────────▶ retiring ──grace over──▶ retired
+--                      ▲ │ retire: abandoned, its vectors go                     │ ▲ │                     │
+--                      │ └───────────────────────────────────────────────────────┼─┼─┼────────────────────▶│
+--                      └──────────────────── add: fill what it lacks ────────────┘ │ └──── activate: back ─┘ (add)
+--
+-- Where vectors stand. A chunk's first vector is in its row; vectors of other models are in `chunk_vectors`. All vectors
+-- in a table of their own would be simpler, and would cost every search a join with as many rows as the user has chunks
+-- (20,000 chunks of 256 dimensions: see docs/models.md for the figures). So the active model's vectors come home: after an
+-- activation `settle_models` exchanges them with the ones in the rows, document by document; both stay for the grace
+-- time. A search reads either place, so that it does not matter how far that is. Activation itself moves nothing: it is
+-- one update, however many vectors there are. `chunk_vectors` has no user of its own: whose a vector is, its chunk says.
+--
+-- How a new model is filled. `enqueue_refills` walks through the documents in pages and makes a job of pipeline `reembed`
+-- for each that lacks vectors, never more than a bounded number at once. The jobs have a pool of their own, `background`:
+-- a lane is a user in a pool, so they take no slot of the user's uploads, and a worker gives that pool at most half of its
+-- slots. Documents that are processed meanwhile are embedded for both models; where that did not work out,
+-- commit_embeddings makes the job. Nothing remembers what is filled: it is read from the vectors.
+--
+-- Why nothing slips through. commit_embeddings, the one verb that makes chunks live, holds the registry shared
+-- (hold_models) from before it reads it until its commit; add_model and activate_model hold it alone. So a document is
+-- live before an activation counts what is lacking, or it is committed by the new active model. The count under the lock
+-- takes 60 ms for 20,000 chunks; commits wait so long, searches do not.
+--
+-- Locks, in this order: a job, the registry, a document, its chunks, their vectors; lanes last. Each verb that writes
+-- chunks or vectors of a document locks the document first, so two of them never lock chunks in opposite orders.
+
+-- The advisory lock of the registry: the table is its own name for it.
+create function upload_pipeline.hold_models(p_alone boolean default false)
+returns void
+language plpgsql
+security definer
+set search_path = ''
+as $$
+declare
+  v_key constant bigint := 'upload_pipeline.embedding_models'::regclass::oid::bigint;
+begin
+  if not p_alone then
+    perform pg_advisory_xact_lock_shared(v_key);
+    return;
+  end if;
+  if current_setting('transaction_isolation') <> 'read committed' then
+    raise exception 'this verb needs READ COMMITTED, this transaction is %', current_setting('transaction_isolation')
+      using errcode = '25001', hint = 'What is lacking must be counted after the lock is won.';
+  end if;
+  perform pg_advisory_xact_lock(v_key);
+end
+$$;
+
+create function upload_pipeline.note_model_change(p_model text, p_to upload_pipeline.model_status, p_more jsonb default '{}')
+returns void
+language sql
+security definer
+set search_path = ''
+as $$
+  select upload_pipeline.record_event('embedding_model_changed',
+    p_payload => jsonb_build_object('model', p_model, 'status', p_to) || p_more)
+$$;
+
+-- Whether a live chunk of a document has no vector of a model. Null for no model.
+create function upload_pipeline.lacks_vectors(p_document_id uuid, p_model text)
+returns boolean
+language sql
+stable
+security definer
+set search_path = ''
+set enable_seqscan = off
+set enable_bitmapscan = off
+set enable_hashjoin = off
+set enable_mergejoin = off
+set jit = off
+as $$
+  select exists (
+    select from upload_pipeline.document_chunks c
+     where c.document_id = p_document_id and c.live and c.embed_model <> p_model
+       and not exists (select from upload_pipeline.chunk_vectors s where s.chunk_id = c.chunk_id and s.embed_model = p_model))
+   where p_model is not null
+$$;
+
+-- The active model. Where none was ever named, this one is it from now on; another one changes nothing (add_model does).
+-- A model that is known with other dimensions raises UP005. Workers ask when they start.
+create function upload_pipeline.register_model(p_model text, p_provider text, p_dimensions integer)
+returns table (model text, provider text, dimensions integer)
+language plpgsql
+security definer
+set search_path = ''
+as $$
+#variable_conflict use_column
+declare
+  v_dimensions integer;
+begin
+  if not exists (select from upload_pipeline.embedding_models m where m.status = 'active') then
+    insert into upload_pipeline.embedding_models as m (model, provider, dimensions, status, activated_at)
+    values (p_model, p_provider, p_dimensions, 'active', upload_pipeline.now())
+    -- of any index: another process may name the first model at the same moment, and then that one is active
+    on conflict do nothing;
+  end if;
+  select m.dimensions into v_dimensions from upload_pipeline.embedding_models m where m.model = p_model;
+  if v_dimensions <> p_dimensions then
+    raise exception 'embedding model "%" is registered with % dimensions, not %', p_model, v_dimensions, p_dimensions
+      using errcode = 'UP005', hint = 'Give the model with other dimensions another name.';
+  end if;
+  return query select m.model, m.provider, m.dimensions from upload_pipeline.embedding_models m where m.status = 'active';
+end
+$$;
+
+-- Begins to fill a model, or begins anew: jobs that failed for good are made again, and vectors that it has are kept. The
+-- first model of all has nothing to fill and is active at once. Returns its status.
+create function upload_pipeline.add_model(
+  p_model text, p_provider text, p_dimensions integer, p_paused boolean default false
+)
+returns upload_pipeline.model_status
+language plpgsql
+security definer
+set search_path = ''
+as $$
+declare
+  v_now   timestamptz := upload_pipeline.now();
+  v_model upload_pipeline.embedding_models;
+  v_other text;
+begin
+  perform upload_pipeline.hold_models(p_alone => true);
+  select m.* into v_model from upload_pipeline.embedding_models m where m.model = p_model;
+  if found and (v_model.provider, v_model.dimensions) is distinct from (p_provider, p_dimensions) then
+    raise exception 'embedding model "%" is registered as one of "%" with % dimensions', p_model, v_model.provider, v_model.dimensions
+      using errcode = 'UP005', hint = 'Give the other one another name.';
+  end if;
+  if v_model.status = 'active' then
+    raise exception 'embedding model "%" is the active one', p_model
+      using errcode = 'UP003', hint = 'It has every vector already.';
+  end if;
+  if not exists (select from upload_pipeline.embedding_models m where m.status = 'active') then
+    perform upload_pipeline.register_model(p_model, p_provider, p_dimensions);
+    return 'active';
+  end if;
+  select m.model into v_other from upload_pipeline.embedding_models m where m.status = 'building' and m.model <> p_model;
+  if found then
+    raise exception 'embedding model "%" is being filled', v_other
+      using errcode = 'UP003',
+            hint = format('Activate it, or give it up with `upload-pipeline models retire %s`, before another is added.', v_other);
+  end if;
+  insert into upload_pipeline.embedding_models as m (model, provider, dimensions, status, paused, building_since, next_fill_at)
+  values (p_model, p_provider, p_dimensions, 'building', p_paused, v_now, v_now)
+  on conflict (model) do update
+    set status = 'building', paused = p_paused, building_since = v_now, retire_at = null, fill_after = null, next_fill_at = v_now;
+  perform upload_pipeline.note_model_change(p_model, 'building');
+  return 'building';
+end
+$$;
+
+-- Stops the filling of a model, or lets it go on. Jobs that a worker has come to an end; those that wait are given back
+-- by whoever claims them, and are due at once when it goes on.
+create function upload_pipeline.pause_model(p_model text, p_paused boolean)
+returns void
+language plpgsql
+security definer
+set search_path = ''
+as $$
+declare
+  v_now timestamptz := upload_pipeline.now();
+begin
+  update upload_pipeline.embedding_models m set paused = p_paused, next_fill_at = v_now
+   where m.model = p_model and m.status = 'building';
+  if not found then
+    raise exception 'embedding model "%" is not being filled', p_model
+      using errcode = 'UP003', hint = '`upload-pipeline models status` lists the models.';
+  end if;
+  if not p_paused then
+    update upload_pipeline.upload_jobs j set run_at = v_now
+     where j.state = 'retryable' and j.pipeline = 'reembed' and j.run_at > v_now and j.retry_count = 0;
+  end if;
+end
+$$;
+
+-- Makes a filled model the active one, in one transaction: searches that begin after it use it, and what was active is
+-- kept for p_grace. Of the active one: nothing changes. UP003 where live chunks lack a vector of it, telling how many:
+-- counted once without the lock, so that a refusal makes nobody wait, and again under it. Returns what was active.
+create function upload_pipeline.activate_model(p_model text, p_grace interval)
+returns text
+language plpgsql
+security definer
+set search_path = ''
+set jit = off
+as $$
+declare
+  v_now       timestamptz := upload_pipeline.now();
+  v_status    upload_pipeline.model_status;
+  v_before    text;
+  v_chunks    bigint;
+  v_documents bigint;
+begin
+  for v_look in 1..2 loop
+    if v_look = 2 then
+      perform upload_pipeline.hold_models(p_alone => true);
+    end if;
+    select m.status into v_status from upload_pipeline.embedding_models m where m.model = p_model;
+    if not found then
+      raise exception 'there is no embedding model "%"', p_model
+        using errcode = 'UP002', hint = 'Add it with `upload-pipeline models add`.';
+    end if;
+    if v_status = 'active' then
+      return p_model;
+    end if;
+    if v_status = 'retired' then
+      raise exception 'embedding model "%" is retired', p_model
+        using errcode = 'UP003', hint = format('Fill it anew with `upload-pipeline models add %s`.', p_model);
+    end if;
+    select count(*), count(distinct c.document_id) into v_chunks, v_documents
+      from upload_pipeline.document_chunks c
+      join upload_pipeline.documents d on d.document_id = c.document_id
+     where c.live and d.deleted_at is null and c.embed_model <> p_model
+       and not exists (select from upload_pipeline.chunk_vectors s where s.chunk_id = c.chunk_id and s.embed_model = p_model);
+    if v_chunks > 0 then
+      raise exception '% chunks of % documents have no vector of "%" yet', v_chunks, v_documents, p_model
+        using errcode = 'UP003',
+              hint = case v_status
+                when 'building' then 'Wait until it is filled: `upload-pipeline models status` tells how far it is, and what failed.'
+                else format('They came since it was active. Fill them with `upload-pipeline models add %s`, then activate it.', p_model) end;
+    end if;
+  end loop;
+
+  update upload_pipeline.embedding_models m set status = 'retiring', retire_at = v_now + p_grace
+   where m.status = 'active'
+  returning m.model into v_before;
+  update upload_pipeline.embedding_models m
+     set status = 'active', paused = false, activated_at = v_now, building_since = null, retire_at = null, fill_after = null
+   where m.model = p_model;
+  perform upload_pipeline.note_model_change(p_model, 'active', jsonb_build_object('before', v_before));
+  return v_before;
+end
+$$;
+
+-- Gives up a model: one that is being filled, with its jobs, or, with p_now, one whose grace time is not over. Its
+-- vectors are removed by settle_models. Of a retired one nothing changes. Returns how many jobs were cancelled.
+create function upload_pipeline.retire_model(p_model text, p_now boolean default false)
+returns integer
+language plpgsql
+security definer
+set search_path = ''
+as $$
+declare
+  v_model upload_pipeline.embedding_models;
+  v_jobs  integer := 0;
+begin
+  select m.* into v_model from upload_pipeline.embedding_models m where m.model = p_model for no key update;
+  if not found then
+    raise exception 'there is no embedding model "%"', p_model
+      using errcode = 'UP002', hint = '`upload-pipeline models status` lists the models.';
+  end if;
+  if v_model.status = 'active' then
+    raise exception 'embedding model "%" is the active one', p_model
+      using errcode = 'UP003', hint = 'Activate another one first.';
+  end if;
+  if v_model.status = 'retiring' and not p_now then
+    raise exception 'embedding model "%" can be activated again until %', p_model, v_model.retire_at
+      using errcode = 'UP003', hint = 'It is retired by itself then; --now does not wait.';
+  end if;
+  if v_model.status = 'retired' then
+    return 0;
+  end if;
+  update upload_pipeline.embedding_models m
+     set status = 'retired', paused = false, building_since = null, retire_at = null, fill_after = null
+   where m.model = p_model;
+  perform upload_pipeline.note_model_change(p_model, 'retired');
+  if v_model.status = 'building' then
+    -- a job at work sees for itself that there is nothing to fill
+    select count(*) into v_jobs
+      from (select j.job_id from upload_pipeline.upload_jobs j
+             where j.pipeline = 'reembed' and j.state in ('queued', 'retryable')
+             order by j.job_id for no key update skip locked) w
+     cross join lateral upload_pipeline.cancel_job(w.job_id) c;
+  end if;
+  return v_jobs;
+end
+$$;
+
+-- Makes jobs for a page of documents that lack vectors of the model that is being filled, while fewer than p_open wait.
+-- Behind the last document it begins again, after a rest: that finds what was missed, and costs little when there is
+-- nothing. A document whose job has failed for good is left out until the model is added anew. Any worker runs it, one at
+-- a time. Returns how many jobs it made, and whether there may be more to do at once.
+create function upload_pipeline.enqueue_refills(p_limit integer default 500, p_open integer default 1000)
+returns table (jobs integer, more boolean)
+language plpgsql
+security definer
+set search_path = ''
+set enable_seqscan = off
+set jit = off
+as $$
+#variable_conflict use_column
+declare
+  v_now       timestamptz := upload_pipeline.now();
+  v_model     upload_pipeline.embedding_models;
+  v_waiting   integer;
+  v_seen      integer;
+  v_last      uuid;
+  v_documents uuid[];
+  v_users     uuid[];
+begin
+  if not pg_try_advisory_xact_lock(hashtextextended('upload_pipeline.enqueue_refills', 0)) then
+    return query select 0, false;
+    return;
+  end if;
+  select m.* into v_model from upload_pipeline.embedding_models m
+   where m.status = 'building' and not m.paused and m.next_fill_at <= v_now;
+  if not found then
+    return query select 0, false;
+    return;
+  end if;
+  select count(*) into v_waiting
+    from (select from upload_pipeline.upload_jobs j
+           where j.state = 'queued' and j.pipeline = 'reembed'
+             and j.pool = (select s.pool from upload_pipeline.stages s where s.pipeline = 'reembed' and s.position = 0)
+           limit p_open) w;
+  if v_waiting >= p_open then
+    return query select 0, false;
+    return;
+  end if;
+
+  with page as materialized (
+    select d.document_id, d.user_id, d.searchable_at is not null and d.deleted_at is null as found
+      from upload_pipeline.documents d
+     where d.document_id > coalesce(v_model.fill_after, '00000000-0000-0000-0000-000000000000')
+     order by d.document_id limit p_limit
+       -- a document that goes away in this moment would break the foreign key of its job
+       for key share skip locked
+  ), lacking as (
+    select p.document_id, p.user_id from page p
+     where p.found and upload_pipeline.lacks_vectors(p.document_id, v_model.model)
+       and not exists (select from upload_pipeline.upload_jobs j
+                        where j.document_id = p.document_id and j.pipeline = 'reembed'
+                          and (j.finished_at is null or (j.state = 'deadletter' and j.finished_at >= v_model.building_since)))
+  )
+  select (select count(*) from page), (select (array_agg(p.document_id order by p.document_id desc))[1] from page p),
+         array_agg(l.document_id order by l.document_id), array_agg(l.user_id order by l.document_id)
+    into v_seen, v_last, v_documents, v_users
+    from lacking l;
+  if v_documents is not null then
+    perform upload_pipeline.enqueue_jobs(v_documents, v_users, 'reembed', (-1)::smallint);
+  end if;
+  update upload_pipeline.embedding_models m
+     set fill_after = case when v_seen < p_limit then null else v_last end,
+         next_fill_at = case when v_seen < p_limit then v_now + interval '30 seconds' else v_now end
+   where m.model = v_model.model and m.status = 'building';
+  return query select coalesce(cardinality(v_documents), 0), v_seen = p_limit;
+end
+$$;
+
+-- Live chunks of a document that have no vector of a model, in document order.
+create function upload_pipeline.pending_refill(p_document_id uuid, p_model text, p_limit integer default 256)
+returns table (chunk_id uuid, text text)
+language sql
+stable
+security definer
+set search_path = ''
+set enable_seqscan = off
+set enable_bitmapscan = off
+set enable_hashjoin = off
+set enable_mergejoin = off
+set jit = off
+as $$
+  select c.chunk_id, c.text
+    from upload_pipeline.document_chunks c
+   where c.document_id = p_document_id and c.live and c.embed_model <> p_model
+     and not exists (select from upload_pipeline.chunk_vectors s where s.chunk_id = c.chunk_id and s.embed_model = p_model)
+   order by c.ordinal
+   limit p_limit
+$$;
+
+-- The chunks of a job that have no vector of a model yet.
+create function upload_pipeline.pending_chunks(p_pipeline text, p_document_id uuid, p_model text, p_limit integer)
+returns table (chunk_id uuid, text text)
+language plpgsql
+stable
+security definer
+set search_path = ''
+as $$
+begin
+  if p_pipeline = 'reembed' then
+    return query select * from upload_pipeline.pending_refill(p_document_id, p_model, p_limit);
+  else
+    return query select * from upload_pipeline.pending_vectors(p_document_id, p_model, p_limit);
+  end if;
+end
+$$;
+
+-- queued -> filled, the job's end. UP007 where a live chunk of the document still has no vector of the model that is being
+-- filled, which may be another one than the caller's, or the chunk may be new: the caller embeds it and asks again.
+create function upload_pipeline.commit_refill(p_job_id uuid, p_token bigint, p_ttl interval default '60 seconds')
+returns table (job_id uuid, stage text, state upload_pipeline.job_state, lease_expires_at timestamptz)
+language plpgsql
+security definer
+set search_path = ''
+as $$
+declare
+  v_job      upload_pipeline.upload_jobs := upload_pipeline.check_step(p_job_id, p_token, 'filled');
+  v_building text;
+begin
+  if v_job.stage = 'filled' then
+    return query select v_job.job_id, v_job.stage, v_job.state, v_job.lease_expires_at;
+    return;
+  end if;
+  perform from upload_pipeline.documents d where d.document_id = v_job.document_id for no key update;
+  select m.model into v_building from upload_pipeline.embedding_models m where m.status = 'building';
+  if upload_pipeline.lacks_vectors(v_job.document_id, v_building) then
+    raise exception 'document %: live chunks lack a vector of "%"', v_job.document_id, v_building
+      using errcode = 'UP007', hint = 'Embed them, then commit again.';
+  end if;
+  return query
+    select * from upload_pipeline.advance_job(p_job_id, p_token, 'queued', 'filled', false, p_ttl,
+      jsonb_build_object('embed_model', v_building) || upload_pipeline.job_cost(p_job_id));
+end
+$$;
+
+-- What follows a change of models, bit by bit: the active model's vectors come into the chunks' rows, and the ones there
+-- take their place beside, for as long as their model may be activated again; models whose grace time is over are retired;
+-- vectors of retired ones go. About p_limit vectors of each kind. Any worker runs it; a document that is being written
+-- is left for the next time. Returns how many vectors came home, and how many were removed.
+create function upload_pipeline.settle_models(p_limit integer default 1000)
+returns table (moved integer, removed integer)
+language plpgsql
+security definer
+set search_path = ''
+set enable_seqscan = off
+set jit = off
+as $$
+#variable_conflict use_column
+declare
+  v_now      timestamptz := upload_pipeline.now();
+  v_active   text;
+  v_retired  text;
+  v_document uuid;
+  v_part     integer;
+  v_moved    integer := 0;
+  v_removed  integer := 0;
+begin
+  perform upload_pipeline.hold_models();
+  for v_retired in
+    update upload_pipeline.embedding_models m set status = 'retired', retire_at = null
+     where m.status = 'retiring' and m.retire_at <= v_now
+    returning m.model
+  loop
+    perform upload_pipeline.note_model_change(v_retired, 'retired');
+  end loop;
+
+  select m.model into v_active from upload_pipeline.embedding_models m where m.status = 'active';
+  for v_document in
+    select distinct p.document_id
+      from (select s.document_id from upload_pipeline.chunk_vectors s where s.embed_model = v_active limit p_limit) p
+     order by 1
+  loop
+    perform from upload_pipeline.documents d where d.document_id = v_document for no key update skip locked;
+    continue when not found;
+    with home as (
+      delete from upload_pipeline.chunk_vectors s
+       where s.document_id = v_document and s.embed_model = v_active
+      returning s.chunk_id, s.embedding
+    ), kept as (
+      insert into upload_pipeline.chunk_vectors (chunk_id, embed_model, document_id, embedding, created_at)
+      select c.chunk_id, c.embed_model, c.document_id, c.embedding, v_now
+        from home h
+        join upload_pipeline.document_chunks c on c.chunk_id = h.chunk_id and c.embed_model <> v_active
+        join upload_pipeline.embedding_models m on m.model = c.embed_model and m.status <> 'retired'
+      on conflict (chunk_id, embed_model) do nothing
+    )
+    update upload_pipeline.document_chunks c set embedding = h.embedding, embed_model = v_active
+      from home h where c.chunk_id = h.chunk_id;
+    get diagnostics v_part = row_count;
+    v_moved := v_moved + v_part;
+    update upload_pipeline.documents d set embed_model = v_active
+     where d.document_id = v_document and d.embed_model <> v_active;
+    exit when v_moved >= p_limit;
+  end loop;
+
+  for v_retired in select m.model from upload_pipeline.embedding_models m where m.status = 'retired' loop
+    delete from upload_pipeline.chunk_vectors s
+     using (select g.chunk_id from upload_pipeline.chunk_vectors g
+             where g.embed_model = v_retired limit p_limit for update skip locked) g
+     where s.chunk_id = g.chunk_id and s.embed_model = v_retired;
+    get diagnostics v_part = row_count;
+    v_removed := v_removed + v_part;
+    delete from upload_pipeline.document_vector_buffer b
+     using (select g.chunk_id from upload_pipeline.document_vector_buffer g
+             where g.embed_model = v_retired limit p_limit for update skip locked) g
+     where b.chunk_id = g.chunk_id and b.embed_model = v_retired;
+  end loop;
+  return query select v_moved, v_removed;
 end
 $$;
 
@@ -4206,7 +4798,7 @@ $$;
 create index upload_jobs_waiting on upload_pipeline.upload_jobs (user_id) where state = 'retryable';
 
 -- How many jobs of a user have not ended, counted to p_limit at most: each state by its own index, whatever the number
--- of jobs that have ended, or are other users'.
+-- of jobs that have ended, or are other users'. Filling a model is no job that the user asked for.
 create function upload_pipeline.count_open_jobs(p_user_id uuid, p_limit integer)
 returns integer
 language plpgsql
@@ -4222,15 +4814,17 @@ declare
 begin
   select count(*) into v_count
     from (select from upload_pipeline.upload_jobs j
-           where j.state = 'retryable' and j.user_id = p_user_id limit p_limit) j;
-  for v_pool in select distinct s.pool from upload_pipeline.stages s loop
+           where j.state = 'retryable' and j.user_id = p_user_id and j.pipeline <> 'reembed' limit p_limit) j;
+  for v_pool in select distinct s.pool from upload_pipeline.stages s where s.pipeline <> 'reembed' loop
     select count(*) into v_part
       from (select from upload_pipeline.upload_jobs j
-             where j.state = 'queued' and j.pool = v_pool and j.user_id = p_user_id limit p_limit) j;
+             where j.state = 'queued' and j.pool = v_pool and j.user_id = p_user_id and j.pipeline <> 'reembed'
+             limit p_limit) j;
     v_count := v_count + v_part;
     select count(*) into v_part
       from (select from upload_pipeline.upload_jobs j
-             where j.state = 'working' and j.pool = v_pool and j.user_id = p_user_id limit p_limit) j;
+             where j.state = 'working' and j.pool = v_pool and j.user_id = p_user_id and j.pipeline <> 'reembed'
+             limit p_limit) j;
     v_count := v_count + v_part;
   end loop;
   return least(v_count, p_limit);
@@ -4268,7 +4862,8 @@ create unlogged table upload_pipeline.admissions (
   constraint admissions_bytes check (bytes >= 0)
 );
 
--- The bytes of the jobs at work now. Read from the partial index of working jobs, of which there are few.
+-- The bytes of the jobs at work now. Read from the partial index of working jobs, of which there are few. Who fills a
+-- model opens no file.
 create function upload_pipeline.bytes_at_work()
 returns bigint
 language sql
@@ -4284,7 +4879,7 @@ as $$
     from upload_pipeline.upload_jobs j
     left join upload_pipeline.documents d on d.document_id = j.document_id
     left join upload_pipeline.photos p on p.photo_id = j.photo_id
-   where j.state = 'working'
+   where j.state = 'working' and j.pipeline <> 'reembed'
 $$;
 
 -- Admits a request of p_bytes, or does not, and says what is in use then. Exact: one call at a time, each with the rows
@@ -5459,6 +6054,12 @@ $$;
 --              heading weighs 1.5 times one in the text (ts_rank's own default, ten times, finds a quarter fewer answers),
 --              and ts_rank is divided by 1 + log(length)
 --   p_filter   a document's metadata must contain this object
+--   p_model    the active model, or one that was until lately (its vectors are there for a grace time; documents that came
+--              since are found by words only). Any other raises UP002: its vectors are not there, or not all of them
+--
+-- A vector stands in the chunk's row or, for a while after a change of models, in `chunk_vectors`. It is looked up there,
+-- by its key, for those chunks only whose own vector is another model's: a join would be asked for each chunk always, and
+-- in which way would hang on statistics of a table that is empty most of the time.
 create function upload_pipeline.search_chunks(
   p_query        text,
   p_embedding    extensions.vector,
@@ -5513,6 +6114,14 @@ begin
   if p_mode <> 'text' and p_embedding is null then
     raise exception 'p_embedding is null, mode "%" needs the query''s vector', p_mode using errcode = '22023';
   end if;
+  if p_mode <> 'text'
+     and not exists (select from upload_pipeline.embedding_models m
+                      where m.model = p_model and m.status in ('active', 'retiring'))
+     and exists (select from upload_pipeline.embedding_models m where m.status = 'active') then
+    raise exception 'vectors of "%" do not serve searches, those of "%" do', p_model, (
+        select m.model from upload_pipeline.embedding_models m where m.status = 'active')
+      using errcode = 'UP002', hint = 'Embed the query with the active model.';
+  end if;
 
   return query
   with term as materialized (
@@ -5522,8 +6131,11 @@ begin
     -- Most chunks are done with at the first look, whether any word is there. For the others each word of the query is
     -- looked for; `ts_delete` of nothing and `offset 0` have a chunk's words read once where they lie out of line.
     select c.chunk_id,
-           case when p_mode <> 'text' and c.embed_model = p_model
-                then 1 - (c.embedding operator(extensions.<=>) p_embedding) end as similarity,
+           case when p_mode <> 'text'
+                then 1 - (case when c.embed_model = p_model then c.embedding
+                               else (select s.embedding from upload_pipeline.chunk_vectors s
+                                      where s.chunk_id = c.chunk_id and s.embed_model = p_model) end
+                          operator(extensions.<=>) p_embedding) end as similarity,
            case when c.search_vector @@ v_any then array(
              select case when w.words @@ t.query
                          then ts_rank(array[0.1, 0.1, 0.1, 0.15]::real[], w.words, t.query, 1) end
@@ -6095,6 +6707,40 @@ select d.document_id, d.user_id, d.filename, d.file_bytes, d.media_type, d.creat
                     where n.document_id = j.document_id and n.pipeline = 'document' and n.seq > j.seq)
   left join upload_pipeline.job_outcomes o on o.job_id = j.job_id;
 
+-- The embedding models, and how far the one is that is being filled. `chunks_per_second` is the rate of the last five
+-- minutes; the time left follows from it. `failed_documents` are those whose job has failed for good since it was added.
+create view upload_pipeline.model_overview with (security_invoker = true) as
+select m.model, m.provider, m.dimensions, m.status, m.paused, m.created_at, m.building_since, m.activated_at, m.retire_at,
+       live.chunks, live.chunks - lacking.chunks as filled_chunks, lacking.chunks as lacking_chunks, lacking.documents as lacking_documents,
+       stored.vectors, rate.chunks_per_second,
+       case when m.status = 'building' and not m.paused and rate.chunks_per_second > 0
+            then make_interval(secs => lacking.chunks / rate.chunks_per_second) end as time_left,
+       jobs.open_jobs, jobs.failed_documents
+  from upload_pipeline.embedding_models m
+ cross join lateral (
+   select count(*) as chunks from upload_pipeline.document_chunks c
+     join upload_pipeline.documents d on d.document_id = c.document_id
+    where c.live and d.deleted_at is null) live
+ cross join lateral (
+   select count(*) as chunks, count(distinct c.document_id) as documents from upload_pipeline.document_chunks c
+     join upload_pipeline.documents d on d.document_id = c.document_id
+    where c.live and d.deleted_at is null and c.embed_model <> m.model
+      and not exists (select from upload_pipeline.chunk_vectors s where s.chunk_id = c.chunk_id and s.embed_model = m.model)) lacking
+ cross join lateral (
+   select (select count(*) from upload_pipeline.document_chunks c where c.embed_model = m.model)
+          + (select count(*) from upload_pipeline.chunk_vectors s where s.embed_model = m.model) as vectors) stored
+  left join lateral (
+   select count(s.chunk_id) / nullif(extract(epoch from upload_pipeline.now() - w.since), 0)::double precision as chunks_per_second
+     from (select greatest(m.building_since, upload_pipeline.now() - interval '5 minutes') as since) w
+     left join upload_pipeline.chunk_vectors s on s.embed_model = m.model and s.created_at >= w.since
+    where m.status = 'building'
+    group by w.since) rate on true
+ cross join lateral (
+   select count(*) filter (where j.finished_at is null) as open_jobs,
+          count(distinct j.document_id) filter (where j.state = 'deadletter' and j.finished_at >= m.building_since) as failed_documents
+     from upload_pipeline.upload_jobs j
+    where j.pipeline = 'reembed' and m.status = 'building') jobs;
+
 -- sql/schema/08_policies.sql
 
 -- Row-level security and grants. Users read their own rows; buffers, lanes and workers are not theirs to read; nobody
@@ -6117,14 +6763,14 @@ begin
     'document_vector_buffer', 'document_chunks', 'document_nodes', 'document_edges', 'workers',
     'stage_durations', 'policies', 'batches', 'batch_members', 'processing_records', 'provider_budgets',
     'provider_reservations', 'usage_records', 'organizations', 'organization_members', 'projects', 'photos', 'parse_submissions',
-    'photo_detection_requests']
+    'photo_detection_requests', 'chunk_vectors']
   loop
     execute format('create policy %I on upload_pipeline.%I for select to upload_worker using (true)', v_table || '_worker', v_table);
     execute format('grant select on upload_pipeline.%I to upload_worker, service_role', v_table);
   end loop;
 
   foreach v_table in array array[
-    'upload_jobs', 'job_outcomes', 'events', 'document_nodes', 'document_edges', 'policies', 'batches', 'batch_members',
+    'job_outcomes', 'events', 'document_nodes', 'document_edges', 'policies', 'batches', 'batch_members',
     'usage_records']
   loop
     execute format(
@@ -6156,9 +6802,13 @@ end
 $$;
 create policy photos_member on upload_pipeline.photos for select to authenticated
   using (organization_id = any ((select upload_pipeline.member_organizations())::uuid[]) and deleted_at is null);
+-- filling a model is nothing that a user asked for, or can act on
+create policy upload_jobs_owner on upload_pipeline.upload_jobs for select to authenticated
+  using (user_id = (select auth.uid()) and pipeline <> 'reembed');
 create policy stages_reader on upload_pipeline.stages for select to authenticated using (true);
-grant select on upload_pipeline.documents, upload_pipeline.document_chunks, upload_pipeline.stages, upload_pipeline.photos
-  to authenticated;
+grant select on upload_pipeline.documents, upload_pipeline.document_chunks, upload_pipeline.upload_jobs, upload_pipeline.stages,
+  upload_pipeline.photos to authenticated;
+grant select on upload_pipeline.model_overview to upload_worker, service_role;
 grant select on upload_pipeline.job_overview, upload_pipeline.queue_depth, upload_pipeline.upload_history,
   upload_pipeline.batch_overview, upload_pipeline.batch_member_overview,
   upload_pipeline.usage_by_user, upload_pipeline.usage_by_day, upload_pipeline.usage_by_model to authenticated, upload_worker, service_role;
@@ -6187,7 +6837,8 @@ begin
                              'check_no_stranger', 'look_for_upload', 'resume_upload_job', 'move_session_documents',
                              'forget_session_document', 'lock_budget', 'job_cost', 'note_photo_status', 'lock_photo_job',
                              'start_photo_deletion', 'check_owner', 'check_vectors', 'today', 'touch_vectors',
-                             'move_user_vectors', 'note_parse', 'set_detections', 'detection_results')
+                             'move_user_vectors', 'note_parse', 'set_detections', 'detection_results', 'hold_models',
+                             'lacks_vectors', 'note_model_change', 'pending_chunks', 'place_vectors')
   loop
     execute format('grant execute on function %s to upload_worker, service_role', v_function);
   end loop;
