@@ -1,5 +1,6 @@
 -- Lets users' own tokens sign URLs for their files in a bucket of Supabase Storage: each may add and read
--- raw/<user>/<document>, and change or remove nothing. Workers and the service need no policy, their S3 keys pass them all.
+-- raw/<user>/<document>, and change or remove nothing. Where the pipeline's own schema is in the same database, members of an
+-- organisation may also add photos to its projects, <project>/<yyyy>/<mm>/<dd>/<photo>.jpg or .png. Workers and the service need no policy, their S3 keys pass them all.
 --
 -- Write your bucket and prefix below, then run it in the project's SQL editor, or with
 --   psql "$UPLOAD_PIPELINE_MIGRATION_DATABASE_URL" -f sql/supabase/storage_policies.sql
@@ -8,6 +9,7 @@ do $$
 declare
   v_bucket constant text := 'upload-pipeline';  -- the bucket that UPLOAD_PIPELINE_STORAGE_URL names
   v_prefix constant text := '';                 -- what follows the bucket there, as claims/2026; empty where nothing does
+  v_lead   constant text := case v_prefix when '' then '' else v_prefix || '/' end;
   v_rule   text;
 begin
   if to_regclass('storage.objects') is null then
@@ -24,5 +26,19 @@ begin
   drop policy if exists upload_pipeline_read_own on storage.objects;
   execute format('create policy upload_pipeline_add_own on storage.objects for insert to authenticated with check (%s)', v_rule);
   execute format('create policy upload_pipeline_read_own on storage.objects for select to authenticated using (%s)', v_rule);
+  drop policy if exists upload_pipeline_add_photo on storage.objects;
+  if to_regclass('upload_pipeline.projects') is null then
+    return;
+  end if;
+  -- Read they are by URLs of the service: a project may hand out copies only.
+  v_rule := format(
+    $rule$bucket_id = %1$L and starts_with(name, %2$L)
+      and substr(name, %3$s) ~ '^[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}/\d{4}/\d{2}/\d{2}/[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}\.(jpg|png)$'
+      and exists (
+        select from upload_pipeline.organization_members m
+          join upload_pipeline.projects p on p.organization_id = m.organization_id
+         where m.user_id = (select auth.uid()) and m.role <> 'viewer' and p.project_id::text = substr(objects.name, %3$s, 36))$rule$,
+    v_bucket, v_lead, length(v_lead) + 1);
+  execute format('create policy upload_pipeline_add_photo on storage.objects for insert to authenticated with check (%s)', v_rule);
 end
 $$;

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from datetime import date
 from pathlib import Path
 from typing import Any
 from uuid import UUID, uuid4
@@ -13,6 +14,7 @@ import pytest
 from postgres_servers import Database
 
 from upload_pipeline.storage.keys import raw_key
+from upload_pipeline.storage.photo_keys import photo_key, shared_key, thumbnail_key
 
 POLICIES = (Path(__file__).parents[2] / "sql" / "supabase" / "storage_policies.sql").read_text()
 BUCKET = "upload-pipeline"
@@ -95,6 +97,32 @@ def test_nobody_changes_or_removes_anything(storage: psycopg.Connection[Any]) ->
 def test_other_names_are_refused(storage: psycopg.Connection[Any], name: str) -> None:
     with pytest.raises(psycopg.errors.InsufficientPrivilege):
         add(storage, USER, name)
+
+
+def test_a_member_adds_photos_to_the_organisations_projects_and_reads_none(storage: psycopg.Connection[Any]) -> None:
+    viewer = uuid4()
+    (organization,) = storage.execute("select upload_pipeline.add_organization('roofs')").fetchone() or ()
+    for user, role in ((USER, "owner"), (viewer, "viewer")):
+        storage.execute("select upload_pipeline.set_member(%s, %s, %s)", [organization, user, role])
+    (project,) = storage.execute("select upload_pipeline.add_project(%s, 'elm')", [organization]).fetchone() or ()
+    photo = photo_key(project, date(2026, 11, 21), FILE, "image/png")
+    for user, name in (
+        (OTHER, photo),
+        (viewer, photo),
+        (USER, photo_key(uuid4(), date(2026, 11, 21), FILE, "image/png")),
+        (USER, thumbnail_key(photo)),
+        (USER, shared_key(photo)),
+        (USER, f"{project}/{FILE}.png"),
+        (USER, f"other/{photo}"),
+    ):
+        with pytest.raises(psycopg.errors.InsufficientPrivilege):
+            add(storage, user, name)
+    add(storage, USER, photo)
+    assert as_caller(storage, USER, "select name from storage.objects") == []
+    storage.execute(POLICIES.replace("text := '';  ", "text := 'claims/2026';  ").encode())
+    add(storage, USER, f"claims/2026/{photo}")
+    with pytest.raises(psycopg.errors.InsufficientPrivilege):
+        add(storage, USER, photo_key(project, date(2026, 11, 22), FILE, "image/png"))
 
 
 def test_other_buckets_and_nobody_are_refused(storage: psycopg.Connection[Any]) -> None:

@@ -6,7 +6,7 @@ import asyncio
 import os
 import time
 from collections.abc import AsyncIterator
-from datetime import timedelta
+from datetime import date, timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,10 +17,11 @@ import pytest
 from probe_world import ProbeWorld, until_true
 from structlog.testing import capture_logs
 
-from upload_pipeline.database import documents, queue
+from upload_pipeline.database import documents, photos, queue
 from upload_pipeline.database.batches import RefusedFile, create_batch
 from upload_pipeline.errors import ErrorCode, PipelineError
 from upload_pipeline.storage.keys import markdown_key, parser_output_key, raw_key
+from upload_pipeline.storage.photo_keys import photo_key, photo_keys
 from upload_pipeline.storage.store import ObjectStore, open_store
 from upload_workers import upkeep
 from upload_workers.upkeep import Upkeep, maintain
@@ -101,6 +102,85 @@ async def test_deletion_that_a_crash_cut_short_is_finished(
     assert report.deletions_finished == 1
     assert await present(store, keys) == [False] * 3
     assert await world.admin.fetchval("select count(*) from upload_pipeline.documents") == 0
+
+
+async def stored_photo(world: ProbeWorld, store: ObjectStore, *, row: bool = True) -> tuple[UUID, list[str]]:
+    """A photo with every object that it can have; or, without the row, what came after its deletion."""
+    user, photo = uuid4(), uuid4()
+    organization = await world.admin.fetchval("select upload_pipeline.add_organization($1)", f"office {user}")
+    await world.admin.execute("select upload_pipeline.set_member($1, $2, 'owner')", organization, user)
+    project = await world.admin.fetchval("select upload_pipeline.add_project($1, 'roofs')", organization)
+    raw = photo_key(project, date(2026, 11, 21), photo, "image/jpeg")
+    keys = list(photo_keys(raw))
+    for key in keys:
+        await store.put_bytes(key, b"bytes")
+    if row:
+        await photos.reserve_photo(
+            world.admin,
+            photo_id=photo,
+            user_id=user,
+            project_id=project,
+            file_name="roof.jpg",
+            media_type="image/jpeg",
+            file_bytes=5,
+            raw_key=raw,
+            window=timedelta(minutes=20),
+        )
+    return photo, keys
+
+
+async def test_orphans_of_photos_go_and_photos_stay(
+    world: ProbeWorld, pool: asyncpg.Pool, store: ObjectStore, scratch: Path
+) -> None:
+    _, kept = await stored_photo(world, store)
+    _, _, document = await stored_document(world, store)
+    _, orphaned = await stored_photo(world, store, row=False)
+    # a grace beyond the photo's deadline, so that the photo itself does not expire
+    report = await maintain(pool, store, scratch, orphan_grace=NOW, session_grace=timedelta(days=1))
+    assert (report.orphans_removed, report.photos_expired) == (3, 0)
+    assert await present(store, kept + document) == [True] * 6
+    assert await present(store, orphaned) == [False] * 3
+
+
+async def test_photos_that_never_came_go_with_whatever_came_too_late(
+    world: ProbeWorld, pool: asyncpg.Pool, store: ObjectStore, scratch: Path
+) -> None:
+    _, late = await stored_photo(world, store)
+    seen, kept = await stored_photo(world, store)
+    await photos.announce_photo(pool, seen, "uploaded")
+
+    async def round_of(grace: timedelta) -> int:
+        report = await maintain(pool, store, scratch, orphan_grace=grace, session_grace=timedelta(days=1))
+        return report.photos_expired
+
+    await world.admin.execute("update upload_pipeline.photos set upload_deadline = now() - interval '30 minutes'")
+    assert await round_of(timedelta(hours=1)) == 0
+    assert await round_of(timedelta(minutes=20)) == 1
+    assert await round_of(timedelta(minutes=20)) == 0
+    assert await present(store, late) == [False] * 3
+    assert await present(store, kept) == [True] * 3
+    assert await world.admin.fetchval("select array_agg(photo_id) from upload_pipeline.upload_jobs") == [seen]
+
+
+@pytest.mark.parametrize("removed_before_the_crash", [0, 1, 3])
+async def test_a_photos_deletion_that_a_crash_cut_short_is_finished(
+    world: ProbeWorld, pool: asyncpg.Pool, store: ObjectStore, scratch: Path, removed_before_the_crash: int
+) -> None:
+    photo, keys = await stored_photo(world, store)
+    _, kept = await stored_photo(world, store)
+    await photos.begin_deletion(pool, photo)
+    await store.delete(keys[:removed_before_the_crash])
+
+    async def round_of() -> int:
+        hour = timedelta(hours=1)
+        return (await maintain(pool, store, scratch, orphan_grace=hour, session_grace=hour)).deletions_finished
+
+    assert await round_of() == 0  # under way elsewhere, for all that we know
+    await world.admin.execute("update upload_pipeline.photos set deleted_at = deleted_at - interval '2 minutes'")
+    assert await round_of() == 1
+    assert await present(store, keys) == [False] * 3
+    assert await present(store, kept) == [True] * 3
+    assert await world.admin.fetchval("select count(*) from upload_pipeline.upload_jobs") == 1
 
 
 async def test_temporary_files_of_killed_processes_go_and_young_ones_stay(

@@ -4,19 +4,27 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
+from math import floor
 from typing import TYPE_CHECKING
 from uuid import UUID
 
+import structlog
+
 from upload_pipeline.api.public_urls import public_url
+from upload_pipeline.errors import ErrorCode, PipelineError
 from upload_pipeline.storage.signed_urls import Grant
 
 if TYPE_CHECKING:
     from fastapi import Request
 
+    from upload_pipeline.api.principals import Principal
     from upload_pipeline.api.resources import Resources
     from upload_pipeline.database.member_photos import MemberPhoto
     from upload_pipeline.intake.photos import PhotoAnnouncement
+    from upload_pipeline.storage.objects import SignedUrl
 
+
+log = structlog.get_logger(__name__)
 
 THUMBNAIL_TYPE = "image/jpeg"
 
@@ -37,30 +45,57 @@ class PhotoTarget:
 
 
 async def sign_photo_target(
-    request: Request, resources: Resources, announced: PhotoAnnouncement, *, photo_id: UUID, raw_key: str
+    request: Request,
+    resources: Resources,
+    principal: Principal,
+    announced: PhotoAnnouncement,
+    *,
+    photo_id: UUID,
+    raw_key: str,
 ) -> PhotoTarget:
     """Where the bytes of a photo may be sent, where there is room for them.
+
+    A store that asks its own policies about the caller (Supabase) and refuses gives no URL: then it is this service's,
+    which has seen that the caller may.
 
     Raises:
         PipelineError: `STORAGE_UNAVAILABLE`, `STORAGE_DENIED`, `INSUFFICIENT_STORAGE`.
     """
     seconds = round(resources.settings.upload_url_seconds)
-    life = timedelta(seconds=seconds)
+    expires_at = datetime.now(UTC) + timedelta(seconds=seconds)
     await resources.store.require_room(floor=resources.settings.min_free_bytes, expected=announced.file_bytes)
-    signed = await resources.store.sign_put(
-        raw_key, media_type=announced.media_type, file_bytes=announced.file_bytes, expires_in=life
-    )
+    signed = await _sign_put(resources, announced, raw_key, timedelta(seconds=seconds), principal.token)
     if signed is not None:
-        return PhotoTarget(signed.url, {name.title(): value for name, value in signed.headers.items()}, seconds)
+        headers = {name.title(): value for name, value in signed.headers.items()}
+        earlier = min(expires_at, signed.expires_at or expires_at) - expires_at
+        return PhotoTarget(signed.url, headers, seconds + floor(earlier.total_seconds()))
     grant = Grant(
         "PUT",
         photo_id,
         raw_key,
-        datetime.now(UTC) + life,
+        expires_at,
         file_bytes=announced.file_bytes,
         media_type=announced.media_type,
     )
     return PhotoTarget(_own_url(request, resources, grant), {"Content-Type": announced.media_type}, seconds)
+
+
+async def _sign_put(
+    resources: Resources, announced: PhotoAnnouncement, raw_key: str, life: timedelta, token: str | None
+) -> SignedUrl | None:
+    try:
+        return await resources.store.sign_put(
+            raw_key,
+            media_type=announced.media_type,
+            file_bytes=announced.file_bytes,
+            expires_in=life,
+            caller_token=token,
+        )
+    except PipelineError as error:
+        if token is None or error.code is not ErrorCode.STORAGE_DENIED:
+            raise
+        log.warning("caller_refused_by_store", key=raw_key, error=error.message)
+        return None
 
 
 async def thumbnail_url(request: Request, resources: Resources, photo: MemberPhoto) -> str | None:

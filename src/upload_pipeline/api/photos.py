@@ -74,7 +74,7 @@ async def create_photo_upload(
     raw_key = intake.new_photo_key(announced, photo_id)
     # before there is a row: what the store refuses leaves nothing
     target = await intake.with_store(
-        lambda: sign_photo_target(request, resources, announced, photo_id=photo_id, raw_key=raw_key)
+        lambda: sign_photo_target(request, resources, principal, announced, photo_id=photo_id, raw_key=raw_key)
     )
     reserved = await intake.reserve_photo(
         resources.intake,
