@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
+import asyncpg
 import httpx
 import pytest
-from live_service import LiveService, follow, new_user, running_service, service_settings
 from s3_servers import S3Server
 
+from tests.api.live_service import LiveService, follow, new_user, running_service, service_settings
+from tests.api.photo_rows import JPEG, add_office, announce
 from upload_pipeline.errors import ErrorCode, PipelineError
 from upload_pipeline.settings import Settings
 from upload_pipeline.storage.configured import configured_store
@@ -99,7 +101,12 @@ async def announce_and_send(service: LiveService, client: httpx.AsyncClient, con
 
 
 async def test_the_service_and_a_worker_do_all_they_do_with_the_printed_policies(
-    database: Any, tmp_path: Path, s3_server: S3Server, s3_bucket: str, monkeypatch: pytest.MonkeyPatch
+    database: Any,
+    admin: asyncpg.Connection,
+    tmp_path: Path,
+    s3_server: S3Server,
+    s3_bucket: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     settings = settings_of(database, tmp_path, s3_bucket, max_file_bytes=9 * MEGABYTE)
     api = become(s3_server, monkeypatch, settings, "api")
@@ -113,11 +120,19 @@ async def test_the_service_and_a_worker_do_all_they_do_with_the_printed_policies
         huge = await client.post(UPLOAD, content=huge_form(12), headers=form_of)
         assert huge.status_code == 413
         told = await announce_and_send(service, client, TEXT)
+        office = await add_office(admin)
+        photos = service.client(office.admin)
+        shot = await announce(photos, office.project_id)
+        async with httpx.AsyncClient() as outside:
+            sent = await outside.put(shot["upload_url"], content=JPEG, headers=shot["headers"])
+            assert sent.status_code == 200, sent.text
+        path = f"/api/v1/photos/{shot['photo_id']}"
+        assert (await photos.patch(f"{path}/status", json={"status": "uploaded"})).status_code == 200
 
         worker = become(s3_server, monkeypatch, settings, "workers")
         async with running_worker(settings, settings.database_url.get_secret_value()):
-            for job in (form.json()["job_id"], told["job_id"]):
-                assert (await follow(client, job))[-1].data == {"state": "done"}
+            for caller, job in ((client, form.json()["job_id"]), (client, told["job_id"]), (photos, shot["upload_id"])):
+                assert (await follow(caller, job))[-1].data == {"state": "done"}
         store = configured_store(settings)
         photo = photo_key(uuid4(), date(2026, 11, 21), uuid4(), "image/jpeg")
         for key in (parser_output_key(uuid4(), uuid4()), photo):
@@ -131,21 +146,22 @@ async def test_the_service_and_a_worker_do_all_they_do_with_the_printed_policies
         assert (await client.get(f"{document}/markdown")).status_code == 200
         assert (await client.delete(document)).status_code == 204
 
-        for photos in (service.resources.store, store):
-            await photos.put_bytes(photo, b"a photo")
-            assert await photos.get_bytes(photo, 7) == b"a photo"
-            await photos.delete([photo])
+        shown = (await photos.get(shot["status_url"])).json()
+        async with httpx.AsyncClient() as outside:
+            assert (await outside.get(shown["thumbnail_url"])).status_code == 200
+        assert (await photos.delete(path)).status_code == 204
 
         # What is left belongs to nobody any more: a sweep may look at all of it and remove it.
         other = configured_store(settings)
         await other.put_bytes(incoming_key(uuid4()), b"an upload that never ended")
+        await other.put_bytes(photo, b"nobody's")
 
         async def nobody(document_ids: list[Any]) -> set[Any]:
             return set()
 
         later = datetime.now(UTC) + timedelta(hours=2)
         swept = await sweep(other, nobody, now=later, grace=timedelta(hours=1))
-        assert swept.objects == 4
+        assert swept.objects == 5
     for key_id, process in ((api, "api"), (worker, "workers")):
         assert used_of(s3_server, key_id, granted(settings, process)) == granted(settings, process), process
 

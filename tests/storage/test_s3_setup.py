@@ -118,6 +118,30 @@ async def test_a_server_that_fails_is_asked_again(
     assert "127.0.0.1:9" in caught.value.message
 
 
+async def test_two_setups_at_once_do_not_disturb_each_other(
+    proxy: Proxy, wanted: Wanted, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def at_once(seconds: float) -> None: ...
+
+    monkeypatch.setattr(s3_admin.asyncio, "sleep", at_once)
+    busy = (
+        409,
+        "<Error><Code>OperationAborted</Code><Message>A conflicting operation is in progress</Message></Error>",
+    )
+    proxy.spoil = answering("versioning", "PUT", busy, busy)
+    assert (await look(wanted, mend=True))["versioning"].state == "changed"
+
+    async def made_meanwhile(request: web.Request, seen: Passed, before: int) -> web.Response | None:
+        if seen.query or seen.method != "PUT":
+            return None
+        await request.read()
+        return web.Response(status=409, text="<Error><Code>BucketAlreadyOwnedByYou</Code></Error>")
+
+    proxy.spoil = made_meanwhile
+    parts = await look(replace(wanted, bucket=Bucket(f"made-{uuid4()}", "")), mend=True)
+    assert parts["bucket"].state == "ok"
+
+
 async def test_a_bucket_of_somebody_elses_name_is_told(proxy: Proxy, wanted: Wanted) -> None:
     taken = "<Error><Code>BucketAlreadyExists</Code><Message>Take another name</Message></Error>"
 

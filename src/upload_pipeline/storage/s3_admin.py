@@ -120,8 +120,9 @@ class BucketAdmin:
             else:
                 if status < 300:
                     return answer
-                # 501 is an answer: trying again changes nothing.
-                if status not in (429, 500, 502, 503, 504) or pause is None:
+                # 501 is an answer: trying again changes nothing. A change that meets another one is put off (409).
+                passing = status in (429, 500, 502, 503, 504) or b"<Code>OperationAborted</Code>" in answer
+                if not passing or pause is None:
                     raise self._refused(action, status, answer)
             await asyncio.sleep(pause)
         raise AssertionError("unreachable: the last try returns or raises")

@@ -46,6 +46,8 @@ async def _bucket(admin: BucketAdmin, wanted: Wanted, *, mend: bool) -> StorePar
     except NotOffered:
         return StorePart("bucket", "ok", f"{name}: the server does not tell where it is")
     except Refused as error:
+        if error.code == "BucketAlreadyOwnedByYou":  # another setup was faster
+            return StorePart("bucket", "ok", f"{name} exists in {wanted.region}")
         return _refused("bucket", error, "s3:CreateBucket" if mend else "s3:GetBucketLocation")
     return StorePart("bucket", "changed", f"{name} made in {wanted.region}")
 
