@@ -15,7 +15,8 @@ from s3_servers import S3Server
 
 from upload_pipeline.errors import ErrorCode, PipelineError
 from upload_pipeline.storage import s3_admin
-from upload_pipeline.storage.bucket_parts import TLS_SID, Wanted
+from upload_pipeline.storage.bucket_access import TLS_SID
+from upload_pipeline.storage.bucket_part import Wanted
 from upload_pipeline.storage.encryption import Encryption
 from upload_pipeline.storage.s3_admin import open_admin
 from upload_pipeline.storage.s3_policies import Place, process_policy
@@ -140,6 +141,14 @@ async def test_two_setups_at_once_do_not_disturb_each_other(
     proxy.spoil = made_meanwhile
     parts = await look(replace(wanted, bucket=Bucket(f"made-{uuid4()}", "")), mend=True)
     assert parts["bucket"].state == "ok"
+
+
+async def test_the_longest_prefix_has_rules_too(wanted: Wanted) -> None:
+    deep = replace(wanted, bucket=replace(wanted.bucket, prefix="p" * 512), origins=("https://a.example.com",))
+    assert (await look(deep, mend=True))["life cycle"].state == "changed"
+    assert {part.state for part in (await look(deep, mend=True)).values()} == {"ok"}
+    assert len(deep.own) < 255 - len(": versions")
+    assert deep.own != replace(deep, bucket=replace(deep.bucket, prefix="q" * 512)).own
 
 
 async def test_a_bucket_of_somebody_elses_name_is_told(proxy: Proxy, wanted: Wanted) -> None:

@@ -1,12 +1,17 @@
-"""Makes a bucket as `bucket_parts` wants it, or says in which parts it is not."""
+"""Makes a bucket as it is wanted, or says in which parts it is not."""
 
 from __future__ import annotations
 
-from upload_pipeline.storage.bucket_parts import PARTS, Part, Wanted
+from upload_pipeline.storage.bucket_access import ACCESS
+from upload_pipeline.storage.bucket_keeping import KEEPING
+from upload_pipeline.storage.bucket_part import Part, Wanted
 from upload_pipeline.storage.s3_admin import BucketAdmin, NotOffered, Refused
 from upload_pipeline.storage.s3_failures import MISSING_BUCKET
 from upload_pipeline.storage.s3_xml import node, parse, render
 from upload_pipeline.storage.store_findings import StorePart
+
+PARTS = (*ACCESS, *KEEPING)
+"""Of a bucket's configuration."""
 
 _FIRST_REGION = "us-east-1"
 """The one region whose name S3 does not want to hear when a bucket is made there, nor gives back."""

@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from upload_pipeline.errors import PipelineError
-from upload_pipeline.storage.bucket_parts import PARTS, Wanted
+from upload_pipeline.storage.bucket_part import Wanted
 from upload_pipeline.storage.configured import configured_encryption, configured_store
 from upload_pipeline.storage.free_space import free_bytes
 from upload_pipeline.storage.local_tree import DIRECTORY_MODE, make_root
 from upload_pipeline.storage.s3 import bucket_region
 from upload_pipeline.storage.s3_admin import open_admin
 from upload_pipeline.storage.s3_policies import RIGHTS, Place, owner_policy, process_policy
-from upload_pipeline.storage.s3_setup import look_at_bucket
+from upload_pipeline.storage.s3_setup import PARTS, look_at_bucket
 from upload_pipeline.storage.store_findings import StorePart, all_well
 from upload_pipeline.storage_address import Bucket, Directory, parse_storage_url
 
