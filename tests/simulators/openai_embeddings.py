@@ -117,7 +117,7 @@ class OpenAISimulator(OpenAIServer):
         if refused is not None:
             return refused
         inputs = [body["input"]] if isinstance(body["input"], str) else body["input"]
-        counts = [count_tokens(text) for text in inputs]
+        counts = [self.count(text) for text in inputs]
         tokens = sum(counts)
         self.books.largest_inputs = max(self.books.largest_inputs, len(inputs))
         self.books.largest_tokens = max(self.books.largest_tokens, tokens)
@@ -145,7 +145,11 @@ class OpenAISimulator(OpenAIServer):
         if fault == Fault.DROPPED and request.transport is not None:
             request.transport.abort()
         self.books.answered += not gone and fault != Fault.DROPPED
-        return self._vectors(body, inputs, tokens, fault)
+        return self.vectors(body, inputs, tokens, fault)
+
+    def count(self, text: str) -> int:
+        """Tokens of a text."""
+        return count_tokens(text)
 
     def _fault_of(self, inputs: list[str]) -> tuple[str | None, float | None]:
         for marker, fault in self.poison.items():
@@ -157,7 +161,8 @@ class OpenAISimulator(OpenAIServer):
         markers = [marker for marker, poison in self.poison.items() if poison is fault]
         return [text for text in inputs if any(marker in text for marker in markers)]
 
-    def _vectors(self, body: dict[str, Any], inputs: list[str], tokens: int, fault: str | None) -> web.Response:
+    def vectors(self, body: dict[str, Any], inputs: list[str], tokens: int, fault: str | None) -> web.Response:
+        """The answer to what was paid for, or what the fault makes of it."""
         dimensions = body.get("dimensions") or NATIVE_DIMENSIONS[body["model"]]
         vectors = [vector_of(text, dimensions) for text in inputs]
         if fault == Fault.NAN:

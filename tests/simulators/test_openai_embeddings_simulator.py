@@ -9,6 +9,7 @@ import sys
 from base64 import b64decode
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import numpy as np
@@ -16,6 +17,7 @@ import openai
 import pytest
 
 from tests.simulators.openai_embeddings import KEY, OpenAISimulator, count_tokens, vector_of
+from tests.simulators.swift_embeddings import SwiftEmbeddings
 
 MODEL = "text-embedding-3-small"
 
@@ -228,3 +230,20 @@ def test_it_runs_by_name_and_shows_its_books_over_http() -> None:
         process.wait(10)
         if process.stdout is not None:
             process.stdout.close()
+
+
+@pytest.mark.parametrize("encoding", ["base64", "float"])
+async def test_the_swift_one_answers_the_official_client_and_keeps_the_same_books(encoding: Any) -> None:
+    async with (
+        SwiftEmbeddings() as simulator,
+        openai.AsyncOpenAI(api_key=KEY, base_url=simulator.url, max_retries=0, timeout=5.0) as client,
+    ):
+        answer = await client.embeddings.create(model=MODEL, input=["one", "two", "one"], encoding_format=encoding)
+        given = [row.embedding for row in answer.data]
+        assert given[0] == given[2]
+        vector = np.frombuffer(b64decode(str(given[1])), "<f4") if encoding == "base64" else np.array(given[1])
+        assert vector.shape == (1536,)
+        assert np.linalg.norm(vector) == pytest.approx(1.0, abs=1e-5)
+        assert simulator.books.paid == {"one": 2, "two": 1}
+        simulator.misbehave("short")
+        assert len((await client.embeddings.create(model=MODEL, input=["one", "two"])).data) == 1
