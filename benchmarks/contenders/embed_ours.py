@@ -1,0 +1,95 @@
+"""Our worker: documents whose chunks stand in the buffer, led until they are searchable, by the real steps."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from uuid import UUID, uuid4
+
+import asyncpg
+
+from benchmarks.contenders import until_drained
+from benchmarks.contenders.embed_texts import BATCH, MODEL, Race, made_texts
+from benchmarks.contenders.ours import UNFINISHED
+from upload_pipeline.logs import configure_logs
+from upload_pipeline.settings import load_settings
+from upload_workers.process import running_worker
+
+USERS = 8
+"""As many as jobs at work, so that no cap holds anybody back."""
+
+_DOCUMENT = """
+insert into upload_pipeline.documents (document_id, user_id, filename, media_type, file_bytes, file_sha256, raw_key)
+values ($1::uuid, $2, 'bench', 'text/plain', 1, encode(sha256($1::uuid::text::bytea), 'hex'), $1::uuid::text)
+"""
+_CHUNKS = """
+insert into upload_pipeline.document_chunk_buffer
+  (document_id, ordinal, chunk_id, user_id, text, chunk_sha256, chunker, start_offset, end_offset, heading_path,
+   section_ids)
+select $1, place - 1, gen_random_uuid(), $2, text, encode(sha256(text::bytea), 'hex'), 'bench@1', place * 1000,
+       place * 1000 + length(text), '{}', '{}'
+  from unnest($3::text[]) with ordinality t (text, place)
+"""
+_STAGE = "update upload_pipeline.upload_jobs set stage = 'chunks_buffered' where state = 'queued'"
+_LIVE = "select count(*) from upload_pipeline.document_chunks where live"
+
+
+async def run(race: Race) -> float:
+    """Seconds from the start until the last chunk is searchable."""
+    admin = await asyncpg.connect(race.url)
+    texts = made_texts(race.texts)
+    users = [uuid4() for _ in range(USERS)]
+    size = -(-race.texts // (2 * USERS))
+    warm = await _add_documents(admin, [uuid4()], [["warm"]])
+    documents = await _add_documents(
+        admin, users, [texts[begin : begin + size] for begin in range(0, len(texts), size)]
+    )
+    await admin.execute("vacuum analyze upload_pipeline.documents, upload_pipeline.document_chunk_buffer")
+    await admin.execute("checkpoint")
+    before = await admin.fetchval(_LIVE)
+    worker_url = race.url.replace("//postgres", "//upload_worker", 1)
+    with TemporaryDirectory() as home:
+        settings = load_settings(
+            home=Path(home),
+            database_url=worker_url,
+            log_level="error",
+            embedder="openai",
+            openai_api_key=race.api_key,
+            openai_base_url=race.api_url,
+            openai_model=MODEL,
+            openai_concurrency=race.concurrency,
+            embed_batch_size=BATCH,
+        )
+        configure_logs(settings)
+        async with running_worker(settings, worker_url, concurrency=USERS):
+            await _start(admin, warm)  # the first answer tells the limits
+            await until_drained(admin, UNFINISHED)
+            began = time.perf_counter()
+            await _start(admin, documents)
+            await until_drained(admin, UNFINISHED)
+            seconds = time.perf_counter() - began
+    assert await admin.fetchval(_LIVE) - before == race.texts + 1
+    await admin.close()
+    return seconds
+
+
+async def _add_documents(
+    admin: asyncpg.Connection, users: list[UUID], parts: list[list[str]]
+) -> list[tuple[UUID, UUID]]:
+    """A document a part, with its chunks buffered; (document, user) of each."""
+    added = []
+    for number, part in enumerate(parts):
+        document, user = uuid4(), users[number % len(users)]
+        await admin.execute(_DOCUMENT, document, user)
+        await admin.execute(_CHUNKS, document, user, part)
+        added.append((document, user))
+    return added
+
+
+async def _start(admin: asyncpg.Connection, documents: list[tuple[UUID, UUID]]) -> None:
+    """Their jobs, each where its chunks are buffered."""
+    async with admin.transaction():
+        ids, users = [document for document, _ in documents], [user for _, user in documents]
+        await admin.execute("select count(*) from upload_pipeline.enqueue_jobs($1, $2)", ids, users)
+        await admin.execute(_STAGE)

@@ -1,0 +1,108 @@
+"""`scripts/bench embed`: vectors a second that become searchable, against what the embedder gives, and LlamaIndex.
+
+The embedder is a simulator in a process of its own, which answers after 50 ms and spends next to nothing on the vectors
+(`tests/simulators/swift_embeddings.py`). The ceiling makes the requests that our worker makes, by the same client, as
+many at once, and throws the vectors away. Ours goes from chunks in the buffer to searchable chunks, full text included,
+on a durable Postgres, with budget, usage and cache. Each contender runs in a process of its own; repetitions are the
+outermost loop, so that a machine that drifts hits all alike. All share one machine: with few cores the database's work
+takes time from the simulator's, so read the ratios, and those only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from benchmarks.contenders.embed_texts import Race
+from tests.simulators.openai_server import KEY
+from upload_pipeline.database.embedded import ensure_embedded, stop_embedded
+from upload_pipeline.database.migrations import apply_migrations
+
+ROOT = Path(__file__).resolve().parent.parent
+CONTENDERS = {"ceiling": "embed_ceiling", "ours": "embed_ours", "llamaindex": "embed_llamaindex"}
+
+
+def main(arguments: list[str]) -> None:
+    """Runs the benchmark; with `--json` the last line is one object."""
+    parser = argparse.ArgumentParser(
+        prog="scripts/bench embed", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
+    parser.add_argument("--texts", type=int, default=10_240)
+    parser.add_argument("--concurrency", type=int, default=4, help="requests at once")
+    parser.add_argument("--latency", type=float, default=0.05, help="seconds that the embedder takes")
+    parser.add_argument("--repetitions", type=int, default=3)
+    parser.add_argument("--only", choices=sorted(CONTENDERS), nargs="+", default=list(CONTENDERS))
+    options = parser.parse_args(arguments)
+    with tempfile.TemporaryDirectory(prefix="bench-") as folder, _simulator(options.latency) as api_url:
+        home = Path(folder)
+        database = ensure_embedded(home)
+        try:
+            apply_migrations(database.admin_url)
+            race = Race(database.admin_url, api_url, KEY, options.texts, options.concurrency)
+            rates = _measure(race, options.only, options.repetitions)
+        finally:
+            stop_embedded(home)
+    _report(rates, options)
+
+
+@contextmanager
+def _simulator(latency: float) -> Iterator[str]:
+    """A simulator's URL while it serves."""
+    command = [sys.executable, "-m", "tests.simulators.swift_embeddings", "--latency", str(latency)]
+    command += ["--requests-per-minute", "100000000", "--tokens-per-minute", "100000000000"]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None
+            yield process.stdout.readline().strip()
+        finally:
+            process.terminate()
+
+
+def _measure(race: Race, names: list[str], repetitions: int) -> dict[str, list[float]]:
+    rates: dict[str, list[float]] = {name: [] for name in names}
+    for repetition in range(repetitions):
+        for name in names:
+            command = [sys.executable, "-m", "benchmarks.embed_bench", "--contender", CONTENDERS[name]]
+            command += [race.url, race.api_url, race.api_key, str(race.texts), str(race.concurrency)]
+            done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, cwd=ROOT)
+            rates[name].append(race.texts / float(done.stdout.splitlines()[-1]))
+            print(f"{repetition + 1}/{repetitions}  {name:12} {rates[name][-1]:10,.0f} vectors/s", flush=True)
+    return rates
+
+
+def _report(rates: dict[str, list[float]], options: argparse.Namespace) -> None:
+    median = {name: statistics.median(values) for name, values in rates.items()}
+    ours = median.get("ours")
+    ratios = {name: round(ours / rate, 3) for name, rate in median.items() if ours and name != "ours"}
+    print(f"\n{'':12}{'vectors/s, median (least-most)':>36}{'ours / this':>14}")
+    for name, values in rates.items():
+        spread = f"{median[name]:,.0f} ({min(values):,.0f}-{max(values):,.0f})"
+        print(f"{name:12}{spread:>36}{ratios.get(name, ''):>14}")
+    if options.json:
+        headline = {"texts": options.texts, "concurrency": options.concurrency, "latency": options.latency}
+        told = {name: round(rate) for name, rate in median.items()}
+        print(json.dumps({"bench": "embed", "ratios": ratios, **headline, "vectors_per_s": told}))
+
+
+def _run_contender(module_name: str, url: str, api_url: str, api_key: str, texts: str, concurrency: str) -> None:
+    import importlib
+
+    import uvloop
+
+    module = importlib.import_module(f"benchmarks.contenders.{module_name}")
+    print(uvloop.run(module.run(Race(url, api_url, api_key, int(texts), int(concurrency)))))
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--contender"]:
+        _run_contender(*sys.argv[2:])
+    else:
+        main(sys.argv[1:])
