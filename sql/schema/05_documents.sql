@@ -463,16 +463,19 @@ begin
    where c.document_id = v_document
      and not exists (select from upload_pipeline.document_chunk_buffer b where b.chunk_id = c.chunk_id);
 
+  -- apart from the vectors: what names heading_path computes search_vector anew, at more than all else costs
   update upload_pipeline.document_chunks c
-     set embedding = coalesce(c.embedding, v.embedding), embed_model = coalesce(c.embed_model, p_model), live = true,
-         start_offset = b.start_offset, end_offset = b.end_offset, page_from = b.page_from, page_to = b.page_to,
+     set start_offset = b.start_offset, end_offset = b.end_offset, page_from = b.page_from, page_to = b.page_to,
          heading_path = b.heading_path, section_ids = b.section_ids
     from upload_pipeline.document_chunk_buffer b
-    left join upload_pipeline.document_vector_buffer v on v.chunk_id = b.chunk_id and v.embed_model = p_model
    where b.document_id = v_document and c.chunk_id = b.chunk_id
-     and (not c.live
-          or (c.start_offset, c.end_offset, c.page_from, c.page_to, c.heading_path, c.section_ids)
-             is distinct from (b.start_offset, b.end_offset, b.page_from, b.page_to, b.heading_path, b.section_ids));
+     and (c.start_offset, c.end_offset, c.page_from, c.page_to, c.heading_path, c.section_ids)
+         is distinct from (b.start_offset, b.end_offset, b.page_from, b.page_to, b.heading_path, b.section_ids);
+  update upload_pipeline.document_chunks c
+     set embedding = coalesce(c.embedding, v.embedding), embed_model = coalesce(c.embed_model, p_model), live = true
+    from upload_pipeline.document_chunk_buffer b
+    left join upload_pipeline.document_vector_buffer v on v.chunk_id = b.chunk_id and v.embed_model = p_model
+   where b.document_id = v_document and c.chunk_id = b.chunk_id and not c.live;
 
   insert into upload_pipeline.chunk_vectors (chunk_id, embed_model, document_id, embedding, created_at)
   select c.chunk_id, v.embed_model, v_document, v.embedding, v_now

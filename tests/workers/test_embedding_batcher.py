@@ -208,6 +208,39 @@ async def test_what_is_under_way_when_the_worker_ends_is_kept(open_bench: OpenBe
         assert await admin.fetchval("select count(*) from upload_pipeline.embedding_cache") == 3
 
 
+async def test_what_others_brought_since_the_look_into_the_cache_is_not_sent_again(bench: Bench) -> None:
+    looked_at = time.monotonic()
+    await bench.embed(["shared", "own"])
+    late = bench.batcher.embed(a_job(), ["shared", "new"], until=time.monotonic() + 60, looked_at=looked_at)
+    assert [positions async for positions, _ in late] == [[1]]
+    again = bench.batcher.embed(a_job(), ["shared"], until=time.monotonic() + 60, looked_at=time.monotonic())
+    assert [positions async for positions, _ in again] == [[0]]
+    assert bench.simulator.books.paid == {"shared": 2, "own": 1, "new": 1}
+
+
+async def test_what_is_being_written_holds_no_place_among_the_requests_but_bounds_them(
+    open_bench: OpenBench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate = asyncio.Event()
+    kept = vector_keeping.keep_vectors
+
+    async def slow(*arguments: Any, **options: Any) -> int:
+        await gate.wait()
+        return await kept(*arguments, **options)
+
+    async with OpenAISimulator() as simulator:
+        bench = open_bench(simulator, most=10, concurrency=2)
+        await bench.embed(texts(1, "warm"))
+        monkeypatch.setattr(vector_keeping, "keep_vectors", slow)
+        asked = asyncio.create_task(bench.embed(texts(100)))
+        for _ in range(50):
+            await asyncio.sleep(0.01)
+        assert 1 + 2 <= simulator.books.answered <= 1 + 4
+        gate.set()
+        assert await asked == texts(100)
+        assert simulator.books.most_in_flight <= 2
+
+
 async def test_nothing_to_embed_is_nothing_to_wait_for(bench: Bench) -> None:
     assert await bench.embed([]) == []
     assert bench.simulator.books.requests == 0

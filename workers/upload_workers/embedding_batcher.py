@@ -117,13 +117,20 @@ class EmbeddingBatcher:
         self._key_id = key_id_of(embedder.api_key)
         self._line = Line()
         self._under_way: set[asyncio.Task[None]] = set()
+        self._writing = 0  # of those under way, which have their answer
         self._more = asyncio.Event()
         self._open_at = 0.0  # monotonic: until then everything is put off
         self._place: UUID | None = None
         self._dispatching: asyncio.Task[None] | None = None
 
     async def embed(
-        self, job: ClaimedJob, texts: Sequence[str], *, until: float, chunk_ids: Sequence[UUID] | None = None
+        self,
+        job: ClaimedJob,
+        texts: Sequence[str],
+        *,
+        until: float,
+        chunk_ids: Sequence[UUID] | None = None,
+        looked_at: float | None = None,
     ) -> AsyncGenerator[tuple[list[int], NDArray[np.float32]]]:
         """Gives (positions in `texts`, their vectors) as they arrive, and behind them the failure, if any.
 
@@ -132,7 +139,9 @@ class EmbeddingBatcher:
             texts: of its document.
             until: by the monotonic clock; what is still in line then is put off. What is under way is waited for.
             chunk_ids: one for each text, where these are pending chunks of the job's document: what is given is in
-                their buffer then, as long as the job's lease holds and nobody else had asked for the same text.
+                their buffer then, as long as the job's lease holds, or in the cache.
+            looked_at: when `fill` was called that left these, by the monotonic clock; what others brought since is
+                not sent and not given, but found by the next call of `fill`.
 
         Raises:
             PutOff: some texts are to be sent later.
@@ -140,7 +149,7 @@ class EmbeddingBatcher:
         """
         if self._dispatching is None:
             self._dispatching = asyncio.create_task(self._dispatch(), name="embedding-batcher")
-        ticket = self._line.join(job, texts, chunk_ids)
+        ticket = self._line.join(job, texts, chunk_ids, looked_at=looked_at)
         self._more.set()
         try:
             while ticket.left or not ticket.arrived.empty():
@@ -198,8 +207,11 @@ class EmbeddingBatcher:
                 await asyncio.sleep(LINGER)
             if time.monotonic() < self._open_at:
                 self._put_off(self._line.take_all())
-            while len(self._under_way) < self._concurrency and (
-                part := self._line.take(self._most, self._request_tokens)
+            # What is being written holds no place among the requests; but no more is waited for than that.
+            while (
+                len(self._under_way) - self._writing < self._concurrency
+                and self._writing < self._concurrency
+                and (part := self._line.take(self._most, self._request_tokens))
             ):
                 task = asyncio.create_task(self._send(part))
                 self._under_way.add(task)
@@ -209,8 +221,13 @@ class EmbeddingBatcher:
         self._under_way.discard(task)
         self._more.set()
 
-    async def _send(self, part: list[Item]) -> None:
-        """Everything about one request; never raises but for cancellation."""
+    async def _send(self, part: list[Item], *, more_to_come: bool = False) -> None:
+        """Everything about one request; never raises but for cancellation.
+
+        Args:
+            part: its texts.
+            more_to_come: whether the task makes another request after it, and so keeps its place.
+        """
         try:
             answer = await self._request(part)
         except EmbeddingError as error:
@@ -227,8 +244,13 @@ class EmbeddingBatcher:
             self._line.fail(part, error)
         else:
             used = self._usage(part, answer)
-            await self._hand_out(part, answer)
-            await self._record(used)
+            self._writing += not more_to_come
+            self._more.set()
+            try:
+                await self._hand_out(part, answer)
+                await self._record(used)
+            finally:
+                self._writing -= not more_to_come
 
     async def _request(self, part: list[Item]) -> EmbeddingAnswer:
         """Reserves, asks, settles.
@@ -304,8 +326,8 @@ class EmbeddingBatcher:
 
     async def _send_halves(self, part: list[Item]) -> None:
         middle = len(part) // 2
-        await self._send(part[:middle])
-        await self._send(part[middle:])
+        await self._send(part[:middle], more_to_come=True)
+        await self._send(part[middle:], more_to_come=True)
 
     async def _pause(self, error: EmbeddingError) -> None:
         self._open_at = max(self._open_at, time.monotonic() + PAUSE_SECONDS)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from hashlib import sha256
 from typing import TYPE_CHECKING
 from uuid import UUID
 
@@ -17,6 +19,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from upload_pipeline.database.queue import ClaimedJob
+
+_LATELY = 30.0  # seconds that a look into the cache may take
 
 
 class PutOff(Exception):  # noqa: N818 - nothing is wrong
@@ -85,17 +89,36 @@ class Line:
     def __init__(self) -> None:
         self._waiting: deque[Item] = deque()
         self._items: dict[tuple[UUID, UUID | None, str], Item] = {}
+        self._lately: dict[tuple[UUID, bytes], float] = {}  # what was done of late, and when, in order
 
     def __len__(self) -> int:
         return len(self._waiting)
 
-    def join(self, job: ClaimedJob, texts: Sequence[str], chunk_ids: Sequence[UUID] | None = None) -> Ticket:
-        """A job's texts stand in line, or wait with others for one that does. One that failed before goes by itself."""
+    def join(
+        self,
+        job: ClaimedJob,
+        texts: Sequence[str],
+        chunk_ids: Sequence[UUID] | None = None,
+        *,
+        looked_at: float | None = None,
+    ) -> Ticket:
+        """A job's texts stand in line, or wait with others for one that does. One that failed before goes by itself.
+
+        Args:
+            job: whose texts they are.
+            texts: of its document.
+            chunk_ids: see `Ticket`.
+            looked_at: when by the monotonic clock the job began to look for them in the cache: what was done since is
+                there now, is not sent again, and is left to its next look.
+        """
         ticket = Ticket(job, len(texts), chunk_ids)
         company = job.job_id if job.retry_count else None
         for position, text in enumerate(texts):
             key = (job.user_id, company, text)
             item = self._items.get(key)
+            if item is None and looked_at is not None and self._lately.get(_mark(key), looked_at) > looked_at:
+                ticket.left -= 1
+                continue
             if item is None:
                 item = self._items[key] = Item(key, bound_tokens(text), [])
                 self._waiting.append(item)
@@ -135,6 +158,11 @@ class Line:
     def forget(self, item: Item) -> None:
         """It is done: the same text stands in line anew."""
         self._items.pop(item.key, None)
+        now, mark = time.monotonic(), _mark(item.key)
+        self._lately.pop(mark, None)
+        self._lately[mark] = now
+        while self._lately[first := next(iter(self._lately))] < now - _LATELY:
+            del self._lately[first]
 
     def put_off(self, ticket: Ticket) -> None:
         """Puts off those of its texts that are not under way."""
@@ -158,6 +186,10 @@ class Line:
             self._items.pop(item.key, None)
             for ticket, _ in item.waiting:
                 ticket.fail(1, error)
+
+
+def _mark(key: tuple[UUID, UUID | None, str]) -> tuple[UUID, bytes]:
+    return key[0], sha256(key[2].encode("utf-8", "replace")).digest()
 
 
 def _weight(error: Exception) -> int:

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from upload_workers.steps import StepContext
 
 WINDOW = 4
-"""Requests' worth of texts that a job has in line at once."""
+"""Requests' worth of texts that a job has in line at once; twice as many as may be under way, where that is more."""
 
 
 async def fill(job: ClaimedJob, context: StepContext, model: ModelInUse, *, seconds: float) -> None:
@@ -62,14 +62,19 @@ async def fill(job: ClaimedJob, context: StepContext, model: ModelInUse, *, seco
 
 async def _fill_in_company(job: ClaimedJob, context: StepContext, batcher: EmbeddingBatcher, until: float) -> None:
     """A document too long for one lease of the step goes on in the next: what it has is stored."""
-    limit = context.settings.embed_batch_size * WINDOW
-    while (filled := await batcher.fill(job, limit)).found or filled.pending:
+    limit = context.settings.embed_batch_size * max(WINDOW, 2 * context.settings.openai_concurrency)
+    while True:
+        looked_at = time.monotonic()
+        filled = await batcher.fill(job, limit)
         if not filled.pending:
-            continue
-        if time.monotonic() >= until:
+            if filled.found:
+                continue
+            return
+        if looked_at >= until:
             raise PutOff(0.0)
         chunk_ids = [chunk_id for chunk_id, _ in filled.pending]
         texts = [text for _, text in filled.pending]
-        async with aclosing(batcher.embed(job, texts, until=until, chunk_ids=chunk_ids)) as arriving:
+        asked = batcher.embed(job, texts, until=until, chunk_ids=chunk_ids, looked_at=looked_at)
+        async with aclosing(asked) as arriving:
             async for _ in arriving:
                 pass
