@@ -32,8 +32,9 @@ as $$
   select (upload_pipeline.now() at time zone 'UTC')::date
 $$;
 
--- Places (place_vectors) what the cache has for the first p_limit pending chunks of a job, and gives these chunks: with their text where it is still to be embedded, without where the vector is there now. No row: none is pending.
--- What came from the cache is written into the books as p_billed_as, the model as prices name it.
+-- Places (place_vectors) what the cache has for the first p_limit pending chunks of a job, and gives these chunks: with their
+-- text where it is still to be embedded, without where the vector is there now. No row: none is pending. What came from the
+-- cache is written into the books as p_billed_as, the model as prices name it.
 create function upload_pipeline.fill_vectors(
   p_job_id    uuid,
   p_token     bigint,
@@ -120,9 +121,9 @@ as $$
            for no key update skip locked) e))
 $$;
 
--- Keeps what a provider was paid for: each vector in the cache, for the user that it was made for, and where the chunks
--- that wait for it have theirs (place_vectors), whose jobs are asked by their leases. Returns how many chunks got theirs. The cache needs no lease:
--- a job that lost its own gets nothing here, but what was paid for is there for whoever leads it now.
+-- Keeps what a provider was paid for: each vector in the cache, for the user that it was made for, and where the chunks that
+-- wait for it have theirs (place_vectors), whose jobs are asked by their leases. Returns how many chunks got theirs. The cache
+-- needs no lease: a job that lost its own gets nothing here, but what was paid for is there for whoever leads it now.
 --
 --   p_user_ids, p_texts, p_embeddings    one place a text: for whom, its SHA-256, its vector
 --   p_job_ids, p_tokens, p_chunk_ids     one place a chunk
