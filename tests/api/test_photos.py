@@ -235,6 +235,22 @@ async def test_a_job_that_waits_for_a_photo_has_an_estimate(service: LiveService
     assert job["estimated_completion_at"] is not None
 
 
+async def test_a_photo_that_comes_after_its_job_gave_it_up_is_taken_up_again(
+    service: LiveService, admin: asyncpg.Connection, office: Office
+) -> None:
+    client = service.client(office.member)
+    told = await announce(client, office.project_id)
+    job = await claim_photo(admin, told)
+    await queue.fail_job(admin, job.lease, code="UPLOAD_EXPIRED", message="It did not come.", retryable=False)
+    path = f"{PHOTOS}/{told['photo_id']}/status"
+    assert (await client.get(told["status_url"])).json()["error"]["code"] == "UPLOAD_EXPIRED"
+    assert code(await client.patch(path, json={"status": "uploaded"})) == (409, "OBJECT_MISSING")
+    await service.resources.store.put_bytes((await admin.fetchval("select raw_key from upload_pipeline.photos")), JPEG)
+    shown = (await client.patch(path, json={"status": "uploaded"})).json()
+    assert (shown["status"], shown["error"]) == ("uploaded", None)
+    assert await admin.fetchval("select state::text from upload_pipeline.upload_jobs") == "queued"
+
+
 async def test_two_who_say_it_at_once_are_both_right(
     service: LiveService, admin: asyncpg.Connection, office: Office
 ) -> None:

@@ -228,11 +228,30 @@ def test_what_only_the_job_reaches_is_refused_by_the_status_that_there_is(
     assert (photo_row(worker, made.photo_id), job_rows(worker)) == before
 
 
-def test_a_failed_photo_is_retried_and_not_said_to_be_uploaded(worker: Connection, made: Any) -> None:
-    fail(worker, claim_one(worker), retryable=False)
+@pytest.mark.parametrize("code", ["CHECKSUM_MISMATCH", "MALWARE_FOUND", "CORRUPT_IMAGE"])
+def test_a_photo_whose_bytes_were_refused_is_not_said_to_be_uploaded(worker: Connection, made: Any, code: str) -> None:
+    fail(worker, claim_one(worker), retryable=False, code=code)
+    assert photo_row(worker, made.photo_id).uploaded_at == EPOCH
     with pytest.raises(psycopg.Error, match='is "failed"') as refused:
         announce_photo(worker, made.photo_id)
     assert refused.value.sqlstate == "UP003"
+
+
+@pytest.mark.parametrize("code", ["UPLOAD_EXPIRED", "STORAGE_UNAVAILABLE"])
+def test_a_photo_that_failed_before_its_bytes_came_starts_again_when_they_are_there(
+    worker: Connection, made: Any, code: str
+) -> None:
+    fail(worker, claim_one(worker), retryable=False, code=code)
+    assert photo_row(worker, made.photo_id).uploaded_at is None
+    assert [announce_photo(worker, made.photo_id) for _ in range(2)] == ["uploaded", "uploaded"]
+    assert job_row(worker, made.job_id).state == "queued"
+    assert history(worker, made.job_id) == ["pending_upload", "failed", "uploaded"]
+
+
+def test_a_photo_whose_job_was_cancelled_stays_so(worker: Connection, made: Any) -> None:
+    cancel(worker, made.job_id)
+    with pytest.raises(psycopg.Error, match='is "failed"'):
+        announce_photo(worker, made.photo_id)
 
 
 def test_two_who_say_it_at_once_make_one_change(worker: Connection, connect: Connect, made: Any) -> None:
@@ -302,35 +321,47 @@ def test_a_deletion_waits_for_a_step_that_is_being_written(worker: Connection, c
     assert job_row(worker, made.job_id).state == "cancelled"
 
 
-def test_what_never_came_expires_and_what_came_stays(worker: Connection, project: UUID) -> None:
-    never, failed, seen, checked, broken = (reserve_photo(worker, USER, project) for _ in range(5))
-    announce_photo(worker, seen.photo_id)
-    for _ in range(5):
+def test_what_did_not_come_expires_and_nothing_else(worker: Connection, project: UUID) -> None:
+    names = ("waiting", "expired", "cancelled", "said", "checked", "refused", "outage")
+    made = {name: reserve_photo(worker, USER, project) for name in names}
+    announce_photo(worker, made["said"].photo_id)
+    cancel(worker, made["cancelled"].job_id)
+    by_photo = {row.photo_id: name for name, row in made.items()}
+    for _ in range(len(names) - 1):
         lease = claim_one(worker)
-        if lease.subject_id == checked.photo_id:
-            lead(worker, lease, "completed")
-        elif lease.subject_id == failed.photo_id:
-            fail(worker, lease, retryable=False, code="UPLOAD_EXPIRED")
-        elif lease.subject_id == broken.photo_id:
-            fail(worker, lease, retryable=False, code="CHECKSUM_MISMATCH")
-        else:
-            snooze(worker, lease, "1 day")
+        match by_photo[lease.subject_id]:
+            case "checked":
+                lead(worker, lease, "completed")
+            case "expired":
+                fail(worker, lease, retryable=False, code="UPLOAD_EXPIRED")
+            case "refused":
+                fail(worker, lease, retryable=False, code="CHECKSUM_MISMATCH")
+            case "outage":
+                fail(worker, lease, retryable=False, code="STORAGE_UNAVAILABLE")
+            case _:
+                snooze(worker, lease, "1 day")
     set_clock(worker, 15 * 60 + 3600)
     assert expire(worker) == []
     set_clock(worker, 15 * 60 + 3601)
-    assert set(expire(worker)) == {never.photo_id, failed.photo_id}
+    assert set(expire(worker)) == {made["expired"].photo_id, made["cancelled"].photo_id}
     assert expire(worker) == []
-    with pytest.raises(psycopg.Error) as refused:
-        announce_photo(worker, never.photo_id)
-    assert refused.value.sqlstate == "UP002"
-    assert job_row(worker, never.job_id).state == "cancelled"
+    with pytest.raises(psycopg.Error) as gone:
+        announce_photo(worker, made["expired"].photo_id)
+    assert gone.value.sqlstate == "UP002"
     assert value(worker, "select count(*) from upload_pipeline.events where code = 'photo_expired'") == 2
-    assert photo_row(worker, broken.photo_id).status == "failed"
+    # nobody knows whether these have come: their jobs look
+    assert job_row(worker, made["waiting"].job_id).state == "retryable"
+    assert photo_row(worker, made["refused"].photo_id).status == "failed"
+    again = claim_one(worker)
+    assert again.subject_id == made["outage"].photo_id
+    fail(worker, again, retryable=False, code="UPLOAD_EXPIRED")
+    assert expire(worker) == [made["outage"].photo_id]
 
 
 def test_expiry_passes_over_a_photo_that_is_being_said_to_have_come(
     worker: Connection, connect: Connect, made: Any
 ) -> None:
+    fail(worker, claim_one(worker), retryable=False, code="UPLOAD_EXPIRED")
     other = connect()
     set_clock(other, 2 * 3600)
     with worker.transaction():

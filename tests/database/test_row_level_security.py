@@ -189,6 +189,7 @@ CALLERS = {
             "forget_unused_vectors",
             "forget_user_vectors",
             "freeze_budget",
+            "is_photo_refusal",
             "keep_vectors",
             "list_api_keys",
             "max_retries",

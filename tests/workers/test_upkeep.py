@@ -148,6 +148,11 @@ async def test_photos_that_never_came_go_with_whatever_came_too_late(
     _, late = await stored_photo(world, store)
     seen, kept = await stored_photo(world, store)
     await photos.announce_photo(pool, seen, "uploaded")
+    for job in await queue.claim_jobs(
+        pool, worker_id=uuid4(), pool="default", limit=9, after_user=None, ttl=timedelta(seconds=60)
+    ):
+        if job.photo_id != seen:
+            await queue.fail_job(pool, job.lease, code="UPLOAD_EXPIRED", message="It did not come.", retryable=False)
 
     async def round_of(grace: timedelta) -> int:
         report = await maintain(pool, store, scratch, orphan_grace=grace, session_grace=timedelta(days=1))

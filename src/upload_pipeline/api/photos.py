@@ -150,7 +150,7 @@ async def change_photo_status(
         raise may_not("say that photos are there")
     if (
         wanted.status is PhotoStatus.UPLOADED
-        and photo.status == PhotoStatus.PENDING_UPLOAD
+        and photo.uploaded_at is None
         and await resources.store.head(photo.raw_key) is None
     ):
         raise PipelineError(

@@ -14,6 +14,9 @@ from upload_pipeline.errors import PipelineError
 RemovePhotoObjects = Callable[[DeletedPhoto], Awaitable[None]]
 """Removes every object of a photo; missing ones are fine."""
 
+EXPIRY_ROUNDS = 20
+"""A round of maintenance is a minute; a user announces a hundred photos in one."""
+
 
 async def delete_photo(
     db: Executor, photo_id: UUID, remove_objects: RemovePhotoObjects, *, correlation_id: str = ""
@@ -50,12 +53,18 @@ async def finish_photo_deletions(db: Executor, *, before: datetime, remove_objec
 
 
 async def expire_photos(db: Executor, *, grace: timedelta, remove_objects: RemovePhotoObjects) -> int:
-    """Deletes photos whose bytes nobody had seen `grace` after their deadline; returns how many.
+    """Deletes photos that had not come `grace` after their deadline, at most `EXPIRY_ROUNDS` times 100; how many.
 
     Raises:
         PipelineError: as `finish_photo_deletions`; what was begun is ended by it.
     """
-    return await _finish(db, await photos.begin_expiry(db, grace=grace), remove_objects)
+    expired = 0
+    for _ in range(EXPIRY_ROUNDS):
+        begun = await photos.begin_expiry(db, grace=grace)
+        expired += await _finish(db, begun, remove_objects)
+        if not begun:
+            break
+    return expired
 
 
 async def _finish(db: Executor, begun: list[DeletedPhoto], remove_objects: RemovePhotoObjects) -> int:

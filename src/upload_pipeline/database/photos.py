@@ -176,6 +176,6 @@ async def unfinished_deletions(db: Executor, *, before: datetime) -> list[Delete
 
 
 async def begin_expiry(db: Executor, *, grace: timedelta) -> list[DeletedPhoto]:
-    """Begins the deletion of photos whose bytes had not come `grace` after the deadline."""
+    """Begins the deletion of photos that had not come `grace` after the deadline, of 100 at most."""
     rows = await db.fetch("select * from upload_pipeline.begin_photo_expiry($1)", grace)
     return [DeletedPhoto(**row) for row in rows]
