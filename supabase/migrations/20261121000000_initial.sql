@@ -3714,7 +3714,19 @@ immutable
 set search_path = ''
 as $$ select case p_priority when 'low' then -10 when 'high' then 10 else 0 end::smallint $$;
 
--- Carries a job's stage and state over to its photo. Who leaves the first stage has seen the bytes, and that they are those.
+-- Whether a job that has failed with this code has seen bytes, and refused them.
+create function upload_pipeline.is_photo_refusal(p_error_code text)
+returns boolean
+language sql
+immutable
+set search_path = ''
+as $$
+  select p_error_code in ('CHECKSUM_MISMATCH', 'TYPE_MISMATCH', 'UNSUPPORTED_TYPE', 'MALWARE_FOUND', 'FILE_TOO_SMALL',
+                          'FILE_TOO_LARGE', 'CORRUPT_FILE', 'CORRUPT_IMAGE', 'IMAGE_TOO_LARGE')
+$$;
+
+-- Carries a job's stage and state over to its photo. Who leaves the first stage has seen the bytes, and that they are those;
+-- who refuses them there has seen them, too.
 create function upload_pipeline.note_photo_status()
 returns trigger
 language plpgsql
@@ -3723,7 +3735,10 @@ set search_path = ''
 as $$
 declare
   v_now    timestamptz := upload_pipeline.now();
-  v_seen   boolean := new.stage <> 'pending_upload';
+  v_fit    boolean := new.stage <> 'pending_upload';
+  v_seen   boolean := v_fit or (new.state = 'deadletter' and exists (
+                        select from upload_pipeline.job_outcomes o
+                         where o.job_id = new.job_id and upload_pipeline.is_photo_refusal(o.error_code)));
   v_photo  upload_pipeline.photos;
   v_status text;
 begin
@@ -3732,13 +3747,13 @@ begin
     return null;
   end if;
   v_status := upload_pipeline.photo_status(new.stage, new.state, v_seen or v_photo.uploaded_at is not null);
-  if v_status = v_photo.status and not (v_seen and v_photo.upload_deadline is not null) then
+  if v_status = v_photo.status and not (v_fit and v_photo.upload_deadline is not null) then
     return null;
   end if;
   update upload_pipeline.photos p
      set status = v_status, updated_at = v_now,
          uploaded_at = case when v_seen then coalesce(p.uploaded_at, v_now) else p.uploaded_at end,
-         upload_deadline = case when v_seen then null else p.upload_deadline end
+         upload_deadline = case when v_fit then null else p.upload_deadline end
    where p.photo_id = new.photo_id;
   if v_status <> v_photo.status then
     insert into upload_pipeline.events (at, code, user_id, job_id, stage, lease_token, correlation_id, payload)
@@ -3830,9 +3845,10 @@ end
 $$;
 
 -- Somebody says what a photo's status is now, and has looked: `uploaded` of one that awaits its bytes, whose job then looks
--- at once. Of one that is past that nothing changes, so saying it twice is saying it once. Every other status is for the job
--- to reach, and out of `failed` only a retry leads: those raise UP003 and name the status that there is. The deadline stays:
--- nobody has checked the bytes yet. No photo, or one that is being deleted: UP002.
+-- at once; it starts again where it had failed without having seen any, in time or for an outage. Of one that is past that
+-- nothing changes, so saying it twice is saying it once. Every other status is for the job to reach, and out of any other
+-- failure only a retry leads: those raise UP003 and name the status that there is. The deadline stays: nobody has checked
+-- the bytes yet. No photo, or one that is being deleted: UP002.
 create function upload_pipeline.announce_photo(p_photo_id uuid, p_status text)
 returns text
 language plpgsql
@@ -3843,6 +3859,7 @@ declare
   v_now   timestamptz := upload_pipeline.now();
   v_job   upload_pipeline.upload_jobs := upload_pipeline.lock_photo_job(p_photo_id);
   v_photo upload_pipeline.photos;
+  v_again boolean;
 begin
   select p.* into v_photo from upload_pipeline.photos p
    where p.photo_id = p_photo_id and p.deleted_at is null for no key update;
@@ -3852,7 +3869,8 @@ begin
   if p_status = v_photo.status or (p_status = 'uploaded' and v_photo.status in ('processing', 'completed')) then
     return v_photo.status;
   end if;
-  if p_status <> 'uploaded' or v_photo.status <> 'pending_upload' then
+  v_again := v_job.state = 'deadletter' and v_photo.uploaded_at is null;
+  if p_status <> 'uploaded' or not (v_photo.status = 'pending_upload' or v_again) then
     raise exception 'photo % is "%" and cannot become "%"', p_photo_id, v_photo.status, p_status
       using errcode = 'UP003',
             hint = case v_photo.status when 'failed' then 'Retry its job, or delete it and upload it again.'
@@ -3862,7 +3880,11 @@ begin
   insert into upload_pipeline.events (at, code, user_id, job_id, stage, lease_token, correlation_id, payload)
   values (v_now, 'photo_status_changed', v_job.user_id, v_job.job_id, v_job.stage, v_job.lease_token, v_job.correlation_id,
           jsonb_build_object('photo_id', p_photo_id, 'status', 'uploaded'));
-  perform upload_pipeline.wake_job(v_job.job_id);
+  if v_again then
+    perform upload_pipeline.retry_job(v_job.job_id);
+  else
+    perform upload_pipeline.wake_job(v_job.job_id);
+  end if;
   return 'uploaded';
 end
 $$;
@@ -3997,33 +4019,45 @@ as $$
    order by p.deleted_at limit p_limit
 $$;
 
--- Photos that were announced and of which nobody has seen the bytes, p_grace after the deadline: their deletion begins.
--- Returns them. Any worker runs it, bounded, beside others; a photo whose job another transaction holds is for the next round.
+-- Photos that were announced and did not come: p_grace after the deadline their deletion begins. Returns them. That they did
+-- not come their job says, which has looked after the deadline, or its user has cancelled it. One that has not looked yet has
+-- the time that it takes; one that has failed without having seen bytes looks again. Any worker runs it, bounded, beside
+-- others; a photo whose job another transaction holds is for the next round.
 create function upload_pipeline.begin_photo_expiry(p_grace interval, p_limit integer default 100)
 returns table (photo_id uuid, raw_key text)
 language plpgsql
 security definer
 set search_path = ''
+set enable_seqscan = off
+set jit = off
 as $$
 #variable_conflict use_column
 declare
   v_before timestamptz := upload_pipeline.now() - p_grace;
   v_photo  record;
+  v_job    upload_pipeline.upload_jobs;
 begin
   for v_photo in
-    select p.photo_id, p.raw_key from upload_pipeline.photos p
+    select p.photo_id, p.raw_key, j.job_id
+      from upload_pipeline.photos p
+     cross join lateral (
+       select u.job_id, u.state from upload_pipeline.upload_jobs u where u.photo_id = p.photo_id order by u.seq desc limit 1) j
      where p.upload_deadline < v_before and p.uploaded_at is null and p.deleted_at is null
-       -- of one that failed otherwise bytes came, or nobody could tell: it stays, with the reason
-       and not exists (select from upload_pipeline.upload_jobs j
-                         join upload_pipeline.job_outcomes o on o.job_id = j.job_id
-                        where j.photo_id = p.photo_id and j.state = 'deadletter' and o.error_code <> 'UPLOAD_EXPIRED')
+       and j.state in ('deadletter', 'cancelled')
      order by p.upload_deadline limit p_limit
   loop
-    perform from upload_pipeline.upload_jobs j where j.photo_id = v_photo.photo_id for no key update skip locked;
+    select j.* into v_job from upload_pipeline.upload_jobs j
+     where j.job_id = v_photo.job_id and j.state in ('deadletter', 'cancelled') for no key update skip locked;
     continue when not found;
     -- they may have come since the look above; who says so holds the job
     continue when not exists (select from upload_pipeline.photos p
                                where p.photo_id = v_photo.photo_id and p.uploaded_at is null and p.deleted_at is null);
+    if v_job.state = 'deadletter'
+       and not exists (select from upload_pipeline.job_outcomes o
+                        where o.job_id = v_job.job_id and o.error_code = 'UPLOAD_EXPIRED') then
+      perform upload_pipeline.retry_job(v_job.job_id);
+      continue;
+    end if;
     perform upload_pipeline.start_photo_deletion(v_photo.photo_id, 'photo_expired', '');
     photo_id := v_photo.photo_id;
     raw_key := v_photo.raw_key;
