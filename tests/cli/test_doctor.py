@@ -2,8 +2,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 from command_runs import Terminal
 from postgres_servers import Database
+
+from tests.simulators.llama_cloud import KEY, LlamaCloudSimulator
+from upload_pipeline.cli.checks import _check_llamaparse
+from upload_pipeline.errors import ErrorCode, PipelineError
+from upload_pipeline.settings import Settings, load_settings
 
 
 def test_a_sound_installation_has_no_problem(terminal: Terminal) -> None:
@@ -74,3 +80,20 @@ def test_a_virus_scanner_is_tried_with_the_largest_file(terminal: Terminal, clam
     small = scanner(clamd_url=clamd_url, **(sizes | {"max_policy_bytes": "5000000"}))
     assert not small["ok"]
     assert "StreamMaxLength" in str(small["message"])
+
+
+async def test_a_hosted_parser_is_asked_whether_it_takes_the_key(tmp_path: Path) -> None:
+    async with LlamaCloudSimulator() as simulator:
+
+        def settings(**more: str) -> Settings:
+            hosted = {"parser": "llamaparse", "llamaparse_base_url": simulator.url, "llamaparse_api_key": KEY}
+            return load_settings(home=tmp_path, **{**hosted, **more})
+
+        told = await _check_llamaparse(settings())
+        assert told.startswith(f"cost_effective/2026-09-28 at {simulator.url}, 20 requests a minute; no webhook")
+        hook = {"llamaparse_webhook_secret": "s" * 32, "api_public_url": "https://files.example.com"}
+        assert (await _check_llamaparse(settings(**hook))).endswith("a webhook tells of ended parses")
+        with pytest.raises(PipelineError) as denied:
+            await _check_llamaparse(settings(llamaparse_api_key="llx-wrong"))
+        assert denied.value.code is ErrorCode.PARSE_DENIED
+        assert simulator.books.paid == {}

@@ -193,9 +193,6 @@ async def test_the_webhook_ends_the_wait_and_doctor_looks_at_the_key(
 
     # a machine that is busy may take its time over the first request
     world.environment["UPLOAD_PIPELINE_LLAMAPARSE_TIMEOUT"] = "30"
-    checked = await run_command(world, "doctor")
-    assert "cost_effective/2026-09-28 at http://127.0.0.1" in checked.stdout
-    assert "a webhook tells of ended parses" in checked.stdout
     world.environment["UPLOAD_PIPELINE_LLAMAPARSE_API_KEY"] = "llx-wrong"
     checked = await run_command(world, "doctor")
     assert checked.returncode == 1

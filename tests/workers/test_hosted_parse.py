@@ -351,6 +351,30 @@ async def test_a_worker_that_dies_with_the_jobs_id_in_its_hands_leaves_it_to_be_
     assert fenced.value.sqlstate == queue.LEASE_LOST
 
 
+@pytest.mark.parametrize("word", ["finish_submission", "commit_parse"])
+async def test_a_worker_that_dies_with_the_result_in_its_hands_leaves_it_to_be_fetched_and_counted_once(
+    open_line: OpenLine, word: str
+) -> None:
+    line = await open_line()
+    await line.submitted()
+    with pytest.raises(Crash):
+        await line.step(replace(line.context, db=CrashingDatabase(line.context.db, word)))
+    lost = await line.take_over()
+    await line.step()
+    assert line.job.stage == "parsed"
+    assert line.requests["poll"] == (2 if word == "finish_submission" else 1)
+    (used,) = await line.admin.fetch("select * from upload_pipeline.usage_records")
+    assert (used["pages"], line.paid) == (4, 1)
+    # and the one that died, if it only slept, can write nothing
+    held, line.job = line.job, replace(lost, stage="parsing")
+    with pytest.raises(asyncpg.PostgresError) as fenced:
+        await line.step()
+    assert fenced.value.sqlstate == queue.LEASE_LOST
+    line.job = held
+    await line.step()
+    assert line.job.stage == "parse_validated"
+
+
 @pytest.mark.parametrize("fault", ["dropped", "truncated"])
 async def test_an_answer_that_is_lost_is_found_by_the_next_try(open_line: OpenLine, fault: str) -> None:
     line = await open_line()
