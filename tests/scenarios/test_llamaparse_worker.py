@@ -11,15 +11,15 @@ import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
 
-import asyncpg
 import pytest
 from sample_documents import make_document
 
+from tests.scenarios.paid_world import rows, run_command
 from tests.scenarios.service_process import service_process
 from tests.scenarios.world import World, spread_over_users, write_documents
 from tests.simulators.llama_cloud import KEY, LlamaCloudSimulator
 
-SUBMITTER = Path(__file__).parents[1] / "workers" / "killable_submitter.py"
+KILLABLE = Path(__file__).parents[1] / "workers" / "killable_worker.py"
 SECRET = "what LlamaParse signs with in these tests"
 
 
@@ -39,32 +39,15 @@ async def simulator(world: World) -> AsyncIterator[LlamaCloudSimulator]:
         world.kill_all()
 
 
-async def rows(world: World, query: str) -> list[asyncpg.Record]:
-    connection = await asyncpg.connect(world.admin_url)
-    try:
-        return await connection.fetch(query)
-    finally:
-        await connection.close()
-
-
-def environment_of(world: World) -> dict[str, str]:
-    return {
+def start_submitter(world: World) -> subprocess.Popen[bytes]:
+    environment = {
         **os.environ,
         **world.environment,
         "UPLOAD_PIPELINE_HOME": str(world.home),
         "UPLOAD_PIPELINE_DATABASE_URL": world.worker_url,
     }
-
-
-def start_submitter(world: World) -> subprocess.Popen[bytes]:
-    return subprocess.Popen([sys.executable, str(SUBMITTER)], env=environment_of(world), stdout=subprocess.PIPE)
-
-
-async def run_command(world: World, *arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [str(Path(sys.executable).parent / "upload-pipeline"), *arguments]
-    return await asyncio.to_thread(
-        subprocess.run, command, env=environment_of(world), capture_output=True, text=True, timeout=120, check=False
-    )
+    command = [sys.executable, str(KILLABLE), "job_validated"]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE)
 
 
 def write_pdfs(world: World, count: int) -> list[Path]:
@@ -180,6 +163,7 @@ async def test_the_webhook_ends_the_wait_and_doctor_looks_at_the_key(
 ) -> None:
     await world.ingest(spread_over_users(write_pdfs(world, 2), users=2))
     simulator.webhooks_doubled = simulator.webhooks_reversed = True
+    simulator.running = 3600
     world.environment |= {
         "UPLOAD_PIPELINE_LLAMAPARSE_POLL": "60",
         "UPLOAD_PIPELINE_LLAMAPARSE_WEBHOOK_SECRET": SECRET,
@@ -187,6 +171,14 @@ async def test_the_webhook_ends_the_wait_and_doctor_looks_at_the_key(
     with service_process(world.worker_url, world.home / "service", llamaparse_webhook_secret=SECRET) as service:
         world.environment["UPLOAD_PIPELINE_API_PUBLIC_URL"] = service.url
         world.start_worker()
+        waiting = """
+            select 1 from upload_pipeline.upload_jobs j join upload_pipeline.documents d using (document_id)
+             where d.parse_id is not null and j.state = 'retryable'
+        """
+        async with asyncio.timeout(120):
+            while len(await rows(world, waiting)) < 2:
+                await asyncio.sleep(0.1)
+        simulator.running = 0
         assert await world.until_ended(50) == {"done": 2}
     assert simulator.books.webhooks["sent"] == simulator.books.webhooks["taken"] == 4
     assert simulator.books.paid_again() == {}

@@ -1,13 +1,15 @@
-"""A worker process with the document pipeline's own steps that says when it has validated, and then never goes on.
+"""A worker process with the document pipeline's own steps that does one of them, says so, and then never goes on.
 
-    python killable_worker.py
+    python killable_worker.py [STAGE]
 
-Told the rest by its settings. It writes the job's id once the step's work is done and nothing of it is written yet.
+The step is the one that leaves the stage, `queued` unless another is named. Told the rest by its settings, it writes
+the job's id once the step's work is done and nothing of it is written yet.
 """
 
 from __future__ import annotations
 
 import asyncio
+import sys
 
 import uvloop
 
@@ -17,21 +19,25 @@ from upload_pipeline.settings import load_settings
 from upload_pipeline.stages import DOCUMENT_PIPELINE, Stage
 from upload_workers.pipelines import STEPS
 from upload_workers.process import work_until_stopped
-from upload_workers.stages.validate import validate
-from upload_workers.steps import Outcome, StepContext
+from upload_workers.steps import Outcome, Step, StepContext
 
 
-async def validate_and_stop(job: ClaimedJob, context: StepContext) -> Outcome:
+def stopping(step: Step) -> Step:
     """The step, whose outcome nobody gets."""
-    await validate(job, context)
-    print(job.job_id, flush=True)
-    return await asyncio.Event().wait()  # type: ignore[return-value]
+
+    async def run_and_stop(job: ClaimedJob, context: StepContext) -> Outcome:
+        await step(job, context)
+        print(job.job_id, flush=True)
+        return await asyncio.Event().wait()  # type: ignore[return-value]
+
+    return run_and_stop
 
 
 def main() -> None:
     settings = load_settings()
     configure_logs(settings)
-    steps = {**STEPS, (DOCUMENT_PIPELINE, Stage.QUEUED): validate_and_stop}
+    left = DOCUMENT_PIPELINE, Stage(sys.argv[1] if len(sys.argv) > 1 else Stage.QUEUED)
+    steps = {**STEPS, left: stopping(STEPS[left])}
     uvloop.run(work_until_stopped(settings, settings.database_url.get_secret_value(), steps=steps))
 
 
