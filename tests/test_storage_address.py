@@ -6,7 +6,14 @@ import pytest
 
 from upload_pipeline.errors import ErrorCode, PipelineError
 from upload_pipeline.settings import load_settings
-from upload_pipeline.storage_address import Bucket, Directory, SupabaseBucket, parse_storage_url
+from upload_pipeline.storage_address import (
+    AzureContainer,
+    Bucket,
+    Directory,
+    GoogleBucket,
+    SupabaseBucket,
+    parse_storage_url,
+)
 
 
 @pytest.mark.parametrize(
@@ -18,6 +25,9 @@ from upload_pipeline.storage_address import Bucket, Directory, SupabaseBucket, p
         ("s3://bucket/", Bucket("bucket", "")),
         ("s3://my.buck-et/a/b", Bucket("my.buck-et", "a/b")),
         ("s3://bucket/a/b//", Bucket("bucket", "a/b")),
+        ("gs://my_bucket.example.com/a/", GoogleBucket("my_bucket.example.com", "a")),
+        ("gs://bucket", GoogleBucket("bucket", "")),
+        ("az://my-files/a/b", AzureContainer("my-files", "a/b")),
         ("supabase://abcdefghijklmnopqrst/b", SupabaseBucket("https://abcdefghijklmnopqrst.supabase.co", "b", "")),
         ("supabase://files.example.com/My_files/a/", SupabaseBucket("https://files.example.com", "My_files", "a")),
         ("supabase://kong:8443/files", SupabaseBucket("https://kong:8443", "files", "")),
@@ -31,7 +41,17 @@ def test_a_url_names_a_directory_or_a_bucket(url, address):
 
 BAD = [
     "bucket",
-    "gs://bucket",
+    "gcs://bucket",
+    "gs://",
+    "gs://Bucket",
+    "gs://bucket/a b",
+    "gs://key:hunter2@bucket",
+    "az://my_files",
+    "az://my--files",
+    "az://-files",
+    "az://ab",
+    "az://files/../b",
+    "azure://files",
     "S3://bucket",
     "s3:bucket",
     "s3://",
@@ -66,11 +86,11 @@ BAD = [
 
 @pytest.mark.parametrize("url", BAD)
 def test_a_url_that_names_nothing_is_refused_with_what_is_allowed(url):
-    with pytest.raises(ValueError, match=r"file:///|s3://|supabase://<project>/|512"):
+    with pytest.raises(ValueError, match=r"file:///|s3://|supabase://<project>/|gs://|az://|512"):
         parse_storage_url(url)
 
 
-@pytest.mark.parametrize("url", ["gs://bucket", "s3://key:hunter2@bucket"])
+@pytest.mark.parametrize("url", ["ftp://bucket", "s3://key:hunter2@bucket"])
 def test_settings_refuse_it_at_the_start_and_show_no_password(url, tmp_path):
     with pytest.raises(PipelineError) as caught:
         load_settings(home=tmp_path, storage_url=url)

@@ -46,8 +46,9 @@ class Settings(BaseSettings):
     )
     storage_url: str = Field(
         default="",
-        description="Object store: `file:///<path>`, `s3://<bucket>[/<prefix>]` or "
-        "`supabase://<project>/<bucket>[/<prefix>]`; empty means `file://<home>/storage`.",
+        description="Object store: `file:///<path>`, `s3://<bucket>[/<prefix>]`, `gs://<bucket>[/<prefix>]`, "
+        "`az://<container>[/<prefix>]` or `supabase://<project>/<bucket>[/<prefix>]`; empty means "
+        "`file://<home>/storage`.",
     )
     storage_public_endpoint: str = Field(
         default="",

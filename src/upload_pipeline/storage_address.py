@@ -10,6 +10,8 @@ ALLOWED = (
     "file:///<absolute path>",
     "s3://<bucket>[/<prefix>]",
     "supabase://<project>/<bucket>[/<prefix>]",
+    "gs://<bucket>[/<prefix>]",
+    "az://<container>[/<prefix>]",
 )
 """The forms of a storage URL, for messages."""
 
@@ -44,6 +46,18 @@ _SUPABASE = _Names(
     "a bucket's name has up to 100 letters, digits, dots, underscores and hyphens; the project is its reference, or "
     "the host of your own gateway, with supabase+http:// in the place of supabase:// where that has no TLS",
     "credentials are no part of it but of the environment (AWS_ACCESS_KEY_ID)",
+)
+_GOOGLE = _Names(
+    ALLOWED[3],
+    re.compile(r"[a-z0-9][a-z0-9._-]{1,220}[a-z0-9]"),
+    "a bucket's name has 3 to 222 lower-case letters, digits, dots, underscores and hyphens",
+    "credentials are no part of it but of the environment (GOOGLE_APPLICATION_CREDENTIALS)",
+)
+_AZURE = _Names(
+    ALLOWED[4],
+    re.compile(r"(?=.{3,63}$)[a-z0-9]+(-[a-z0-9]+)*"),
+    "a container's name has 3 to 63 lower-case letters, digits and single hyphens",
+    "account and key are no part of it but of the environment (AZURE_STORAGE_ACCOUNT_NAME, AZURE_STORAGE_ACCOUNT_KEY)",
 )
 
 
@@ -82,7 +96,23 @@ class SupabaseBucket:
     prefix: str
 
 
-Address = Directory | Bucket | SupabaseBucket
+@dataclass(frozen=True, slots=True)
+class GoogleBucket:
+    """A bucket of Google Cloud Storage; see `Bucket`."""
+
+    name: str
+    prefix: str
+
+
+@dataclass(frozen=True, slots=True)
+class AzureContainer:
+    """A container of Azure Blob Storage; see `Bucket`."""
+
+    name: str
+    prefix: str
+
+
+Address = Directory | Bucket | SupabaseBucket | GoogleBucket | AzureContainer
 """Whatever a storage URL names."""
 
 
@@ -102,6 +132,10 @@ def parse_storage_url(url: str) -> Address:
             case "supabase" | "supabase+http":
                 gateway, _, place = rest.partition("/")
                 return SupabaseBucket(_gateway(scheme, gateway), *_named(place, _SUPABASE))
+            case "gs":
+                return GoogleBucket(*_named(rest, _GOOGLE))
+            case "az":
+                return AzureContainer(*_named(rest, _AZURE))
     forms = f"{', '.join(ALLOWED[:-1])} and {ALLOWED[-1]}"
     raise ValueError(f"it must be one of {forms}, as in file:///var/lib/upload-pipeline/storage")
 

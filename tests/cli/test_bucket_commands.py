@@ -86,7 +86,7 @@ def test_maintenance_removes_orphans_of_a_bucket_and_nothing_that_is_not_ours(
 
 
 def test_a_store_that_is_none_stops_the_command_before_anything_else(bare_terminal: Terminal) -> None:
-    ended = bare_terminal("worker", storage_url="gs://bucket")
+    ended = bare_terminal("worker", storage_url="ftp://bucket")
     assert ended.status != 0
-    assert "UPLOAD_PIPELINE_STORAGE_URL='gs://bucket' is not allowed" in ended.err
+    assert "UPLOAD_PIPELINE_STORAGE_URL='ftp://bucket' is not allowed" in ended.err
     assert "s3://<bucket>[/<prefix>]" in ended.err

@@ -7,6 +7,7 @@ from datetime import datetime, timedelta
 from typing import Protocol
 
 from upload_pipeline.storage.objects import ObjectInfo, SignedUrl
+from upload_pipeline.storage.refusals import Refusal
 
 
 class Backend(Protocol):
@@ -56,6 +57,9 @@ class Backend(Protocol):
         self, key: str, *, filename: str, media_type: str | None, expires_in: timedelta, caller_token: str | None
     ) -> SignedUrl | None:
         """A URL to fetch the object by one GET, `None` where the place gives out none."""
+
+    def refusal(self, error: Exception, setting: str) -> Refusal | None:
+        """What is known of one of its failures; `setting` is the name of the one that names it."""
 
     async def check_urls(self) -> str:
         """Says in a clause who hands out URLs to clients; raises where that is set up and cannot work."""

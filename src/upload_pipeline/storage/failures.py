@@ -8,7 +8,7 @@ from obstore.exceptions import BaseError, PermissionDeniedError, Unauthenticated
 
 from upload_pipeline.errors import ErrorCode, PipelineError
 from upload_pipeline.settings import ENV_PREFIX
-from upload_pipeline.storage.s3_failures import s3_refusal
+from upload_pipeline.storage.refusals import Refusal
 
 STORAGE_SETTING = f"{ENV_PREFIX}STORAGE_URL"
 """The setting that a storage error sends its reader to."""
@@ -86,17 +86,17 @@ def stalled(action: str, seconds: float, key: str = "") -> PipelineError:
     )
 
 
-def translate(error: Exception, action: str, key: str = "") -> PipelineError:
+def translate(error: Exception, action: str, key: str = "", refusal: Refusal | None = None) -> PipelineError:
     """Names a failure of a store.
 
     Args:
         error: one of `STORE_FAILURES`, or an error that has its name already, which comes back as it is.
         action: what was tried, to complete "could not ...".
         key: the object concerned, if one is.
+        refusal: what the store knows of it, if anything.
     """
     if isinstance(error, PipelineError):
         return error
-    refusal = s3_refusal(error, STORAGE_SETTING)
     if refusal is not None:
         code = ErrorCode.STORAGE_DENIED if refusal.denied else ErrorCode.STORAGE_UNAVAILABLE
         message = f"The store did not {action}: {refusal.reason}. {refusal.remedy}"

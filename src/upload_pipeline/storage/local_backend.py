@@ -19,6 +19,7 @@ from upload_pipeline.storage.free_space import free_bytes
 from upload_pipeline.storage.local_tree import UNFINISHED, LocalTree
 from upload_pipeline.storage.local_write import LocalWrite
 from upload_pipeline.storage.objects import OWN_URLS, ObjectInfo, SignedUrl
+from upload_pipeline.storage.refusals import Refusal
 
 THREADS = 8
 """Disk calls at once, in a pool apart from asyncio's own, which a busy parser or embedder may fill."""
@@ -118,6 +119,10 @@ class LocalBackend:
         self, key: str, *, filename: str, media_type: str | None, expires_in: timedelta, caller_token: str | None
     ) -> SignedUrl | None:
         """None: nobody but this machine reaches the directory."""
+        return None
+
+    def refusal(self, error: Exception, setting: str) -> Refusal | None:
+        """Nothing beside its number."""
         return None
 
     async def check_urls(self) -> str:

@@ -19,7 +19,8 @@ from obstore.store import ObjectStore as Place
 from upload_pipeline.storage.backend import UrlSource
 from upload_pipeline.storage.failures import missing
 from upload_pipeline.storage.objects import OWN_URLS, ObjectInfo, SignedUrl
-from upload_pipeline.storage.s3_failures import MISSING_BUCKET, s3_code
+from upload_pipeline.storage.refusals import Refusal, RefusalOf, missing_bucket
+from upload_pipeline.storage.s3_failures import s3_refusal
 
 PART_BYTES = 5 * 1024 * 1024
 """Size of a part of a multipart upload: the least that S3 takes, so the least memory."""
@@ -51,10 +52,12 @@ class ObstoreBackend:
     Attributes:
         place: the store.
         urls: signs URLs for it; without it there are none.
+        refusal_of: what is known of its errors.
     """
 
     place: Place
     urls: UrlSource | None = None
+    refusal_of: RefusalOf = s3_refusal
 
     async def write(self, key: str, blocks: AsyncIterator[bytes]) -> None:
         """Sends a small object by one PUT, a larger one in parts."""
@@ -123,7 +126,7 @@ class ObstoreBackend:
             try:
                 meta = (await obstore.get_async(self.place, key)).meta
             except FileNotFoundError as error:
-                if s3_code(error) == MISSING_BUCKET:
+                if missing_bucket(error):
                     raise
                 return None
         return ObjectInfo(key, meta["size"], meta["last_modified"])
@@ -142,7 +145,7 @@ class ObstoreBackend:
             try:
                 await obstore.delete_async(self.place, batch)
             except FileNotFoundError as error:
-                if s3_code(error) == MISSING_BUCKET:
+                if missing_bucket(error):
                     raise
                 for key in batch:
                     await self._delete_one(key)
@@ -199,6 +202,10 @@ class ObstoreBackend:
             key, filename=filename, media_type=media_type, expires_in=expires_in, caller_token=caller_token
         )
 
+    def refusal(self, error: Exception, setting: str) -> Refusal | None:
+        """By the code in the server's answer."""
+        return self.refusal_of(error, setting)
+
     async def check_urls(self) -> str:
         """The bucket does where it signs URLs."""
         return OWN_URLS if self.urls is None else await self.urls.check()
@@ -211,7 +218,7 @@ class ObstoreBackend:
 
 def _absent(error: FileNotFoundError, key: str) -> Exception:
     """The error of a missing object; that of a missing bucket stays what it is."""
-    return error if s3_code(error) == MISSING_BUCKET else missing(key)
+    return error if missing_bucket(error) else missing(key)
 
 
 async def _hand_over(

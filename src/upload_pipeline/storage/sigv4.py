@@ -43,6 +43,23 @@ def canonical_query(parameters: Mapping[str, str]) -> str:
     )
 
 
+def string_to_sign(
+    algorithm: str,
+    *,
+    method: str,
+    path: str,
+    query: str,
+    headers: Mapping[str, str],
+    payload: str,
+    stamp: str,
+    scope: str,
+) -> str:
+    """What of a request is signed, in the way that AWS has made and Google follows; see `signature`."""
+    lines = "".join(f"{name}:{headers[name]}\n" for name in sorted(headers))
+    request = "\n".join([method, path, query, lines, ";".join(sorted(headers)), payload])
+    return "\n".join([algorithm, stamp, scope, hashlib.sha256(request.encode()).hexdigest()])
+
+
 def signature(
     secret_access_key: str,
     *,
@@ -66,9 +83,9 @@ def signature(
         stamp: the time, as `20261121T150000Z`.
         scope: `<date>/<region>/<service>/aws4_request`.
     """
-    lines = "".join(f"{name}:{headers[name]}\n" for name in sorted(headers))
-    request = "\n".join([method, path, query, lines, ";".join(sorted(headers)), payload])
-    to_sign = "\n".join([ALGORITHM, stamp, scope, hashlib.sha256(request.encode()).hexdigest()])
+    to_sign = string_to_sign(
+        ALGORITHM, method=method, path=path, query=query, headers=headers, payload=payload, stamp=stamp, scope=scope
+    )
     key = f"AWS4{secret_access_key}".encode()
     for part in scope.split("/"):
         key = hmac.digest(key, part.encode(), "sha256")

@@ -15,9 +15,11 @@ from uuid import uuid4
 
 from upload_pipeline.errors import ErrorCode, PipelineError
 from upload_pipeline.storage import failures
+from upload_pipeline.storage.azure import open_container
 from upload_pipeline.storage.backend import Backend
 from upload_pipeline.storage.descriptors import GuardedDescriptor
 from upload_pipeline.storage.encryption import AES256, Encryption
+from upload_pipeline.storage.google import open_google_bucket
 from upload_pipeline.storage.keys import incoming_key, validate_key
 from upload_pipeline.storage.local_backend import LocalBackend
 from upload_pipeline.storage.local_tree import FILE_MODE, LocalTree, make_root
@@ -25,7 +27,15 @@ from upload_pipeline.storage.measured import BLOCK_BYTES, MeasuredStream
 from upload_pipeline.storage.objects import ObjectInfo, SignedUrl, StoredObject
 from upload_pipeline.storage.s3 import open_bucket
 from upload_pipeline.storage.supabase import open_supabase_bucket
-from upload_pipeline.storage_address import ALLOWED, Bucket, Directory, SupabaseBucket, parse_storage_url
+from upload_pipeline.storage_address import (
+    ALLOWED,
+    AzureContainer,
+    Bucket,
+    Directory,
+    GoogleBucket,
+    SupabaseBucket,
+    parse_storage_url,
+)
 from upload_pipeline.url_secrets import without_password
 
 HEAD_BYTES = 65536
@@ -110,7 +120,7 @@ class ObjectStore:
             if stream is not None and stream.failure is not None:
                 raise stream.failure from None
             if isinstance(error, failures.STORE_FAILURES):
-                raise failures.translate(error, action, key) from error
+                raise self._named(error, action, key) from error
             raise
 
     async def put_bytes(self, key: str, data: bytes) -> StoredObject:
@@ -373,6 +383,10 @@ class ObjectStore:
         finally:
             await self.delete([key])
 
+    def _named(self, error: Exception, action: str, key: str) -> PipelineError:
+        refusal = self.backend.refusal(error, failures.STORAGE_SETTING)
+        return failures.translate(error, action, key, refusal)
+
     async def check_urls(self) -> str:
         """Says in a clause who hands out URLs to clients.
 
@@ -392,7 +406,7 @@ class ObjectStore:
         except TimeoutError as error:
             raise failures.stalled(action, self.progress_seconds, key) from error
         except failures.STORE_FAILURES as error:
-            raise failures.translate(error, action, key) from error
+            raise self._named(error, action, key) from error
 
 
 def open_store(
@@ -430,6 +444,10 @@ def open_store(
             backend: Backend = open_bucket(address, public_endpoint, encryption)
         case SupabaseBucket():
             backend = open_supabase_bucket(address, public_endpoint=public_endpoint, publishable_key=publishable_key)
+        case GoogleBucket():
+            backend = open_google_bucket(address, public_endpoint)
+        case AzureContainer():
+            backend = open_container(address, public_endpoint)
         case Directory(root):
             backend = _open_directory(root)
     return ObjectStore(backend, progress_seconds)

@@ -71,8 +71,10 @@ async def _look_for_bytes(document: Document, awaited: AwaitedBytes, context: St
 
 def _is_not_theirs(error: PipelineError, found: ObjectInfo, awaited: AwaitedBytes) -> bool:
     """Whether what was found says nothing of the latest announcement: it is older, or gone again."""
+    # Buckets tell times in whole seconds, so what came in the second of the announcement seems to be older than it.
+    since = awaited.since if found.modified_at.microsecond else awaited.since.replace(microsecond=0)
     return error.code is ErrorCode.OBJECT_MISSING or (
-        error.code is ErrorCode.CHECKSUM_MISMATCH and found.modified_at < awaited.since
+        error.code is ErrorCode.CHECKSUM_MISMATCH and found.modified_at < since
     )
 
 
