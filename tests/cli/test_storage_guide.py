@@ -12,6 +12,7 @@ from pathlib import Path
 from postgres_servers import Database
 from s3_servers import ACCESS_KEY_ID, REGION, SECRET_ACCESS_KEY, S3Server
 
+from tests.simulators.azure_blob import ACCOUNT, KEY
 from tests.simulators.simulator_process import running_simulator
 from tests.simulators.supabase_wire import PUBLISHABLE_KEY
 from upload_pipeline.settings import load_settings
@@ -59,6 +60,30 @@ def test_its_commands_run_against_supabase(database: Database, tmp_path: Path) -
         storage = doctors_word(commands, tmp_path, database, given)
         assert storage.startswith("problem")
         assert "Set UPLOAD_PIPELINE_SUPABASE_PUBLISHABLE_KEY to the project's publishable key" in storage
+
+
+def test_its_commands_run_against_google(database: Database, tmp_path: Path) -> None:
+    (commands,) = blocks("sh", "A bucket of Google Cloud Storage")
+    file = tmp_path / "account.json"
+    with running_simulator("tests.simulators.gcs", "--bucket", "files", "--key-file", str(file)) as url:
+        given = {"BUCKET": "files", "GOOGLE_APPLICATION_CREDENTIALS": str(file), "GOOGLE_BASE_URL": url}
+        storage = doctors_word(commands, tmp_path, database, given)
+    assert storage.startswith("ok")
+    assert "gs://files/claims can be written; clients get URLs of the bucket" in storage
+
+
+def test_its_commands_run_against_azure(database: Database, tmp_path: Path) -> None:
+    (commands,) = blocks("sh", "A container of Azure Blob Storage")
+    with running_simulator("tests.simulators.azure_blob", "--container", "files") as url:
+        given = {
+            "CONTAINER": "files",
+            "AZURE_STORAGE_ENDPOINT": url,
+            "AZURE_STORAGE_ACCOUNT_NAME": ACCOUNT,
+            "AZURE_STORAGE_ACCOUNT_KEY": KEY,
+        }
+        storage = doctors_word(commands, tmp_path, database, given)
+    assert storage.startswith("ok")
+    assert "az://files/claims can be written; clients send bytes to URLs of the service" in storage
 
 
 def doctors_word(commands: str, tmp_path: Path, database: Database, given: dict[str, str]) -> str:
