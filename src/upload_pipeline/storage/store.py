@@ -282,10 +282,10 @@ class ObjectStore:
     ) -> SignedUrl | None:
         """A URL by which somebody else stores the object with one PUT, and nothing else.
 
-        S3 refuses a body of another length or type, or other bytes than those of the sha256. Until it expires, the
-        URL may be used again: with a sha256 it replaces what stands under the key, without one it is refused while
-        anything does. Supabase binds none of that, and replaces nothing. So what arrives by a URL has to be looked at
-        in any case.
+        How much of it is bound is the store's: S3 refuses a body of another length or type, or other bytes than those
+        of the sha256, Google one of another length or type, Supabase nothing. So what arrives by a URL has to be
+        looked at in any case. Until it expires, a URL of S3 or Google may be used again: with a sha256 it replaces what
+        stands under the key, without one it is refused while anything does. That of Supabase replaces nothing.
 
         Args:
             key: where to.
