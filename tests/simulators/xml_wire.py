@@ -56,6 +56,8 @@ class XmlWire:
                 return self._part(bucket, request, body)
             case "PUT" if f"{self.header}copy-source" in request.headers:
                 return self._copy(bucket, key, request)
+            case "PUT" if request.headers.get(f"{self.header}if-generation-match") == "0" and key in bucket.objects:
+                return refused(412, "PreconditionFailed", "At least one of the pre-conditions did not hold.")
             case "PUT":
                 bucket.objects[key] = Stored(body, request.headers.get("Content-Type", "application/octet-stream"))
                 return web.Response(headers={"ETag": bucket.objects[key].etag})

@@ -223,6 +223,16 @@ async def test_a_put_to_google_binds_length_and_type_and_no_content(google):
     assert await store.get_bytes(DOCUMENT, 5) == b"again"
 
 
+async def test_bytes_that_nobody_named_beforehand_are_never_replaced(google):
+    store = open_store("gs://files")
+    signed = await store.sign_put(DOCUMENT, media_type="text/plain", file_bytes=5, expires_in=MINUTE)
+    assert signed is not None
+    assert await put(signed, b"first") == 200
+    assert await put(signed, b"again") == 412
+    assert await put(signed, b"again", x_goog_if_generation_match="1") == 403
+    assert await store.get_bytes(DOCUMENT, 5) == b"first"
+
+
 async def test_azure_signs_no_put_as_it_could_bind_nothing(azure):
     assert await sign_put(open_store("az://files")) is None
     assert "clients send bytes to URLs of the service" in await open_store("az://files").check_urls()

@@ -72,6 +72,9 @@ class GoogleUrls:
     ) -> SignedUrl | None:
         """A PUT of just this many bytes as that type; `None` where obstore works as another account."""
         headers = {"content-type": media_type, LENGTH_HEADER: f"{file_bytes},{file_bytes}"}
+        if file_sha256 is None:
+            # As on S3: nobody has said which bytes are to come, so the first that come stay.
+            headers["x-goog-if-generation-match"] = "0"
         url = await self._sign("PUT", key, expires_in, headers=headers, query={})
         return None if url is None else SignedUrl(url, headers)
 
