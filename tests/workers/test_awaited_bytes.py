@@ -213,6 +213,19 @@ async def test_other_bytes_of_an_earlier_announcement_are_as_none(waiting: Waiti
     assert (await waiting.refusal()).code is ErrorCode.UPLOAD_EXPIRED
 
 
+@pytest.mark.parametrize("earlier", [0, 1], ids=["the same second", "the second before"])
+async def test_a_store_that_tells_whole_seconds_is_believed_within_the_second(waiting: Waiting, earlier: int) -> None:
+    await waiting.put(b"x" * len(DATA))
+    since = await waiting.admin.fetchval("select updated_at from upload_pipeline.documents")
+    second = int(since.timestamp()) - earlier
+    for path in (waiting.context.settings.home / "storage").rglob(str(waiting.reserved.document_id)):
+        os.utime(path, (second, second))
+    if earlier:
+        assert isinstance(await waiting.look(), Snooze)
+    else:
+        assert (await waiting.refusal()).code is ErrorCode.CHECKSUM_MISMATCH
+
+
 async def test_bytes_that_go_between_two_looks_at_them_are_as_none(waiting: Waiting) -> None:
     await waiting.put()
 
