@@ -1,18 +1,15 @@
 from __future__ import annotations
 
 import asyncio
-import csv
 import io
 import json
-import shutil
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from photo_corpus import CORPUS, EXIFTOOL, by_exiftool, corpus_photos
 from photo_files import PLACE, bomb, chunk, corners, exif_of, jpeg, picture, png, raw_exif, with_segment
 from PIL import Image, PngImagePlugin
 
@@ -24,9 +21,7 @@ from upload_pipeline.providers.photo_reading import PhotoFacts, PhotoReader
 
 MIB = 1024**2
 MAX_PIXELS = 20_000_000
-EXIFTOOL = shutil.which("exiftool")
 BOMB = bomb(30_000, 30_000)
-CORPUS = Path(__file__).resolve().parents[3] / "shared" / "corpus"
 
 
 @pytest.fixture(scope="module")
@@ -257,14 +252,6 @@ def damaged_file(tmp_path_factory: pytest.TempPathFactory) -> None:
 DAMAGED = Path()
 
 
-def corpus_photos() -> list[dict[str, str]]:
-    manifest = CORPUS / "MANIFEST.csv"
-    if not manifest.is_file():
-        return []
-    with manifest.open(encoding="utf-8", newline="") as file:
-        return [row for row in csv.DictReader(file) if Path(row["path"]).suffix in (".jpg", ".png")]
-
-
 @pytest.mark.skipif(not corpus_photos(), reason="the corpus (../shared/corpus) is not here")
 @pytest.mark.parametrize("row", corpus_photos(), ids=lambda row: row["path"])
 async def test_the_corpus_ends_as_its_manifest_says(reader: PhotoReader, row: dict[str, str]) -> None:
@@ -280,45 +267,6 @@ async def test_the_corpus_ends_as_its_manifest_says(reader: PhotoReader, row: di
     with pytest.raises(PipelineError) as caught:
         await reading
     assert caught.value.code == code
-
-
-def by_exiftool(path: Path) -> dict[str, Any]:
-    """What exiftool reads, under our names; its numbers are not rounded."""
-    found = json.loads(
-        subprocess.run([EXIFTOOL or "", "-j", "-n", "-G0", str(path)], capture_output=True, check=True).stdout
-    )[0]
-    exif = {name.removeprefix("EXIF:"): value for name, value in found.items() if name.startswith("EXIF:")}
-    fields: dict[str, Any] = {
-        name: exif[tag]
-        for name, tag in {
-            "camera_make": "Make",
-            "camera_model": "Model",
-            "software": "Software",
-            "lens_model": "LensModel",
-            "focal_length_mm": "FocalLength",
-            "focal_length_35mm": "FocalLengthIn35mmFormat",
-            "iso": "ISO",
-            "exposure_time_s": "ExposureTime",
-            "f_number": "FNumber",
-            "orientation": "Orientation",
-        }.items()
-        if tag in exif
-    }
-    if "Flash" in exif:
-        fields["flash"] = {"fired": bool(exif["Flash"] & 1), "raw": exif["Flash"]}
-    moment = exif.get("DateTimeOriginal", exif.get("CreateDate"))
-    if moment:
-        fraction = f".{exif['SubSecTimeOriginal']}" if "SubSecTimeOriginal" in exif else ""
-        date, _, clock = moment.partition(" ")
-        fields["captured_at"] = f"{date.replace(':', '-')}T{clock}{fraction}{exif.get('OffsetTimeOriginal', '')}"
-    if "Composite:GPSLatitude" in found:
-        fields["gps"] = {"latitude": found["Composite:GPSLatitude"], "longitude": found["Composite:GPSLongitude"]}
-        if "Composite:GPSAltitude" in found:
-            fields["gps"]["altitude_m"] = found["Composite:GPSAltitude"]
-    if fields:
-        size = [found["File:ImageWidth"], found["File:ImageHeight"]] if "File:ImageWidth" in found else []
-        fields["width"], fields["height"] = size[::-1] if fields.get("orientation", 1) > 4 else size
-    return fields
 
 
 @pytest.mark.skipif(not corpus_photos(), reason="the corpus (../shared/corpus) is not here")
