@@ -7,14 +7,17 @@ Whatever dies in between, the document is already gone for its user, and `finish
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from datetime import datetime
+from typing import TypeVar
 from uuid import UUID
 
 from upload_pipeline.database import documents
 from upload_pipeline.database.documents import DeletedDocument
 from upload_pipeline.database.queue import Executor
 from upload_pipeline.errors import PipelineError
+
+D = TypeVar("D")
 
 RemoveObjects = Callable[[DeletedDocument], Awaitable[None]]
 """Removes every object of a document; missing ones are fine."""
@@ -51,15 +54,32 @@ async def finish_deletions(db: Executor, *, before: datetime, remove_objects: Re
     Raises:
         PipelineError: as `remove_objects` does, the first one, after all others were tried.
     """
+    begun = await documents.unfinished_deletions(db, before=before)
+    return await end_deletions(begun, remove_objects, lambda each: documents.finish_deletion(db, each.document_id))
+
+
+async def end_deletions(
+    begun: Iterable[D], remove_objects: Callable[[D], Awaitable[None]], finish: Callable[[D], Awaitable[object]]
+) -> int:
+    """Ends deletions that were begun; returns how many.
+
+    Args:
+        begun: what is being deleted.
+        remove_objects: removes what the store has of one.
+        finish: removes its rows.
+
+    Raises:
+        PipelineError: as `remove_objects` does, the first one, after all others were tried.
+    """
     finished = 0
     failure: PipelineError | None = None
-    for deleted in await documents.unfinished_deletions(db, before=before):
+    for deleted in begun:
         try:
             await remove_objects(deleted)
         except PipelineError as error:
             failure = failure or error
             continue
-        await documents.finish_deletion(db, deleted.document_id)
+        await finish(deleted)
         finished += 1
     if failure is not None:
         raise failure

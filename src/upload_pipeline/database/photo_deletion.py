@@ -7,9 +7,9 @@ from datetime import datetime, timedelta
 from uuid import UUID
 
 from upload_pipeline.database import photos
+from upload_pipeline.database.deletion import end_deletions
 from upload_pipeline.database.photos import DeletedPhoto
 from upload_pipeline.database.queue import Executor
-from upload_pipeline.errors import PipelineError
 
 RemovePhotoObjects = Callable[[DeletedPhoto], Awaitable[None]]
 """Removes every object of a photo; missing ones are fine."""
@@ -49,7 +49,7 @@ async def finish_photo_deletions(db: Executor, *, before: datetime, remove_objec
     Raises:
         PipelineError: as `remove_objects` does, the first one, after all others were tried.
     """
-    return await _finish(db, await photos.unfinished_deletions(db, before=before), remove_objects)
+    return await _end(db, await photos.unfinished_deletions(db, before=before), remove_objects)
 
 
 async def expire_photos(db: Executor, *, grace: timedelta, remove_objects: RemovePhotoObjects) -> int:
@@ -61,23 +61,11 @@ async def expire_photos(db: Executor, *, grace: timedelta, remove_objects: Remov
     expired = 0
     for _ in range(EXPIRY_ROUNDS):
         begun = await photos.begin_expiry(db, grace=grace)
-        expired += await _finish(db, begun, remove_objects)
+        expired += await _end(db, begun, remove_objects)
         if not begun:
             break
     return expired
 
 
-async def _finish(db: Executor, begun: list[DeletedPhoto], remove_objects: RemovePhotoObjects) -> int:
-    finished = 0
-    failure: PipelineError | None = None
-    for deleted in begun:
-        try:
-            await remove_objects(deleted)
-        except PipelineError as error:
-            failure = failure or error
-            continue
-        await photos.finish_deletion(db, deleted.photo_id)
-        finished += 1
-    if failure is not None:
-        raise failure
-    return finished
+async def _end(db: Executor, begun: list[DeletedPhoto], remove_objects: RemovePhotoObjects) -> int:
+    return await end_deletions(begun, remove_objects, lambda each: photos.finish_deletion(db, each.photo_id))
