@@ -20,7 +20,7 @@ from upload_pipeline.cli.app import app
 _MAIN = "from upload_pipeline.cli.app import main; main()"
 _INSIDE = frozenset(
     {"jobs", "job", "retry", "cancel", "batch", "documents", "delete", "search", "migrate", "maintenance", "database"}
-    | {"keys", "lanes", "organizations", "projects", "storage", "token", "usage"}
+    | {"keys", "lanes", "models", "organizations", "projects", "storage", "token", "usage"}
 )
 
 

@@ -212,3 +212,29 @@ async def test_worker_is_in_the_register_while_it_works(world: ProbeWorld) -> No
         row = await world.admin.fetchrow("select * from upload_pipeline.workers")
         assert (row["worker_id"], row["pools"], row["concurrency"]) == (runner.worker_id, ["default", "embed"], 7)
     assert await world.admin.fetchval("select count(*) from upload_pipeline.workers") == 0
+
+
+async def test_work_that_nobody_waits_for_gets_half_of_the_slots_beside_other_pools(world: ProbeWorld) -> None:
+    gate = Gate()
+    await world.admin.execute("update upload_pipeline.stages set pool = 'background' where pipeline = 'probe'")
+    await world.enqueue(6)
+    async with world.worker(steps_of(gate), pools=("background", "default"), concurrency=4) as runner:
+        await until_true(lambda: len(gate.inside) == 2, "half of the slots to fill")
+        await asyncio.sleep(0.3)
+        assert (runner.at_work, gate.most) == (2, 2)
+        await world.admin.execute("update upload_pipeline.stages set pool = 'default' where pipeline = 'probe'")
+        users = await world.enqueue(3)
+        await until_true(lambda: runner.at_work == 4, "the other half to be there for who waits")
+        assert len(gate.inside & set(users)) == 2
+        gate.open.set()
+        await world.until_all("done")
+
+
+async def test_a_worker_of_nothing_else_uses_all_of_its_slots(world: ProbeWorld) -> None:
+    gate = Gate()
+    await world.admin.execute("update upload_pipeline.stages set pool = 'background' where pipeline = 'probe'")
+    await world.enqueue(4)
+    async with world.worker(steps_of(gate), pools=("background",), concurrency=3):
+        await until_true(lambda: len(gate.inside) == 3, "all slots to fill")
+        gate.open.set()
+        await world.until_all("done")
