@@ -26,6 +26,8 @@ from upload_workers.process import running_worker
 
 SECRET = "a secret that two services share, 32+"
 USER = uuid4()
+LONG = 60.0
+"""Seconds; the first worker that asks a vision model loads its client, which takes some on a busy machine."""
 
 StartWorker = Callable[..., AbstractAsyncContextManager[Any]]
 AddPhoto = Callable[..., Any]
@@ -97,7 +99,7 @@ async def until_done(admin: asyncpg.Connection, *photos: WaitingPhoto, state: st
         rows = [await photo_of(admin, photo.photo_id) for photo in photos]
         return rows if all(row["state"] == state for row in rows) else None
 
-    found: list[Any] = await until(there, f"jobs {state}")
+    found: list[Any] = await until(there, f"jobs {state}", LONG)
     return found
 
 
@@ -184,7 +186,7 @@ async def test_an_outage_of_the_provider_fails_no_photo_and_needs_no_hand(
             rows = [await photo_of(admin, photo.photo_id) for photo in early]
             return all((row["stage"], row["state"]) == ("detecting", "retryable") for row in rows)
 
-        await until(put_off, "photos put off")
+        await until(put_off, "photos put off", LONG)
         late = await add_photo()
         await vision.__aenter__()
         vision.misbehave(Fault.SERVER_ERROR, times=3)
@@ -387,7 +389,7 @@ async def test_an_outage_of_the_model_fails_no_photo_and_needs_no_hand(
             rows = [await photo_of(admin, photo.photo_id) for photo in photos]
             return all((row["stage"], row["state"]) == ("detecting", "retryable") for row in rows)
 
-        await until(put_off, "photos put off")
+        await until(put_off, "photos put off", LONG)
         await model.__aenter__()
         for fault in ("server_error", "busy", "hang", "redirect"):
             model.misbehave(fault)
