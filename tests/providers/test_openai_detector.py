@@ -65,11 +65,6 @@ async def test_what_is_reserved_is_no_less_than_what_is_counted(
         assert answer.tokens <= detector.bound_tokens(types)
 
 
-async def test_no_type_is_no_request(simulator: VisionSimulator, detector: OpenAIDetector) -> None:
-    assert (await detector.detect(a_request(types=()))).detections == ()
-    assert simulator.books.requests == 0
-
-
 @pytest.mark.parametrize(
     ("fault", "code", "remedy", "broken"),
     [

@@ -77,12 +77,17 @@ def a_job() -> ClaimedJob:
 
 
 async def ask(
-    desk: DetectionDesk, *, job: ClaimedJob | None = None, waited: float = 0.0, photo: UUID | None = None
+    desk: DetectionDesk,
+    *,
+    job: ClaimedJob | None = None,
+    waited: float = 0.0,
+    photo: UUID | None = None,
+    types: tuple[str, ...] = ("damage",),
 ) -> Detected | AnswerLater | NotNow:
     async def thumbnail() -> bytes:
         return b"\xff\xd8\xff\xe0" + (photo or uuid4()).bytes
 
-    message = DetectionMessage(photo or uuid4(), "s3://photos/1.jpg", ("damage",), "normal")
+    message = DetectionMessage(photo or uuid4(), "s3://photos/1.jpg", types, "normal")
     request = DetectionRequest(message, delivery_id=uuid4(), attempt=1, thumbnail=thumbnail)
     return await desk.ask(job or a_job(), request, waited=timedelta(seconds=waited))
 
@@ -106,6 +111,11 @@ async def test_what_an_answer_cost_is_recorded_for_its_job_at_todays_price(
     assert float(row["cost_micros"]) == pytest.approx(simulator.books.tokens * 0.4)
     budget = await admin.fetchrow("select calls, tokens, model from upload_pipeline.provider_budgets")
     assert tuple(budget) == (1, simulator.books.tokens, MODEL)
+
+
+async def test_where_nothing_is_looked_for_nobody_is_asked(simulator: VisionSimulator, desk: DetectionDesk) -> None:
+    assert await ask(desk, types=()) == Detected(())
+    assert simulator.books.requests == 0
 
 
 @pytest.mark.parametrize(

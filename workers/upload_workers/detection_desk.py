@@ -1,6 +1,7 @@
 """Asking a detector for one photo: within the budget, with what it cost recorded, and each failure by its remedy.
 
     the detector                                     the photo
+    has nothing to look for                          done, nobody is asked
     found something, or nothing                      done
     took the message                                 waits for the callback
     gives an answer that cannot be used              fails, to be tried again: it may have been paid for
@@ -117,6 +118,8 @@ class DetectionDesk:
             PipelineError: `DETECT_REJECTED`, `DETECT_FAILED`, `DETECT_UNAVAILABLE`, `REQUEST_OVER_BUDGET`, and what
                 reading the thumbnail raises.
         """
+        if not request.message.detection_types and self.name != "none":
+            return Detected(())
         left = self._open_at - time.monotonic()
         if left > 0:
             return _put_off(left)

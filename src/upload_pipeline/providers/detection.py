@@ -175,7 +175,7 @@ class Detector(Protocol):
         """One of `DETECTORS`."""
 
     async def detect(self, request: DetectionRequest) -> Detected | AnswerLater:
-        """Asks once.
+        """Asks once, for at least one detection type.
 
         Raises:
             DetectionError: `DETECT_UNAVAILABLE`, `DETECT_QUOTA`, `DETECT_DENIED`, `DETECT_REJECTED`, `DETECT_FAILED`;

@@ -135,8 +135,6 @@ class OpenAIDetector:
         import openai
 
         types = request.message.detection_types
-        if not types:
-            return Detected((), tokens=0)
         image = base64.b64encode(await request.thumbnail()).decode()
         picture = {"url": f"data:image/jpeg;base64,{image}", "detail": self._detail}
         try:
