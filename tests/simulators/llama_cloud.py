@@ -29,6 +29,8 @@ from uuid import uuid4
 
 from aiohttp import ClientError, ClientSession, ClientTimeout, web
 
+from tests.simulators.openai_server import Window
+
 KEY = "llx-simulated"
 """The API key that is accepted."""
 CREDITS = {"fast": 1, "cost_effective": 3, "agentic": 10, "agentic_plus": 45}
@@ -72,6 +74,7 @@ class Books:
         credits: paid, in all.
         uploads: how often each external file id was uploaded.
         requests: by operation: upload, find, submit, list, poll.
+        over_limit: requests refused since a minute was full; a client with a true budget causes none.
         faults: what was done wrong, and how often.
         webhooks: messages sent, and those among them that were answered by 2xx.
     """
@@ -82,6 +85,7 @@ class Books:
     credits: int = 0
     uploads: Counter[str] = field(default_factory=Counter)
     requests: Counter[str] = field(default_factory=Counter)
+    over_limit: int = 0
     faults: Counter[str] = field(default_factory=Counter)
     webhooks: Counter[str] = field(default_factory=Counter)
 
@@ -129,6 +133,7 @@ class LlamaCloudSimulator:
     Attributes:
         pending: seconds that a job waits.
         running: seconds that it then takes.
+        requests_per_minute: refused beyond it; the free plan has 20.
         faults: share of requests for each fault, by `seed`.
         retry_after: what a 429 says.
         unique_external_ids: whether a second file with the same external id is refused (409); unknown of the real one.
@@ -140,6 +145,7 @@ class LlamaCloudSimulator:
 
     pending: float = 0.0
     running: float = 0.0
+    requests_per_minute: int = 1_000_000
     faults: Mapping[str, float] = field(default_factory=dict)
     seed: int = 0
     retry_after: float = 1.0
@@ -157,6 +163,7 @@ class LlamaCloudSimulator:
 
     def __post_init__(self) -> None:
         self._chance = random.Random(self.seed)
+        self._minute = Window(self.requests_per_minute, 60.0, self.clock)
 
     async def __aenter__(self) -> Self:
         """Serves on the loopback address; `url` is then what a client takes as its base URL."""
@@ -211,6 +218,10 @@ class LlamaCloudSimulator:
             self.books.requests[name] += 1
             if request.headers.get("Authorization") != f"Bearer {KEY}":
                 return _refusal(401, "Invalid API key")
+            if self._minute.remaining() < 1:
+                self.books.over_limit += 1
+                return _refusal(429, "Rate limit exceeded", {"retry-after": f"{self._minute.reset():.0f}"})
+            self._minute.take(1)
             fault = self._next_fault(name)
             if fault is not None:
                 self.books.faults[fault.value] += 1

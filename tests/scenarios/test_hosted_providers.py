@@ -1,0 +1,172 @@
+"""200 documents through LlamaParse and OpenAI on a bad day, workers killed meanwhile: what was paid, by their books."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import signal
+import time
+from collections import Counter, defaultdict
+from typing import Any
+
+import asyncpg
+from aiohttp import web
+
+from tests.sample_documents import make_document
+from tests.scenarios.world import World, live_jobs, spread_over_users
+from tests.simulators.llama_cloud import KEY as LLAMA_KEY
+from tests.simulators.llama_cloud import LlamaCloudSimulator
+from tests.simulators.openai_embeddings import KEY as OPENAI_KEY
+from tests.simulators.openai_embeddings import OpenAISimulator
+from upload_pipeline.errors import ErrorCode
+
+DOCUMENTS = 200
+USERS = 25
+WORKERS = 2
+KILLS = 6
+DIMENSIONS = 16
+PARSES_PER_MINUTE, EMBEDDINGS_PER_MINUTE, TOKENS_PER_MINUTE = 4_000, 1_200, 400_000
+BAD_DAY = {"rate_limited": 0.10, "server_error": 0.05, "dropped": 0.02, "hang": 0.01}
+
+ON_ITS_WAY = 1.0
+"""Seconds that an answer may be on its way into the database. A worker that is killed in them has it paid for again."""
+
+STATED = {ErrorCode.PARSE_UNAVAILABLE, ErrorCode.EMBED_FAILED}
+"""Why a document may end in the dead letters: a provider failed it at all four tries."""
+
+
+class TimedOpenAI(OpenAISimulator):
+    """Notes when each text was answered."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.answered_at: defaultdict[str, list[float]] = defaultdict(list)
+
+    async def answer(self, request: web.Request, body: dict[str, Any]) -> web.StreamResponse:
+        response = await super().answer(request, body)
+        if response.status == 200:
+            for text in body["input"]:
+                self.answered_at[text].append(time.monotonic())
+        return response
+
+
+async def test_two_hundred_documents_on_a_bad_day_are_paid_for_once(world: World) -> None:
+    async with (
+        LlamaCloudSimulator(
+            pending=0.1, running=0.3, faults=BAD_DAY, seed=5, retry_after=0.5, requests_per_minute=PARSES_PER_MINUTE
+        ) as parses,
+        TimedOpenAI(
+            latency=0.05,
+            faults=BAD_DAY,
+            seed=7,
+            retry_after=0.5,
+            requests_per_minute=EMBEDDINGS_PER_MINUTE,
+            tokens_per_minute=TOKENS_PER_MINUTE,
+        ) as embeddings,
+    ):
+        world.environment |= {
+            "UPLOAD_PIPELINE_PARSER": "llamaparse",
+            "UPLOAD_PIPELINE_LLAMAPARSE_API_KEY": LLAMA_KEY,
+            "UPLOAD_PIPELINE_LLAMAPARSE_BASE_URL": parses.url,
+            "UPLOAD_PIPELINE_LLAMAPARSE_TIMEOUT": "1.5",
+            "UPLOAD_PIPELINE_LLAMAPARSE_POLL": "0.3",
+            "UPLOAD_PIPELINE_LLAMAPARSE_REQUESTS_PER_MINUTE": str(PARSES_PER_MINUTE),
+            "UPLOAD_PIPELINE_EMBEDDER": "openai",
+            "UPLOAD_PIPELINE_OPENAI_API_KEY": OPENAI_KEY,
+            "UPLOAD_PIPELINE_OPENAI_BASE_URL": embeddings.url,
+            "UPLOAD_PIPELINE_OPENAI_DIMENSIONS": str(DIMENSIONS),
+            "UPLOAD_PIPELINE_OPENAI_TIMEOUT": "1.5",
+            "UPLOAD_PIPELINE_EMBED_BATCH_SIZE": "8",
+            "UPLOAD_PIPELINE_WORKER_CONCURRENCY": "12",
+        }
+        admin = await asyncpg.connect(world.admin_url)
+        try:
+            # The run is about kills and faults, not about the waits that they lead to.
+            name = await admin.fetchval("select current_database()")
+            await admin.execute(f"""alter database "{name}" set upload_pipeline.backoff_base = '300 milliseconds'""")
+            await _take_in(world)
+            killed_at = await _kill_workers_until_ended(world, admin, seconds=240)
+            await _check_outcomes(admin)
+            await _check_books(admin, parses, embeddings, killed_at)
+        finally:
+            await admin.close()
+            world.kill_all()
+
+
+async def _take_in(world: World) -> None:
+    folder = world.home / "files"
+    folder.mkdir()
+    paths = []
+    for seed in range(DOCUMENTS):
+        kind = "html" if seed % 4 else "pdf"
+        path = folder / f"claim-{seed}.{kind}"
+        path.write_bytes(make_document(kind, seed, pages=1 + seed % 3))  # type: ignore[arg-type]
+        paths.append(path)
+    await world.ingest(spread_over_users(paths, users=USERS))
+
+
+async def _kill_workers_until_ended(world: World, admin: asyncpg.Connection, *, seconds: float) -> list[float]:
+    choose = random.Random(11)
+    running = [world.start_worker() for _ in range(WORKERS)]
+    killed_at: list[float] = []
+    async with asyncio.timeout(seconds):
+        await asyncio.sleep(2.5)
+        while await live_jobs(admin):
+            if len(killed_at) < KILLS:
+                victim = choose.randrange(WORKERS)
+                running[victim].send_signal(signal.SIGKILL)
+                killed_at.append(time.monotonic())
+                await asyncio.to_thread(running[victim].wait)
+                running[victim] = world.start_worker()
+            await asyncio.sleep(choose.uniform(1.5, 3.0))
+    assert len(killed_at) >= KILLS // 2, "the documents were through before workers could be killed"
+    return killed_at
+
+
+async def _check_outcomes(admin: asyncpg.Connection) -> None:
+    jobs = await admin.fetch(
+        """
+        select j.state::text as state, o.error_code, d.searchable_at is not null as searchable
+          from upload_pipeline.upload_jobs j
+          join upload_pipeline.documents d using (document_id)
+          left join upload_pipeline.job_outcomes o using (job_id)
+        """
+    )
+    assert len(jobs) == DOCUMENTS
+    assert {job["state"] for job in jobs} <= {"done", "deadletter"}
+    assert all(job["searchable"] == (job["state"] == "done") for job in jobs)
+    dead = [job["error_code"] for job in jobs if job["state"] == "deadletter"]
+    assert set(dead) <= STATED
+    assert len(dead) <= DOCUMENTS // 50
+    reaped = await admin.fetchval("select count(*) from upload_pipeline.events where code = 'job_reaped'")
+    assert reaped > 0, "no worker was killed with a job in its hands"
+
+
+async def _check_books(
+    admin: asyncpg.Connection, parses: LlamaCloudSimulator, embeddings: TimedOpenAI, killed_at: list[float]
+) -> None:
+    # A job whose answer was dropped is found again by listing, so even lost answers cost nothing.
+    assert parses.books.paid_again() == {}
+    assert len(parses.books.paid) >= DOCUMENTS * 0.98
+    assert parses.books.over_limit == 0
+    assert all(parses.books.faults[fault] > 0 for fault in BAD_DAY)
+
+    rows = await admin.fetch("select text from upload_pipeline.document_chunks where live")
+    needed = Counter(row["text"] for row in rows)
+    assert set(needed) <= set(embeddings.books.paid)
+    again = {
+        text: times - needed[text] - embeddings.books.lost[text]
+        for text, times in embeddings.books.paid.items()
+        if times > max(1, needed[text]) + embeddings.books.lost[text]
+    }
+    excused = {
+        text
+        for text in again
+        if any(at - ON_ITS_WAY <= answered <= at for answered in embeddings.answered_at[text] for at in killed_at)
+    }
+    assert set(again) == excused
+    assert len(excused) <= KILLS * 8 * 4, "more than the requests that a killed worker had under way"
+    assert embeddings.books.over_limit == 0
+    assert all(embeddings.books.faults[fault] > 0 for fault in BAD_DAY)
+    counted = await admin.fetchval("select sum(pages) from upload_pipeline.usage_records where provider = 'llamaparse'")
+    assert counted == parses.books.pages
