@@ -5,17 +5,31 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import sys
 from io import BytesIO
+from pathlib import Path
 
 import pytest
 from PIL import Image
 
 from tests.scenarios.document_reader import ROOT, Reader, blocks
 from upload_pipeline.errors import ErrorCode
+from upload_pipeline.ids import LOCAL_USER_ID
 from upload_pipeline.settings import ENV_PREFIX, Settings
 from upload_pipeline.stages import PhotoStage, PhotoStatus
 
 TEXT = (ROOT / "docs" / "photos.md").read_text(encoding="utf-8")
+
+
+PAGE = """
+import { readFile } from "node:fs/promises";
+import { sendPhoto, followPhoto } from "./photos.mjs";
+
+const token = async () => process.env.TOKEN;
+const file = new File([await readFile("roof.jpg")], "roof.jpg", { type: "image/jpeg" });
+const photo = await followPhoto(await sendPhoto(process.env.PROJECT, file, token), token);
+console.log(JSON.stringify(photo));
+"""
 
 
 def roof() -> bytes:
@@ -52,6 +66,32 @@ def test_the_commands_run_in_their_order(reader: Reader) -> None:
     job = re.search(r'"stage": "(\w+)",\s+"state": "(\w+)",\s+"progress": (\d+)', told)
     assert job is not None
     assert job.groups() == ("completed", "done", "100")
+
+
+@pytest.fixture
+def project(reader: Reader) -> str:
+    """A project of the user whom the reader's token is for."""
+    terminal = str(Path(sys.executable).parent / "upload-pipeline")
+    reader.run([terminal, "organizations", "add", "Roofs Ltd", "--owner", str(LOCAL_USER_ID)])
+    (reader.folder / "roof.jpg").write_bytes(roof())
+    return reader.run([terminal, "projects", "add", "Roofs Ltd", "Elm Street 5"]).split()[-1]
+
+
+def test_the_python_runs(reader: Reader, project: str) -> None:
+    reader.environment["PROJECT"] = project
+    told = reader.run([sys.executable, "-"], "\n".join(blocks("photos.md", "python")))
+    assert told.split() == ["completed", "640", "480", "Canon"]
+
+
+def test_the_javascript_runs(reader: Reader, project: str) -> None:
+    node = shutil.which("node")
+    if node is None:
+        pytest.skip("node is not here")
+    (reader.folder / "photos.mjs").write_text("\n".join(blocks("photos.md", "js")))
+    (reader.folder / "page.mjs").write_text(PAGE)
+    reader.environment["PROJECT"] = project
+    photo = json.loads(reader.run([node, "page.mjs"]).splitlines()[-1])
+    assert (photo["status"], photo["file_size"]) == ("completed", (reader.folder / "roof.jpg").stat().st_size)
 
 
 def test_every_code_setting_stage_and_status_that_it_names_is_one() -> None:
