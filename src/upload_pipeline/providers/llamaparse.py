@@ -121,6 +121,8 @@ class LlamaParse:
         self._client: Any = llama_cloud.AsyncLlamaCloud(
             api_key=api_key, base_url=base_url, timeout=timeout, max_retries=0
         )
+        # The client loads its parts when they are first named, for seconds: not in the time of a request.
+        _ = self._client.files, self._client.parsing
 
     @property
     def told(self) -> bool:
