@@ -94,7 +94,7 @@ async def test_an_error_fails_the_photo_with_the_models_words(
 WRONG: list[dict[str, Any]] = [
     {"secret": SECRET + "x"},
     {"at": 1.0},
-    {"at": time.time() + 1000},
+    {"at": time.time() + 1_000_000},
     {"X-Upload-Pipeline-Signature": ""},
     {"X-Upload-Pipeline-Signature": "t=1,v1=00"},
 ]

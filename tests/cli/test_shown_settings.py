@@ -29,4 +29,4 @@ def test_effective_settings_have_every_setting_and_its_default(tmp_path: Path) -
     assert len(values) == len(Settings.model_fields)
     assert values["UPLOAD_PIPELINE_DATABASE_URL"] == ("postgresql://u:***@h/d", True)
     assert values["UPLOAD_PIPELINE_STORAGE_URL"][0] == f"file://{tmp_path}/storage"
-    assert values["UPLOAD_PIPELINE_WORKER_POOLS"] == (["default"], False)
+    assert values["UPLOAD_PIPELINE_WORKER_POOLS"] == (["default", "background"], False)

@@ -212,7 +212,7 @@ def test_keys_that_are_wrong_are_one_error(
 ) -> None:
     bare_terminal.environment[variable] = value
     ended = bare_terminal("storage", "check", **settings)
-    assert (ended.status, told in ended.err) == (status, True), ended.err
+    assert (ended.status, told in ended.err) == (status, True), (ended.out, ended.err)
 
 
 def test_temporary_keys_and_other_regions(

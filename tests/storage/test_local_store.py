@@ -56,7 +56,7 @@ def open_descriptors() -> int:
         "file://",
         "file:///",
         "file://relative/x",
-        "gs://bucket",
+        "ftp://bucket",
         "FILE:///x",
         "file:///a\0b",
     ],

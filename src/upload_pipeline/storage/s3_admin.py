@@ -21,6 +21,7 @@ from upload_pipeline.errors import ErrorCode, PipelineError
 from upload_pipeline.storage.failures import STORAGE_SETTING, translate, unavailable
 from upload_pipeline.storage.http_bounds import ANSWER_SECONDS, RETRY_PAUSES
 from upload_pipeline.storage.s3 import bucket_endpoint, bucket_region
+from upload_pipeline.storage.s3_failures import s3_refusal
 from upload_pipeline.storage.s3_xml import parse
 from upload_pipeline.storage.sigv4 import Credentials, canonical_query, signed_headers
 from upload_pipeline.storage_address import Bucket
@@ -159,7 +160,8 @@ class BucketAdmin:
             code, message = "", ""
         if status in _NOT_OFFERED_STATUSES or code in _NOT_OFFERED_CODES:
             return NotOffered(code or str(status))
-        named = translate(OSError(f"<Code>{code}</Code><Message>{message}</Message>"), action)
+        told_of = OSError(f"<Code>{code}</Code><Message>{message}</Message>")
+        named = translate(told_of, action, refusal=s3_refusal(told_of, STORAGE_SETTING))
         # What is wrong with the keys, the region or the server is wrong for every part of the configuration.
         if status >= 500 or status == 301 or (named.code is ErrorCode.STORAGE_DENIED and code != "AccessDenied"):
             return named
