@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from postgres_servers import Database
 from s3_servers import ACCESS_KEY_ID, REGION, SECRET_ACCESS_KEY, S3Server
 
@@ -62,6 +63,7 @@ def test_its_commands_run_against_supabase(database: Database, tmp_path: Path) -
         assert "Set UPLOAD_PIPELINE_SUPABASE_PUBLISHABLE_KEY to the project's publishable key" in storage
 
 
+@pytest.mark.slow
 def test_its_commands_run_against_google(database: Database, tmp_path: Path) -> None:
     (commands,) = blocks("sh", "A bucket of Google Cloud Storage")
     file = tmp_path / "account.json"
@@ -72,6 +74,7 @@ def test_its_commands_run_against_google(database: Database, tmp_path: Path) -> 
     assert "gs://files/claims can be written; clients get URLs of the bucket" in storage
 
 
+@pytest.mark.slow
 def test_its_commands_run_against_azure(database: Database, tmp_path: Path) -> None:
     (commands,) = blocks("sh", "A container of Azure Blob Storage")
     with running_simulator("tests.simulators.azure_blob", "--container", "files") as url:

@@ -59,6 +59,7 @@ def write_pdfs(world: World, count: int) -> list[Path]:
     return paths
 
 
+@pytest.mark.slow
 async def test_documents_of_each_kind_are_parsed_through_faults_and_a_killed_worker_and_each_is_paid_for_once(
     world: World, simulator: LlamaCloudSimulator
 ) -> None:
