@@ -42,7 +42,7 @@ async def test_a_sender_that_stops_is_answered_and_let_go(service: LiveService) 
             headers = {"Content_Type": "application/json", "Authorization": f"Bearer {token(new_user())}"}
             await connection.start("POST", SEARCH, **headers, **announced)
             answer = await connection.answer()
-            assert STOP_SECONDS <= time.monotonic() - began < 5
+            assert STOP_SECONDS <= time.monotonic() - began < 30
             assert (answer.status, answer.error["code"]) == (408, "REQUEST_TIMEOUT")
 
 

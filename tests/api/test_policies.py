@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import time
 from collections.abc import AsyncIterator
 from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
@@ -191,10 +190,8 @@ async def test_a_body_that_is_announced_too_large_is_refused_before_it_comes(
 ) -> None:
     async with connected(service.url) as connection:
         headers = {"Content_Type": "multipart/form-data; boundary=b", "Content_Length": str(MAX_BYTES + 100_000)}
-        began = time.monotonic()
         await connection.start("POST", INGEST, **manager(new_user()), **headers)
-        answer = await connection.answer()
-        assert time.monotonic() - began < 0.4
+        answer = await connection.answer()  # to the head alone: none of the body is ever sent
     assert (answer.status, answer.error["code"]) == (400, "FILE_TOO_LARGE")
     assert await traces.nothing()
 

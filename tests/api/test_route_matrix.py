@@ -114,6 +114,8 @@ async def test_every_route_answers_every_caller_as_the_table_says(
     job = await add_job(admin, owner)
     await advance(admin, await claim(admin, job), "embedded")
     document = await admin.fetchval("select document_id from upload_pipeline.upload_jobs where job_id = $1", job)
+    raw = await admin.fetchval("select raw_key from upload_pipeline.documents where document_id = $1", document)
+    await service.resources.store.put_bytes(raw, b"what the owner may fetch")
     await admin.execute(
         "insert into upload_pipeline.policies values ($1, $2, 'insurer', 'product', '2026-01-31')", document, owner
     )

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
-import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -233,10 +232,8 @@ async def test_an_announced_body_that_is_too_large_is_refused_before_it_comes(
     service: LiveService, traces: Traces
 ) -> None:
     async with connected(service.url) as connection:
-        began = time.monotonic()
         await connection.start("POST", UPLOAD, **sender(new_user()), Content_Length=str(MAX_BYTES + 1_000_000))
-        answer = await connection.answer()
-        assert time.monotonic() - began < 0.4
+        answer = await connection.answer()  # to the head alone: none of the body is ever sent
         assert too_large(answer)
         assert await connection.closed()
     assert await traces.nothing()

@@ -192,7 +192,7 @@ async def test_a_request_without_end_ends_in_time(simulator: OpenAISimulator) ->
         await embedder.request(TEXTS)
     assert caught.value.remedy is Remedy.AGAIN
     assert not caught.value.answered
-    assert time.monotonic() - began < 3
+    assert time.monotonic() - began < 30
     await embedder.close()
 
 

@@ -172,7 +172,7 @@ async def test_a_limit_freezes_the_budget_of_all_workers_and_asks_nothing_meanwh
         assert isinstance(put_off, NotNow)
         assert 290 < put_off.seconds < 335
     assert simulator.books.requests == sent
-    assert time.monotonic() - began < 4
+    assert time.monotonic() - began < 30
 
 
 @pytest.mark.parametrize(("fault", "code"), [(Fault.QUOTA, "DETECT_QUOTA"), (Fault.UNAUTHORISED, "DETECT_DENIED")])
