@@ -5,25 +5,19 @@ from __future__ import annotations
 import asyncio
 import io
 import json
-import shutil
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import asyncpg
-import httpx
 import pytest
 from photo_corpus import CORPUS, EXIFTOOL, by_exiftool, corpus_photos
 from photo_files import PLACE, bomb, exif_of, jpeg, picture
 from PIL import Image
 
-from tests.api.live_service import LiveService, new_user, running_service, service_settings
-from tests.api.photo_rows import Office, add_office
-from upload_workers.process import running_worker
+from tests.api.live_service import new_user
+from tests.scenarios.photo_desk import CURL, PhotoDesk, fetched, photo_desk
 
-CURL = shutil.which("curl") or ""
-TYPES = {".jpg": "image/jpeg", ".png": "image/png"}
 PLACED = jpeg(picture(900, 600), exif=exif_of({271: "Maker", 274: 6}, place=PLACE))
 
 pytestmark = [
@@ -32,89 +26,19 @@ pytestmark = [
 ]
 
 
-@dataclass(frozen=True)
-class Desk:
-    """A member of an organisation at work with the service, and a worker behind it."""
-
-    service: LiveService
-    client: httpx.AsyncClient
-    office: Office
-    folder: Path
-    admin: asyncpg.Connection
-
-    async def announce(self, name: str, size: int, **changed: Any) -> httpx.Response:
-        asked = {"file_name": name, "file_size": size, "mime_type": TYPES[Path(name).suffix], **changed}
-        body = {"project_id": str(self.office.project_id), **asked}
-        return await self.client.post("/api/v1/photos/upload-url", json=body)
-
-    async def put(self, told: dict[str, Any], content: bytes, **headers: str) -> int:
-        """`curl -T`; the status that it got."""
-        path = self.folder / f"{told['photo_id']}.sent"
-        path.write_bytes(content)
-        asked = {**told["headers"], **headers}
-        asked.pop("Content-Length", None)  # curl says how long the file is, right or wrong
-        lines = [part for name, value in asked.items() for part in ("-H", f"{name}: {value}")]
-        command = [
-            CURL,
-            "-sS",
-            "--max-time",
-            "30",
-            "-o",
-            "/dev/null",
-            "-w",
-            "%{http_code}",
-            "-T",
-            str(path),
-            *lines,
-            told["upload_url"],
-        ]
-        process = await asyncio.create_subprocess_exec(*command, stdout=asyncio.subprocess.PIPE)
-        shown, _ = await process.communicate()
-        return int(shown)
-
-    async def send(self, name: str, content: bytes) -> dict[str, Any]:
-        """The photo at its end: announced, put, said to be there, and worked on."""
-        answer = await self.announce(name, len(content))
-        assert answer.status_code == 200, answer.text
-        told = answer.json()
-        assert await self.put(told, content) in (200, 204)
-        said = await self.client.patch(f"/api/v1/photos/{told['photo_id']}/status", json={"status": "uploaded"})
-        # 409: the job had looked for itself by then, and refused it
-        assert said.status_code in (200, 409), said.text
-        async with asyncio.timeout(60):
-            while (photo := await self.photo(told))["status"] not in ("completed", "failed"):
-                await asyncio.sleep(0.05)
-        return photo
-
-    async def photo(self, told: dict[str, Any]) -> dict[str, Any]:
-        answer = await self.client.get(f"/api/v1/photos/{told['photo_id']}")
-        assert answer.status_code == 200, answer.text
-        return dict(answer.json())
-
-
 @pytest.fixture
 async def desk(
     database: Any, admin: asyncpg.Connection, tmp_path: Path, where: str, request: pytest.FixtureRequest
-) -> AsyncIterator[Desk]:
-    chosen: dict[str, Any] = {"poll_min": 0.05, "poll_max": 0.2, "max_photo_pixels": 20_000_000}
+) -> AsyncIterator[PhotoDesk]:
+    chosen: dict[str, Any] = {"max_photo_pixels": 20_000_000}
     if where == "bucket":
         chosen["storage_url"] = f"s3://{request.getfixturevalue('s3_bucket')}/photos"
-    settings = service_settings(database.worker_url, tmp_path, **chosen)
-    office = await add_office(admin)
-    async with running_service(settings) as service, running_worker(settings, database.worker_url):
-        yield Desk(service, service.client(office.member), office, tmp_path, admin)
-
-
-async def fetched(url: str) -> bytes:
-    async with httpx.AsyncClient() as anybody:
-        answer = await anybody.get(url)
-    assert answer.status_code == 200, answer.text
-    assert answer.headers["content-type"] in TYPES.values()
-    return answer.content
+    async with photo_desk(database, admin, tmp_path, **chosen) as desk:
+        yield desk
 
 
 @pytest.mark.skipif(not corpus_photos(), reason="the corpus (../shared/corpus) is not here")
-async def test_the_photos_of_the_corpus(desk: Desk) -> None:
+async def test_the_photos_of_the_corpus(desk: PhotoDesk) -> None:
     async def one(row: dict[str, str]) -> None:
         path, (verdict, _, code) = CORPUS / row["path"], row["expected"].partition(" ")
         content = path.read_bytes()
@@ -143,13 +67,13 @@ async def test_the_photos_of_the_corpus(desk: Desk) -> None:
     await asyncio.gather(*(one(row) for row in corpus_photos()))
 
 
-async def test_what_is_no_photo_and_who_may_not_send_one_and_a_project_without_places(desk: Desk) -> None:
+async def test_what_is_no_photo_and_who_may_not_send_one_and_a_project_without_places(desk: PhotoDesk) -> None:
     await no_photo_ends_as_stated(desk)
     await a_url_is_for_one_photo_of_one_length_and_type(desk)
     await a_project_without_places_hands_none_out(desk)
 
 
-async def no_photo_ends_as_stated(desk: Desk) -> None:
+async def no_photo_ends_as_stated(desk: PhotoDesk) -> None:
     polyglot, trailed = b"%PDF-1.7\n" + PLACED, PLACED + b"PK\x03\x04 an archive, read from its end"
     sent = {
         "polyglot.jpg": desk.send("polyglot.jpg", polyglot),
@@ -169,7 +93,7 @@ async def no_photo_ends_as_stated(desk: Desk) -> None:
     assert all(ends[name]["download_url"] is None for name, code in codes.items() if code)
 
 
-async def a_url_is_for_one_photo_of_one_length_and_type(desk: Desk) -> None:
+async def a_url_is_for_one_photo_of_one_length_and_type(desk: PhotoDesk) -> None:
     told = (await desk.announce("roof.jpg", len(PLACED))).json()
     assert await desk.put(told, PLACED[:-1]) >= 400
     assert await desk.put(told, PLACED + b"x") >= 400
@@ -186,7 +110,7 @@ async def a_url_is_for_one_photo_of_one_length_and_type(desk: Desk) -> None:
     assert (await desk.client.delete(f"/api/v1/photos/{told['photo_id']}")).status_code in (200, 204)
 
 
-async def a_project_without_places_hands_none_out(desk: Desk) -> None:
+async def a_project_without_places_hands_none_out(desk: PhotoDesk) -> None:
     await desk.admin.execute("select upload_pipeline.set_project($1, p_drop_gps => true)", desk.office.project_id)
     photo = await desk.send("roof.jpg", PLACED)
     assert photo["status"] == "completed"
