@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+from abc import ABC, abstractmethod
 from collections import Counter, deque
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
@@ -80,7 +81,7 @@ class Bucket:
 
 
 @dataclass
-class ObjectServer:
+class ObjectServer(ABC):
     """A server of buckets: `async with … as server: server.url`.
 
     Attributes:
@@ -112,13 +113,13 @@ class ObjectServer:
     async def __aexit__(self, *raised: object) -> None:
         await self._runner.cleanup()
 
+    @abstractmethod
     def add_routes(self, router: web.UrlDispatcher) -> None:
         """The routes of the store."""
-        raise NotImplementedError
 
+    @abstractmethod
     def refusal(self, fault: Fault) -> web.Response:
         """How the store words a fault that it answers."""
-        raise NotImplementedError
 
     def misbehave(self, fault: str, *, times: int = 1, of: str = "") -> None:
         """The next `times` requests whose method and path contain `of` have this fault."""

@@ -11,6 +11,7 @@ import asyncio
 import json
 import random
 import time
+from abc import ABC, abstractmethod
 from collections import Counter, deque
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -81,7 +82,7 @@ class Window:
 
 
 @dataclass
-class OpenAIServer:
+class OpenAIServer(ABC):
     """A server: `async with …Simulator(…) as simulator: simulator.url`.
 
     Attributes:
@@ -114,9 +115,9 @@ class OpenAIServer:
     """Of the route."""
 
     @property
+    @abstractmethod
     def traffic(self) -> Traffic:
         """The simulator's books."""
-        raise NotImplementedError
 
     def __post_init__(self) -> None:
         unknown = set(self.faults) - set(self.known_faults)
@@ -157,9 +158,9 @@ class OpenAIServer:
         app.router.add_post("/misbehave", self._ask_to_misbehave)
         return app
 
+    @abstractmethod
     async def answer(self, request: web.Request, body: dict[str, Any]) -> web.StreamResponse:
         """What a request with the right key is answered."""
-        raise NotImplementedError
 
     def next_fault(self) -> tuple[str | None, float | None]:
         """The fault of this request and, of a 429, the time that it tells; as asked for, or else by chance."""
