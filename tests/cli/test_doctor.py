@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import psycopg
 import pytest
 from command_runs import Terminal
 from postgres_servers import Database
@@ -17,10 +18,27 @@ def test_a_sound_installation_has_no_problem(terminal: Terminal) -> None:
     assert report.status == 0
     checks = {check["check"]: check for check in report.object()["checks"]}
     assert list(checks) == [
-        *("settings", "database", "extension", "migrations", "rights", "storage", "parser", "embedder", "api"),
+        *("settings", "database", "extension", "migrations", "rights", "model", "storage", "parser", "embedder", "api"),
     ]
     assert all(check["ok"] and check["message"] for check in checks.values())
     assert report.object()["settings"]["UPLOAD_PIPELINE_PARSER"] == "local"
+
+
+def test_the_model_in_use_is_told_and_that_the_settings_name_another(terminal: Terminal, database: Database) -> None:
+    with psycopg.connect(database.admin_url, autocommit=True) as admin:
+        for active, told in (
+            (None, "none is active yet"),
+            (("wordllama-256", "local", 256), "wordllama-256 is the active one, 256 dimensions"),
+            (("wordllama-256@128", "local", 128), "The settings name the embedding model wordllama-256, but"),
+        ):
+            if active is not None:
+                admin.execute("delete from upload_pipeline.embedding_models")
+                admin.execute("select upload_pipeline.register_model(%s, %s, %s)", active)
+            report = terminal("doctor", "--json", database_url=database.worker_url)
+            (model,) = [check for check in report.object()["checks"] if check["check"] == "model"]
+            assert model["ok"]
+            assert told in model["message"]
+            assert report.status == 0
 
 
 def test_each_bad_setting_is_a_line_of_its_own(terminal: Terminal) -> None:

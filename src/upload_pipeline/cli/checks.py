@@ -112,12 +112,15 @@ def _check_database(settings: Settings) -> list[Finding]:
             if version // 10000 < OLDEST_POSTGRES:
                 message = f"{name} is too old. Use Postgres {OLDEST_POSTGRES} or newer."
                 return [Finding("database", False, message)]
-            return [
+            findings = [
                 Finding("database", True, f"{name}{' (embedded)' if urls.embedded else ''}"),
                 _check_extension(connection),
                 _check_migrations(urls),
                 _check_rights(connection),
             ]
+            if all(finding.ok for finding in findings):
+                findings.append(_check_model(connection, settings))
+            return findings
     except Exception as error:  # noqa: BLE001 - whatever the database answers, it is a finding
         return [Finding("database", False, _explained(error))]
 
@@ -192,6 +195,21 @@ def _check_rights(connection: Connection[Any]) -> Finding:
         remedy = "Let UPLOAD_PIPELINE_DATABASE_URL name the role upload_worker."
         return Finding("rights", False, f"role {role} may not use {shown}. {remedy}")
     return Finding("rights", True, f"role {role} may do what a worker does, and no more than row-level security allows")
+
+
+def _check_model(connection: Connection[Any], settings: Settings) -> Finding:
+    """Well in any case: after a change of the model the settings may name the one before, and nothing is wrong."""
+    from upload_pipeline.providers.embedding import EmbeddingModel
+    from upload_pipeline.providers.registered_models import other_than_set
+
+    row = connection.execute(
+        "select model, provider, dimensions from upload_pipeline.embedding_models where status = 'active'"
+    ).fetchone()
+    if row is None:
+        return Finding("model", True, "none is active yet: the first worker or search names the one of the settings")
+    active = EmbeddingModel(*row)
+    differs = other_than_set(active, settings)
+    return Finding("model", True, differs or f"{active.name} is the active one, {active.dimensions} dimensions")
 
 
 async def _check_storage(settings: Settings) -> str:
