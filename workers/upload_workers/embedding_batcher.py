@@ -109,7 +109,9 @@ class EmbeddingBatcher:
         self._calls = calls
         self._most = most
         self._concurrency = concurrency
-        self._life = timedelta(seconds=timeout) + _LIFE_SLACK
+        self._slots = asyncio.Semaphore(concurrency)
+        # A call is made when it has waited for the slot of another.
+        self._life = 2 * timedelta(seconds=timeout) + _LIFE_SLACK
         self._prices = prices
         self._request_tokens = min(MAX_REQUEST_TOKENS, token_limit or MAX_REQUEST_TOKENS)
         self._request_limit = request_limit
@@ -118,6 +120,7 @@ class EmbeddingBatcher:
         self._line = Line()
         self._under_way: set[asyncio.Task[None]] = set()
         self._writing = 0  # of those under way, which have their answer
+        self._refusals = 0  # limits and pauses that were met: what was reserved before one is not sent after it
         self._more = asyncio.Event()
         self._open_at = 0.0  # monotonic: until then everything is put off
         self._place: UUID | None = None
@@ -207,10 +210,11 @@ class EmbeddingBatcher:
                 await asyncio.sleep(LINGER)
             if time.monotonic() < self._open_at:
                 self._put_off(self._line.take_all())
-            # What is being written holds no place among the requests; but no more is waited for than that.
+            # One more than may be sent: it has its budget when a slot is free. What is being written holds no slot, but
+            # stops further requests, so that no more answers are held than the database takes.
             while (
-                len(self._under_way) - self._writing < self._concurrency
-                and self._writing < self._concurrency
+                len(self._under_way) - self._writing <= self._concurrency
+                and self._writing <= self._concurrency
                 and (part := self._line.take(self._most, self._request_tokens))
             ):
                 task = asyncio.create_task(self._send(part))
@@ -260,6 +264,21 @@ class EmbeddingBatcher:
             PutOff: the budget takes longer than anybody here waits.
             PipelineError: `REQUEST_OVER_BUDGET`.
         """
+        while True:
+            refusals = self._refusals
+            reservation_id = await self._reserve(part)
+            async with self._slots:
+                if refusals == self._refusals:
+                    answer = await self._ask(part, reservation_id)
+                    break
+            await provider_budget.release(self._db, reservation_id)
+            if time.monotonic() < self._open_at:
+                raise PutOff(self._open_at - time.monotonic())
+        await self._settle(reservation_id, answer.tokens, read_rate_limits(answer.headers))
+        self._calls.worked(PROVIDER, "embed", "texts", len(part))
+        return answer
+
+    async def _reserve(self, part: list[Item]) -> UUID:
         # Of the places in line that are kept while jobs are put off, one is enough for a worker.
         place, self._place = self._place, None
         granted = await provider_budget.reserve_in_turn(
@@ -276,24 +295,28 @@ class EmbeddingBatcher:
             token_limit=self._token_limit,
             life=self._life,
         )
-        if isinstance(granted, provider_budget.Wait):
-            if self._place is None:
-                self._place = granted.reservation_id
-            else:
-                await provider_budget.release(self._db, granted.reservation_id)
-            raise PutOff(granted.seconds)
-        tokens: int | None = None
+        if not isinstance(granted, provider_budget.Wait):
+            return granted.reservation_id
+        if self._place is None:
+            self._place = granted.reservation_id
+        else:
+            await provider_budget.release(self._db, granted.reservation_id)
+        raise PutOff(granted.seconds)
+
+    async def _ask(self, part: list[Item], reservation_id: UUID) -> EmbeddingAnswer:
+        """Asks. What failed is settled before the slot is free: whoever is next finds the limit that was met."""
         limits: RateLimits | None = None
+        answer: EmbeddingAnswer | None = None
         try:
             with self._calls.measured(PROVIDER, "embed"):
                 answer = await self._embedder.request([item.text for item in part])
-            tokens, limits = answer.tokens, read_rate_limits(answer.headers)
         except EmbeddingError as error:
             limits = error.limits()
+            self._refusals += error.remedy in (Remedy.WAIT, Remedy.PAUSE)
             raise
         finally:
-            await self._settle(granted.reservation_id, tokens, limits)
-        self._calls.worked(PROVIDER, "embed", "texts", len(part))
+            if answer is None:
+                await self._settle(reservation_id, None, limits)
         return answer
 
     async def _settle(self, reservation_id: UUID, tokens: int | None, limits: RateLimits | None) -> None:
