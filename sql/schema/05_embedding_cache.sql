@@ -18,8 +18,8 @@ create table upload_pipeline.embedding_cache (
   constraint embedding_cache_dimensions check (extensions.vector_dims(embedding) = dimensions)
 );
 
--- A vector of up to 1,900 dimensions stands in the row: it is written at less than half of what the parts of one that stands
--- out of line cost, and written again when `last_used_on` changes, once a day at most.
+-- A vector of up to 1,900 dimensions stands in the row: it is written at two thirds of what the parts of one that stands out
+-- of line cost, and written again when `last_used_on` changes, once a day at most.
 alter table upload_pipeline.embedding_cache set (toast_tuple_target = 8160);
 
 -- forget_unused_vectors: those that were not used for the longest time
