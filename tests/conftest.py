@@ -67,15 +67,23 @@ def database_names() -> Iterator[str]:
     return (f"test_{number}" for number in itertools.count(1))
 
 
+@pytest.fixture(scope="session")
+def used_databases() -> list[str]:
+    """Names of the databases whose tests are over, to be dropped."""
+    return []
+
+
 @pytest.fixture
 def database(
     postgres_server: EmbeddedDatabase,
     server_admin: psycopg.Connection,
     template_database: str,
     database_names: Iterator[str],
+    used_databases: list[str],
 ) -> Iterator[Database]:
     """A migrated database of the test's own, empty of documents and jobs."""
-    yield from _temporary_database(postgres_server, server_admin, next(database_names), template_database)
+    name = next(database_names)
+    yield from _temporary_database(postgres_server, server_admin, name, template_database, used_databases)
 
 
 @pytest.fixture
@@ -84,17 +92,22 @@ def second_database(
     server_admin: psycopg.Connection,
     template_database: str,
     database_names: Iterator[str],
+    used_databases: list[str],
 ) -> Iterator[Database]:
     """Another one like `database`, for tests that compare two."""
-    yield from _temporary_database(postgres_server, server_admin, next(database_names), template_database)
+    name = next(database_names)
+    yield from _temporary_database(postgres_server, server_admin, name, template_database, used_databases)
 
 
 @pytest.fixture
 def empty_database(
-    postgres_server: EmbeddedDatabase, server_admin: psycopg.Connection, database_names: Iterator[str]
+    postgres_server: EmbeddedDatabase,
+    server_admin: psycopg.Connection,
+    database_names: Iterator[str],
+    used_databases: list[str],
 ) -> Iterator[Database]:
     """A database of the test's own with nothing in it at all; the server's roles are there nevertheless."""
-    yield from _temporary_database(postgres_server, server_admin, next(database_names), "template0")
+    yield from _temporary_database(postgres_server, server_admin, next(database_names), "template0", used_databases)
 
 
 @pytest.fixture
@@ -129,8 +142,11 @@ def corpus() -> Path:
 
 
 def _temporary_database(
-    server: EmbeddedDatabase, server_admin: psycopg.Connection, name: str, template: str
+    server: EmbeddedDatabase, server_admin: psycopg.Connection, name: str, template: str, used: list[str]
 ) -> Iterator[Database]:
+    # Not at the end of their own tests: connections that are just closing would be waited for, a tenth of a second.
+    while used:
+        server_admin.execute(sql.SQL("drop database {} with (force)").format(sql.Identifier(used.pop())))
     # Copying files, not logging pages: faster where nothing is synced.
     server_admin.execute(
         sql.SQL("create database {} template {} strategy file_copy").format(
@@ -138,7 +154,7 @@ def _temporary_database(
         )
     )
     yield Database(name=name, admin_url=server.url("postgres", name), worker_url=server.url("upload_worker", name))
-    server_admin.execute(sql.SQL("drop database {} with (force)").format(sql.Identifier(name)))
+    used.append(name)
 
 
 @pytest.fixture(scope="session")
