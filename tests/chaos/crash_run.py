@@ -27,6 +27,14 @@ QUICK_LEASES = {
     "UPLOAD_PIPELINE_LOG_LEVEL": "warning",
 }
 
+_RETRY_GIVEN_UP = """
+select count(r.job_id)
+  from upload_pipeline.upload_jobs j
+  join upload_pipeline.job_outcomes o on o.job_id = j.job_id and o.error_code = 'WORKER_LOST'
+ cross join lateral upload_pipeline.retry_job(j.job_id) r
+ where j.state = 'deadletter'
+"""
+
 
 @dataclass(frozen=True)
 class CrashReport:
@@ -34,12 +42,14 @@ class CrashReport:
 
     Attributes:
         reaped: leases that ran out because their worker was dead.
+        given_up: jobs that lost so many workers that they ended as dead letters, and were retried after the storm.
         states: jobs by the state that they ended in.
         differences: tables whose rows differ from the undisturbed run's.
     """
 
     kills: int
     reaped: int
+    given_up: int
     states: dict[str, int]
     differences: list[str]
 
@@ -75,6 +85,7 @@ async def crash_run(
             running[victim].wait()
             running[victim] = stormy.start_worker()
             kills += 1
+    given_up = await admin.fetchval(_RETRY_GIVEN_UP)
     states = await stormy.until_ended(seconds)
     stormy.kill_all()
     reaped = await admin.fetchval("select count(*) from upload_pipeline.events where code = 'job_reaped'")
@@ -84,7 +95,7 @@ async def crash_run(
     differences = [table for table, rows in expected.items() if rows != found[table]]
     if calm_states != states:
         differences.append("job states")
-    return CrashReport(kills, reaped, states, differences)
+    return CrashReport(kills, reaped, given_up, states, differences)
 
 
 def main() -> None:
