@@ -35,6 +35,29 @@ class Refusal:
     remedy: str
 
 
+@dataclass(frozen=True, slots=True)
+class Vocabulary:
+    """The words of a kind of store, and what to do about each.
+
+    Attributes:
+        bad_credentials: codes of credentials that are no good.
+        no_permission: codes of credentials that do not suffice.
+        identity: where obstore asks for the machine's own identity when the environment names none.
+        nobody: the remedy where there are no credentials at all.
+        keys: the remedy of bad credentials.
+        rights: the remedy of missing permissions.
+        bucket: what the store calls one.
+    """
+
+    bad_credentials: frozenset[str]
+    no_permission: frozenset[str]
+    identity: tuple[str, ...]
+    nobody: str
+    keys: str
+    rights: str
+    bucket: str = "bucket"
+
+
 RefusalOf = Callable[[Exception, str], Refusal | None]
 """What a kind of store knows of an error of obstore's; the second is the name of the setting that names the store."""
 
@@ -66,3 +89,28 @@ def missing_bucket(error: Exception) -> bool:
 def no_bucket(setting: str) -> Refusal:
     """The refusal of a bucket that is not there."""
     return Refusal(False, "the bucket does not exist", f"Create it, or correct {setting}.")
+
+
+def refusal_in(words: Vocabulary, error: Exception, setting: str) -> Refusal | None:
+    """What is known of an error in a store's words.
+
+    Args:
+        words: the store's.
+        error: obstore's.
+        setting: the name of the setting that names the store.
+    """
+    code = code_of(error)
+    if code is None:
+        if any(part in str(error) for part in words.identity):
+            return Refusal(
+                True, "there are no credentials, neither in the environment nor of this machine", words.nobody
+            )
+        return None
+    if missing_bucket(error):
+        return no_bucket(setting)
+    reason = reason_of(error, code)
+    if code in words.bad_credentials:
+        return Refusal(True, reason, words.keys)
+    if code in words.no_permission:
+        return Refusal(True, reason, words.rights)
+    return Refusal(False, reason, f"Check the {words.bucket} that {setting} names, then try again.")

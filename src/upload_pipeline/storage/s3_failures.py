@@ -5,26 +5,10 @@ from __future__ import annotations
 import re
 
 from upload_pipeline.storage.encryption import KEY_SETTING, SETTING
-from upload_pipeline.storage.refusals import Refusal, code_of, missing_bucket, no_bucket, reason_of
+from upload_pipeline.storage.refusals import Refusal, Vocabulary, code_of, reason_of, refusal_in
 
 MISSING_BUCKET = "NoSuchBucket"
 
-_BAD_CREDENTIALS = frozenset(
-    {
-        "ExpiredToken",
-        "ExpiredTokenException",
-        "InvalidAccessKeyId",
-        "InvalidClientTokenId",
-        "InvalidIdentityToken",
-        "InvalidSecurity",
-        "InvalidToken",
-        "NotSignedUp",
-        "RequestTimeTooSkewed",
-        "SignatureDoesNotMatch",
-        "TokenRefreshRequired",
-    }
-)
-_NO_PERMISSION = frozenset({"AccessDenied", "AccountProblem", "AllAccessDisabled", "InvalidObjectState"})
 _WRONG_REGION = frozenset({"AuthorizationHeaderMalformed", "IllegalLocationConstraintException", "PermanentRedirect"})
 
 # The key service's own codes come through S3 with this before them.
@@ -35,16 +19,30 @@ _NO_ENCRYPTION = frozenset(
 )
 _ABOUT_ENCRYPTION = re.compile(r"encrypt|\bkms\b", re.IGNORECASE)
 
-# Where obstore asks for a role when the environment has no key.
-_METADATA = ("/latest/api/token", "/latest/meta-data/", "169.254.170.2")
-
-_KEYS = (
-    "Check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and, with temporary keys, AWS_SESSION_TOKEN in this process's "
-    "environment, and the clock of this machine."
-)
-_RIGHTS = (
-    "Give these credentials the policy that `upload-pipeline storage policies` prints for this process: s3:ListBucket "
-    "on the bucket, and s3:GetObject, s3:PutObject, s3:DeleteObject and s3:AbortMultipartUpload on what is in it."
+_WORDS = Vocabulary(
+    bad_credentials=frozenset(
+        {
+            "ExpiredToken",
+            "ExpiredTokenException",
+            "InvalidAccessKeyId",
+            "InvalidClientTokenId",
+            "InvalidIdentityToken",
+            "InvalidSecurity",
+            "InvalidToken",
+            "NotSignedUp",
+            "RequestTimeTooSkewed",
+            "SignatureDoesNotMatch",
+            "TokenRefreshRequired",
+        }
+    ),
+    no_permission=frozenset({"AccessDenied", "AccountProblem", "AllAccessDisabled", "InvalidObjectState"}),
+    identity=("/latest/api/token", "/latest/meta-data/", "169.254.170.2"),
+    nobody="Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or give this machine a role.",
+    keys="Check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and, with temporary keys, AWS_SESSION_TOKEN in this process's "
+    "environment, and the clock of this machine.",
+    rights="Give these credentials the policy that `upload-pipeline storage policies` prints for this process: "
+    "s3:ListBucket on the bucket, and s3:GetObject, s3:PutObject, s3:DeleteObject and s3:AbortMultipartUpload on what "
+    "is in it.",
 )
 _KEY_RIGHTS = f"Grant these credentials kms:GenerateDataKey and kms:Decrypt on the key that {KEY_SETTING} names."
 
@@ -57,27 +55,15 @@ def s3_refusal(error: Exception, setting: str) -> Refusal | None:
         setting: the name of the setting that names the store.
     """
     code = code_of(error)
-    if code is None:
-        if any(part in str(error) for part in _METADATA):
-            return Refusal(
-                True,
-                "there are no credentials, neither in the environment nor of a role",
-                "Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or give this machine a role.",
-            )
-        return None
-    if missing_bucket(error):
-        return no_bucket(setting)
-    reason = reason_of(error, code)
-    if code.startswith(_KEY_SERVICE):
-        return Refusal(False, reason, f"Check the key that {KEY_SETTING} names: its region, its state and its policy.")
-    if code in _NO_ENCRYPTION and _ABOUT_ENCRYPTION.search(reason):
-        return Refusal(False, reason, f"Set {SETTING}=none where the server has no keys, or give it some.")
-    if code in _NO_PERMISSION and "kms:" in reason:
-        return Refusal(True, reason, _KEY_RIGHTS)
-    if code in _BAD_CREDENTIALS:
-        return Refusal(True, reason, _KEYS)
-    if code in _NO_PERMISSION:
-        return Refusal(True, reason, _RIGHTS)
-    if code in _WRONG_REGION:
-        return Refusal(False, reason, f"Set AWS_REGION to the region of the bucket that {setting} names.")
-    return Refusal(False, reason, f"Check the bucket that {setting} names, then try again.")
+    if code is not None:
+        reason = reason_of(error, code)
+        if code.startswith(_KEY_SERVICE):
+            remedy = f"Check the key that {KEY_SETTING} names: its region, its state and its policy."
+            return Refusal(False, reason, remedy)
+        if code in _NO_ENCRYPTION and _ABOUT_ENCRYPTION.search(reason):
+            return Refusal(False, reason, f"Set {SETTING}=none where the server has no keys, or give it some.")
+        if code in _WORDS.no_permission and "kms:" in reason:
+            return Refusal(True, reason, _KEY_RIGHTS)
+        if code in _WRONG_REGION:
+            return Refusal(False, reason, f"Set AWS_REGION to the region of the bucket that {setting} names.")
+    return refusal_in(_WORDS, error, setting)
