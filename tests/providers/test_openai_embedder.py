@@ -175,6 +175,19 @@ async def test_an_answer_in_another_order_is_put_in_order(simulator: OpenAISimul
     assert answer.headers["x-ratelimit-limit-tokens"] == "1000000000"
 
 
+@pytest.mark.parametrize(
+    ("told", "tokens"), [(7, 7), (0, 0), ("7", None), (7.0, None), (-1, None), (True, None), (10**30, None), ([], None)]
+)
+async def test_a_count_of_tokens_that_is_none_counts_as_not_told(
+    simulator: OpenAISimulator, embedder: OpenAIEmbedder, monkeypatch: pytest.MonkeyPatch, told: Any, tokens: int | None
+) -> None:
+    given = simulator.vectors
+    monkeypatch.setattr(simulator, "vectors", lambda body, inputs, counted, fault: given(body, inputs, told, fault))
+    answer = await embedder.request(TEXTS)
+    assert (answer.tokens, type(answer.tokens)) == (tokens, type(tokens))
+    np.testing.assert_allclose(answer.vectors, expected(TEXTS), rtol=1e-5)
+
+
 async def test_a_vector_that_is_no_direction_is_told_and_the_others_are_good(
     simulator: OpenAISimulator, embedder: OpenAIEmbedder
 ) -> None:

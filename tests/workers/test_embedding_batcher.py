@@ -164,6 +164,17 @@ async def test_each_job_has_its_share_of_what_was_used(bench: Bench, admin: asyn
     assert all(row["cost_micros"] is not None for row in rows)
 
 
+async def test_a_server_that_tells_its_tokens_oddly_gives_its_vectors_all_the_same(
+    bench: Bench, admin: asyncpg.Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: Any = bench.simulator.vectors
+    monkeypatch.setattr(bench.simulator, "vectors", lambda body, inputs, counted, fault: given(body, inputs, "9", fault))
+    async with asyncio.timeout(20):
+        assert await bench.embed(texts(3)) == texts(3)
+        while not await admin.fetchval("select tokens > 0 from upload_pipeline.usage_records"):
+            await asyncio.sleep(0.01)
+
+
 async def test_an_answer_that_cannot_be_written_fails_the_jobs_and_nobody_is_told_of_it(
     bench: Bench, admin: asyncpg.Connection
 ) -> None:

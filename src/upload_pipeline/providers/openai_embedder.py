@@ -51,6 +51,7 @@ TRIES = 3
 _LONGEST_WAIT = 2.0  # seconds that `embed` waits for a limit
 
 _SHORTENED = "text-embedding-3-"
+_MOST_TOKENS = 10**9  # of one request; what says more is no count
 
 
 @dataclass
@@ -170,7 +171,7 @@ class OpenAIEmbedder:
             # not by the client's models: making one of each row takes as long as all else together
             answer = json.loads(raw.content)
             rows = [(row["index"], row["embedding"]) for row in answer["data"]]
-            tokens = (answer.get("usage") or {}).get("prompt_tokens")
+            tokens = _count((answer.get("usage") or {}).get("prompt_tokens"))
             vectors = self._ordered(rows, len(texts))
         except (AttributeError, LookupError, TypeError, ValueError, binascii.Error) as error:
             raise EmbeddingError(
@@ -259,6 +260,13 @@ def open_openai(settings: Settings) -> OpenAIEmbedder:
         dimensions=settings.openai_dimensions,
         timeout=settings.openai_timeout,
     )
+
+
+def _count(value: object) -> int | None:
+    """A number of tokens as a server told it; servers that speak the same may tell anything."""
+    if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < _MOST_TOKENS:
+        return value
+    return None
 
 
 def _wait_for(error: EmbeddingError, tries: int) -> float:
