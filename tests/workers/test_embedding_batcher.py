@@ -400,6 +400,18 @@ async def test_what_is_in_line_when_time_is_up_is_put_off_and_what_is_under_way_
         assert len(simulator.books.paid) == len(bench.got)
 
 
+async def test_a_provider_that_refuses_again_and_again_holds_no_job_beyond_its_time(bench: Bench) -> None:
+    await bench.embed(["warm"])
+    bench.simulator.misbehave(Fault.RATE_LIMITED, times=10_000, retry_after=0.05)
+    began = time.monotonic()
+    async with asyncio.timeout(30):
+        with pytest.raises(PutOff):
+            await bench.embed(texts(3), seconds=0.5)
+    assert 0.5 <= time.monotonic() - began
+    bench.simulator.behave()
+    assert await bench.embed(texts(3)) == texts(3)
+
+
 async def test_a_database_that_is_away_fails_the_job_and_pays_nothing(bench: Bench) -> None:
     class Away:
         async def fetchrow(self, query: str, *args: Any) -> Any:

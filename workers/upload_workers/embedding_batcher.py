@@ -338,6 +338,7 @@ class EmbeddingBatcher:
                 self._put_off(part)
             case Remedy.WAIT:
                 # The budget is frozen: the next reservation waits, or puts off.
+                self._line.put_off_late(part)
                 self._send_again(part)
             case Remedy.AGAIN:
                 log.warning("embedding_failed", error=error.message, texts=len(part))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
 from typing import TYPE_CHECKING
@@ -37,11 +37,13 @@ class Ticket:
 
     Attributes:
         chunk_ids: of the job's document, one for each text, that get their vectors as soon as they are there.
+        late: its time is up, and what is not under way any more is put off.
     """
 
     job: ClaimedJob
     left: int
     chunk_ids: Sequence[UUID] | None = None
+    late: bool = False
     arrived: asyncio.Queue[tuple[list[int], NDArray[np.float32]] | None] = field(default_factory=asyncio.Queue)
     error: Exception | None = None
 
@@ -164,9 +166,18 @@ class Line:
         while self._lately[first := next(iter(self._lately))] < now - _LATELY:
             del self._lately[first]
 
+    def put_off_late(self, part: list[Item]) -> None:
+        """Puts off those who wait for these texts and whose time is up."""
+        for ticket in {ticket for item in part for ticket, _ in item.waiting if ticket.late}:
+            self._put_off(ticket, part)
+
     def put_off(self, ticket: Ticket) -> None:
-        """Puts off those of its texts that are not under way."""
-        for item in self._waiting:
+        """Its time is up: those of its texts that are not under way are put off."""
+        ticket.late = True
+        self._put_off(ticket, self._waiting)
+
+    def _put_off(self, ticket: Ticket, items: Iterable[Item]) -> None:
+        for item in items:
             mine = sum(waiter is ticket for waiter, _ in item.waiting)
             if mine:
                 item.waiting = [(waiter, position) for waiter, position in item.waiting if waiter is not ticket]
