@@ -164,6 +164,29 @@ async def test_each_job_has_its_share_of_what_was_used(bench: Bench, admin: asyn
     assert all(row["cost_micros"] is not None for row in rows)
 
 
+async def test_a_job_that_goes_away_pays_for_its_texts_and_its_company_does_not(
+    open_bench: OpenBench, admin: asyncpg.Connection
+) -> None:
+    async with OpenAISimulator(latency=0.3) as simulator:
+        bench = open_bench(simulator)
+        gone, stays = a_job(), a_job(uuid4())
+        asked = [asyncio.create_task(bench.embed([f"{word} a b c d e f g" for word in "xyz"], gone))]
+        asked.append(asyncio.create_task(Bench(simulator, bench.batcher).embed(["one"], stays)))
+        while not simulator._in_flight:
+            await asyncio.sleep(0.01)
+        asked[0].cancel()
+        await asyncio.wait(asked)
+        await bench.batcher.close()
+        assert (simulator.books.requests, simulator.books.tokens) == (1, 25)
+    rows = await admin.fetch("select job_id, user_id, tokens from upload_pipeline.usage_records order by tokens")
+    assert [(row["job_id"], row["user_id"]) for row in rows] == [
+        (stays.job_id, stays.user_id),
+        (gone.job_id, gone.user_id),
+    ]
+    assert rows[0]["tokens"] <= 2
+    assert sum(row["tokens"] for row in rows) == 25
+
+
 async def test_a_server_that_tells_its_tokens_oddly_gives_its_vectors_all_the_same(
     bench: Bench, admin: asyncpg.Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -24,12 +24,11 @@ import asyncio
 import copy
 import random
 import time
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import AsyncGenerator, Sequence
-from dataclasses import replace
 from datetime import timedelta
 from typing import TYPE_CHECKING
-from uuid import UUID, uuid4
+from uuid import UUID
 
 import structlog
 
@@ -247,7 +246,7 @@ class EmbeddingBatcher:
         except Exception as error:  # noqa: BLE001 - of the database, or a mistake: the jobs tell
             self._line.fail(part, error)
         else:
-            used = self._usage(part, answer)
+            used = usage_of_request(part, provider=PROVIDER, model=self._embedder.api_model, tokens=answer.tokens)
             self._writing += not more_to_come
             self._more.set()
             try:
@@ -398,23 +397,6 @@ class EmbeddingBatcher:
                 rows.append(row)
         for ticket, (positions, rows) in mine.items():
             ticket.give(positions, vectors[rows])
-
-    def _usage(self, part: list[Item], answer: EmbeddingAnswer) -> list[Usage]:
-        """What each job used of a request; a text that two jobs wait for is the first's."""
-        weights: dict[UUID, int] = {}
-        cached: Counter[UUID] = Counter()
-        for item in part:
-            for number, (ticket, _) in enumerate(item.waiting):
-                job_id = ticket.job.job_id
-                weights[job_id] = weights.get(job_id, 0) + (0 if number else item.tokens)
-                cached[job_id] += number > 0
-        if not weights:
-            # All whom it was for have gone; it is paid for nevertheless.
-            return [Usage(uuid4(), PROVIDER, self._embedder.api_model, "embed", requests=1, tokens=answer.tokens or 0)]
-        used = usage_of_request(
-            provider=PROVIDER, model=self._embedder.api_model, weights=weights, tokens=answer.tokens
-        )
-        return [replace(one, cached=cached[one.job_id] if one.job_id else 0) for one in used]
 
     async def _record(self, used: list[Usage]) -> None:
         try:

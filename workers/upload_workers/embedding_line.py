@@ -62,11 +62,16 @@ class Ticket:
 
 @dataclass(eq=False)
 class Item:
-    """A text in line or under way, and who waits for it: (ticket, position)."""
+    """A text in line or under way, and who waits for it: (ticket, position).
+
+    Attributes:
+        asked_by: the job that brought it; it pays where nobody waits any more.
+    """
 
     key: tuple[UUID, UUID | None, str]
     tokens: int
     waiting: list[tuple[Ticket, int]]
+    asked_by: UUID
     tries: int = 0
 
     @property
@@ -122,7 +127,7 @@ class Line:
                 ticket.left -= 1
                 continue
             if item is None:
-                item = self._items[key] = Item(key, bound_tokens(text), [])
+                item = self._items[key] = Item(key, bound_tokens(text), [], job.job_id)
                 self._waiting.append(item)
             item.waiting.append((ticket, position))
         return ticket
