@@ -17,7 +17,8 @@ from upload_pipeline.database.pools import BoundedPool
 from upload_pipeline.errors import ErrorCode, PipelineError
 from upload_pipeline.providers.calls import ProviderCalls
 from upload_pipeline.providers.local_embedder import LocalEmbedder
-from upload_pipeline.providers.openai_embedder import OpenAIEmbedder
+from upload_pipeline.providers.openai_embedder import EmbeddingError, OpenAIEmbedder
+from upload_pipeline.providers.provider_failures import Remedy
 from upload_pipeline.search import paid_queries as module
 from upload_pipeline.search.paid_queries import PaidQueries, paid_queries
 from upload_pipeline.search.query import search
@@ -137,6 +138,22 @@ async def test_a_long_retry_after_holds_for_all_who_ask(
         await paid.embed("wind", user_id=user)
     assert simulator.books.requests == 1
     assert await books(admin) == []
+
+
+async def test_a_refusal_that_tells_no_time_is_waited_for_all_the_same(
+    paid: PaidQueries, user: UUID, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sent: list[list[str]] = []
+
+    async def refuse(texts: list[str]) -> None:
+        sent.append(texts)
+        raise EmbeddingError(ErrorCode.EMBED_FAILED, "too many", remedy=Remedy.WAIT, answered=True)
+
+    monkeypatch.setattr(paid.embedder, "request", refuse)
+    monkeypatch.setattr(module, "PATIENCE", 0.5)
+    with pytest.raises(PipelineError, match="ask again in 2 s"):
+        await paid.embed("hail", user_id=user)
+    assert len(sent) == 1
 
 
 async def test_books_that_cannot_be_written_fail_no_search(

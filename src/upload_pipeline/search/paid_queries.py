@@ -148,8 +148,7 @@ class PaidQueries:
                 answer = await self.embedder.request([query])
             tokens, limits = answer.tokens, read_rate_limits(answer.headers)
         except EmbeddingError as error:
-            told = read_rate_limits(error.headers)
-            limits = told if told != RateLimits() else None
+            limits = error.limits()
             raise
         finally:
             await self._write_down(granted.reservation_id, tokens, limits)
