@@ -128,6 +128,16 @@ async def test_a_failure_that_passes_is_tried_again_and_one_that_does_not_is_tol
     assert await admin.fetchval("select calls from upload_pipeline.provider_budgets") == 3
 
 
+async def test_an_answer_that_cannot_be_used_is_paid_for_and_in_the_books(
+    paid: PaidQueries, simulator: OpenAISimulator, admin: asyncpg.Connection, user: UUID, monkeypatch: Any
+) -> None:
+    monkeypatch.setattr(module, "_FIRST_DELAY", 0.0)
+    simulator.misbehave(Fault.WRONG_DIMENSIONS)
+    await paid.embed("hail", user_id=user)
+    assert simulator.books.tokens == 2
+    assert [(row[0], row[3]) for row in await books(admin)] == [(user, 1), (user, 1)]
+
+
 async def test_a_long_retry_after_holds_for_all_who_ask(
     paid: PaidQueries, simulator: OpenAISimulator, admin: asyncpg.Connection, user: UUID
 ) -> None:

@@ -315,6 +315,19 @@ async def test_what_passes_is_sent_again_and_nothing_else_is(bench: Bench, fault
     assert bench.simulator.books.paid_again() == {}
 
 
+@pytest.mark.parametrize(("fault", "told"), [(Fault.WRONG_DIMENSIONS, True), (Fault.NAN, True), (Fault.TRUNCATED, False)])
+async def test_an_answer_that_cannot_be_used_is_paid_for_and_in_the_books(
+    bench: Bench, admin: asyncpg.Connection, fault: Fault, told: bool
+) -> None:
+    bench.simulator.misbehave(fault)
+    assert await bench.embed(texts(3)) == texts(3)
+    await bench.batcher.close()
+    row = await admin.fetchrow("select sum(requests) as requests, sum(tokens) as tokens from upload_pipeline.usage_records")
+    assert row["requests"] == bench.simulator.books.requests == 2
+    # of half an answer only the bound is known
+    assert row["tokens"] == bench.simulator.books.tokens if told else row["tokens"] > bench.simulator.books.tokens
+
+
 async def test_a_hanging_request_is_given_up_in_time(bench: Bench) -> None:
     bench.simulator.misbehave(Fault.HANG)
     began = time.monotonic()

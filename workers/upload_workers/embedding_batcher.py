@@ -234,6 +234,8 @@ class EmbeddingBatcher:
         try:
             answer = await self._request(part)
         except EmbeddingError as error:
+            if error.broken:
+                await self._record(self._used(part, error.tokens))
             await self._after_failure(part, error)
         except PutOff as error:
             self._open_at = max(self._open_at, time.monotonic() + error.seconds)
@@ -246,7 +248,7 @@ class EmbeddingBatcher:
         except Exception as error:  # noqa: BLE001 - of the database, or a mistake: the jobs tell
             self._line.fail(part, error)
         else:
-            used = usage_of_request(part, provider=PROVIDER, model=self._embedder.api_model, tokens=answer.tokens)
+            used = self._used(part, answer.tokens)
             self._writing += not more_to_come
             self._more.set()
             try:
@@ -304,18 +306,19 @@ class EmbeddingBatcher:
 
     async def _ask(self, part: list[Item], reservation_id: UUID) -> EmbeddingAnswer:
         """Asks. What failed is settled before the slot is free: whoever is next finds the limit that was met."""
+        tokens: int | None = None
         limits: RateLimits | None = None
         answer: EmbeddingAnswer | None = None
         try:
             with self._calls.measured(PROVIDER, "embed"):
                 answer = await self._embedder.request([item.text for item in part])
         except EmbeddingError as error:
-            limits = error.limits()
+            tokens, limits = error.tokens, error.limits()
             self._refusals += error.remedy in (Remedy.WAIT, Remedy.PAUSE)
             raise
         finally:
             if answer is None:
-                await self._settle(reservation_id, None, limits)
+                await self._settle(reservation_id, tokens, limits)
         return answer
 
     async def _settle(self, reservation_id: UUID, tokens: int | None, limits: RateLimits | None) -> None:
@@ -397,6 +400,9 @@ class EmbeddingBatcher:
                 rows.append(row)
         for ticket, (positions, rows) in mine.items():
             ticket.give(positions, vectors[rows])
+
+    def _used(self, part: list[Item], tokens: int | None) -> list[Usage]:
+        return usage_of_request(part, provider=PROVIDER, model=self._embedder.api_model, tokens=tokens)
 
     async def _record(self, used: list[Usage]) -> None:
         try:

@@ -56,7 +56,13 @@ _MOST_TOKENS = 10**9  # of one request; what says more is no count
 
 @dataclass
 class EmbeddingError(ProviderError):
-    """A request that brought no vectors."""
+    """A request that brought no vectors.
+
+    Attributes:
+        broken: an answer came, and cannot be used. It is paid for.
+    """
+
+    broken: bool = False
 
 
 _WORDING = Wording(
@@ -167,11 +173,12 @@ class OpenAIEmbedder:
         except (openai.APIConnectionError, TimeoutError) as error:
             raise unanswered(error, _WORDING, base_url=self._client.base_url, timeout=self._timeout) from error
         headers = lower_names(raw.headers)
+        tokens: int | None = None
         try:
             # not by the client's models: making one of each row takes as long as all else together
             answer = json.loads(raw.content)
-            rows = [(row["index"], row["embedding"]) for row in answer["data"]]
             tokens = _count((answer.get("usage") or {}).get("prompt_tokens"))
+            rows = [(row["index"], row["embedding"]) for row in answer["data"]]
             vectors = self._ordered(rows, len(texts))
         except (AttributeError, LookupError, TypeError, ValueError, binascii.Error) as error:
             raise EmbeddingError(
@@ -180,6 +187,8 @@ class OpenAIEmbedder:
                 f"{str(error)[:MESSAGE_CHARS]}.",
                 headers=headers,
                 answered=True,
+                tokens=tokens,
+                broken=True,
             ) from error
         unusable = _to_unit_length(vectors)
         return EmbeddingAnswer(vectors, unusable, tokens, headers)

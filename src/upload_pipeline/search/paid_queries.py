@@ -143,20 +143,24 @@ class PaidQueries:
             )
         tokens: int | None = None
         limits: RateLimits | None = None
+        paid = False
         try:
             with self.calls.measured(PROVIDER, "embed"):
                 answer = await self.embedder.request([query])
-            tokens, limits = answer.tokens, read_rate_limits(answer.headers)
+            tokens, limits, paid = answer.tokens, read_rate_limits(answer.headers), True
         except EmbeddingError as error:
-            limits = error.limits()
+            tokens, limits, paid = error.tokens, error.limits(), error.broken
             raise
         finally:
             await self._write_down(granted.reservation_id, tokens, limits)
+            if paid:
+                used = reserved if tokens is None else tokens
+                await self._record(
+                    Usage(
+                        uuid4(), PROVIDER, self.embedder.api_model, "search", user_id=user_id, requests=1, tokens=used
+                    )
+                )
         self.calls.worked(PROVIDER, "embed", "texts", 1)
-        used = reserved if tokens is None else tokens
-        await self._record(
-            Usage(uuid4(), PROVIDER, self.embedder.api_model, "search", user_id=user_id, requests=1, tokens=used),
-        )
         return answer
 
     async def _write_down(self, reservation_id: UUID, tokens: int | None, limits: RateLimits | None) -> None:
