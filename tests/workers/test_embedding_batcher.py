@@ -209,23 +209,26 @@ async def test_an_answer_that_cannot_be_written_fails_the_jobs_and_nobody_is_tol
     assert await bench.embed(texts(3)) == texts(3)
 
 
+@pytest.mark.parametrize("write", ["keep_vectors", "record_usage"])
 async def test_a_database_that_is_away_for_a_moment_costs_nothing(
-    bench: Bench, monkeypatch: pytest.MonkeyPatch
+    bench: Bench, admin: asyncpg.Connection, monkeypatch: pytest.MonkeyPatch, write: str
 ) -> None:
     monkeypatch.setattr(vector_keeping, "_DELAY", 0.01)
-    kept = vector_keeping.keep_vectors
+    kept = getattr(vector_keeping, write)
     tries = []
 
     async def lame(*arguments: Any, **options: Any) -> int:
         tries.append(1)
         if len(tries) < vector_keeping.TRIES:
             raise ConnectionRefusedError
-        return await kept(*arguments, **options)
+        return int(await kept(*arguments, **options))
 
-    monkeypatch.setattr(vector_keeping, "keep_vectors", lame)
+    monkeypatch.setattr(vector_keeping, write, lame)
     assert await bench.embed(texts(3)) == texts(3)
+    await bench.batcher.close()
     assert len(tries) == vector_keeping.TRIES
     assert bench.simulator.books.paid_again() == {}
+    assert await admin.fetchval("select sum(tokens) from upload_pipeline.usage_records") == bench.simulator.books.tokens
 
 
 async def test_what_is_under_way_when_the_worker_ends_is_kept(open_bench: OpenBench, admin: asyncpg.Connection) -> None:

@@ -34,7 +34,7 @@ import structlog
 
 from upload_pipeline.database import provider_budget
 from upload_pipeline.database.embedding_cache import Filled, fill_vectors
-from upload_pipeline.database.usage import Usage, record_usage
+from upload_pipeline.database.usage import Usage
 from upload_pipeline.errors import ErrorCode, PipelineError
 from upload_pipeline.providers.openai_embedder import PROVIDER, EmbeddingError, OpenAIEmbedder
 from upload_pipeline.providers.provider_failures import Remedy
@@ -42,7 +42,7 @@ from upload_pipeline.providers.request_packing import MAX_REQUEST_TOKENS
 from upload_pipeline.rate_headers import RateLimits, key_id_of, read_rate_limits
 from upload_workers.embedding_line import Item, Line, PutOff, Ticket
 from upload_workers.embedding_usage import usage_of_request
-from upload_workers.vector_keeping import keep_paid
+from upload_workers.vector_keeping import keep_books, keep_paid
 
 if TYPE_CHECKING:
     import numpy as np
@@ -235,7 +235,7 @@ class EmbeddingBatcher:
             answer = await self._request(part)
         except EmbeddingError as error:
             if error.broken:
-                await self._record(self._used(part, error.tokens))
+                await keep_books(self._db, self._used(part, error.tokens), self._prices)
             await self._after_failure(part, error)
         except PutOff as error:
             self._open_at = max(self._open_at, time.monotonic() + error.seconds)
@@ -253,7 +253,7 @@ class EmbeddingBatcher:
             self._more.set()
             try:
                 await self._hand_out(part, answer)
-                await self._record(used)
+                await keep_books(self._db, used, self._prices)
             finally:
                 self._writing -= not more_to_come
 
@@ -403,12 +403,6 @@ class EmbeddingBatcher:
 
     def _used(self, part: list[Item], tokens: int | None) -> list[Usage]:
         return usage_of_request(part, provider=PROVIDER, model=self._embedder.api_model, tokens=tokens)
-
-    async def _record(self, used: list[Usage]) -> None:
-        try:
-            await record_usage(self._db, used, self._prices)
-        except Exception as error:  # noqa: BLE001 - the books lack it; the vectors are there
-            log.warning("usage_not_recorded", error=str(error) or type(error).__name__)
 
     def _tried(self, part: list[Item], error: Exception) -> list[Item]:
         """Counts a try of each; those that have more, the others fail."""
