@@ -77,6 +77,17 @@ async def test_pages_are_separated_by_form_feeds(
     assert simulator.books.paid == {"d1": 1}
 
 
+@pytest.mark.parametrize("told", [None, -1, float("nan"), float("inf"), "much", [12]])
+async def test_a_price_that_is_none_counts_as_not_told_and_the_pages_are_there(
+    simulator: LlamaCloudSimulator, parser: LlamaParse, path: Path, told: Any
+) -> None:
+    parse_id = await submit(parser, path)
+    simulator._jobs[parse_id].cost = told
+    done = await parser.look(parse_id)
+    assert done is not None
+    assert (done.page_count, done.credits) == (4, None)
+
+
 async def test_a_job_at_work_brings_nothing_yet(simulator: LlamaCloudSimulator, parser: LlamaParse, path: Path) -> None:
     simulator.pending = 3600
     parse_id = await submit(parser, path)

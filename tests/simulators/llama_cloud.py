@@ -141,6 +141,7 @@ class LlamaCloudSimulator:
         unique_external_ids: whether a second file with the same external id is refused (409); unknown of the real one.
         webhooks_doubled: whether each message is sent twice.
         webhooks_reversed: whether messages are held until a job has ended, and then sent last first.
+        billed: whether a job that is completed tells its credits; they are null until billing has recorded them.
         clock: seconds that only grow.
         port: to listen on; 0 takes any that is free.
     """
@@ -154,6 +155,7 @@ class LlamaCloudSimulator:
     unique_external_ids: bool = False
     webhooks_doubled: bool = False
     webhooks_reversed: bool = False
+    billed: bool = True
     clock: Callable[[], float] = time.monotonic
     books: Books = field(default_factory=Books)
     port: int = 0
@@ -357,7 +359,7 @@ class LlamaCloudSimulator:
             "created_at": job.made_at.isoformat(),
             "error_message": "The document could not be parsed." if status == "FAILED" else None,
             "tier": job.body["tier"],
-            "usage": {"credits": job.cost if status == "COMPLETED" else None},
+            "usage": {"credits": job.cost if self.billed and status == "COMPLETED" else None},
             "user_metadata": job.body.get("user_metadata"),
         }
 

@@ -301,6 +301,14 @@ async def test_a_document_is_uploaded_submitted_and_looked_at_once_and_stored_wi
     assert list(line.context.scratch.iterdir()) == []
 
 
+async def test_a_job_that_ends_before_its_bill_is_written_costs_what_its_pages_cost(open_line: OpenLine) -> None:
+    line = await open_line()
+    line.simulator.billed = False
+    await line.parsed()
+    (used,) = await line.admin.fetch("select * from upload_pipeline.usage_records")
+    assert (used["pages"], used["credits"], used["cost_micros"]) == (4, 12, 15_000)
+
+
 @pytest.mark.parametrize("media_type", [TEXT, "text/markdown"])
 async def test_text_is_parsed_here_and_costs_nothing(open_line: OpenLine, media_type: str) -> None:
     line = await open_line(b"# One\n\nand a sentence of it\n", media_type)

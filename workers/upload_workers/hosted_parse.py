@@ -47,7 +47,7 @@ from upload_pipeline.database.parse_submissions import (
 from upload_pipeline.database.usage import Usage, record_usage
 from upload_pipeline.errors import ErrorCode
 from upload_pipeline.media_types import DOCX, HTML, MARKDOWN, PDF, PLAIN
-from upload_pipeline.providers.llamaparse import open_llamaparse
+from upload_pipeline.providers.llamaparse import PAGE_CREDITS, open_llamaparse
 from upload_pipeline.providers.llamaparse_results import PROVIDER, FinishedParse, ParseError, Remedy
 from upload_pipeline.rate_headers import key_id_of
 from upload_pipeline.storage.keys import hosted_output_key, uploader_of
@@ -226,6 +226,10 @@ class HostedParser:
     async def _record(
         self, job: ClaimedJob, submission: StoredSubmission, finished: FinishedParse, context: StepContext
     ) -> None:
+        paid = finished.credits
+        if paid is None:
+            # the job has ended before its bill was written
+            paid = PAGE_CREDITS.get(submission.tier, 0) * finished.page_count
         used = Usage(
             ids.usage_id(PROVIDER, submission.parse_id),
             PROVIDER,
@@ -234,7 +238,7 @@ class HostedParser:
             job_id=job.job_id,
             requests=1,
             pages=finished.page_count,
-            credits=Decimal(str(finished.credits or 0)),
+            credits=Decimal(str(paid)),
         )
         await record_usage(context.db, [used], context.settings.prices)
 

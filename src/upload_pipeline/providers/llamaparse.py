@@ -47,6 +47,9 @@ TIER_VERSIONS: Mapping[str, str] = {
 }
 """The tiers, and the version of each that is asked for where no other is named (`GET /api/v2/parse/versions`)."""
 
+PAGE_CREDITS: Mapping[str, int] = {"fast": 1, "cost_effective": 3, "agentic": 10, "agentic_plus": 45}
+"""What a page costs by each tier."""
+
 WEBHOOK_PATH = "/api/v2/webhooks/llamaparse"
 """Where the HTTP service is told of jobs."""
 
@@ -60,6 +63,7 @@ may take: waits for the budget, and sees the `ParseError`."""
 _MESSAGE_CHARS = 300
 _SLOWEST_UPLOAD = 250_000  # bytes in a second; what is slower is taken to hang
 _LISTED_AT_ONCE = 100
+_MOST_CREDITS = 10**9  # of one job; what says more is no count
 _FILE_LIFE_LEFT = timedelta(minutes=10)  # that a file found there must have, to be submitted in time
 
 
@@ -251,8 +255,7 @@ class LlamaParse:
                 pages = [
                     (int(page.page_number), page.markdown if page.success else None) for page in answer.markdown.pages
                 ]
-                usage = answer.job.usage
-                return finished_parse(pages, None if usage is None else usage.credits)
+                return finished_parse(pages, _credits(answer.job.usage))
             if status not in ("FAILED", "CANCELLED"):
                 raise ValueError(f"no status {status!r} is known")
             said = str(answer.job.error_message or "it gives no reason")[:_MESSAGE_CHARS]
@@ -369,6 +372,14 @@ def open_llamaparse(settings: Settings) -> LlamaParse | None:
         webhook_url=public + WEBHOOK_PATH if public and secret else "",
         webhook_secret=secret,
     )
+
+
+def _credits(usage: Any) -> float | None:
+    """What a job says that it cost; what is no such number counts as not told, and does not lose the result."""
+    told = getattr(usage, "credits", None)
+    if isinstance(told, int | float) and not isinstance(told, bool) and 0 <= told < _MOST_CREDITS:
+        return told
+    return None
 
 
 def _text(value: Any) -> str:
