@@ -106,7 +106,22 @@ async def test_messages_that_come_again_late_and_out_of_order_change_nothing_mor
 
 @pytest.mark.parametrize(
     "body",
-    [message("pjb-nobody"), message(""), {}, [], None, 7, "no json", "7", b"{", b"\xff", b"[" * 30_000, {"data": []}],
+    [
+        message("pjb-nobody"),
+        message(""),
+        message("pjb\0"),
+        message("\ud800"),
+        {},
+        [],
+        None,
+        7,
+        "no json",
+        "7",
+        b"{",
+        b"\xff",
+        b"[" * 30_000,
+        {"data": []},
+    ],
 )
 async def test_what_tells_nothing_is_answered_like_what_tells_something(
     service: LiveService, admin: asyncpg.Connection, body: Any

@@ -43,4 +43,6 @@ def ended_parse(raw: bytes) -> str | None:
 
 
 def _first(values: dict[str, Any], names: tuple[str, ...]) -> str | None:
-    return next((value for name in names if isinstance(value := values.get(name), str) and value), None)
+    # printable: a NUL or half a surrogate pair is in no name, and no database takes them
+    found = (value for name in names if isinstance(value := values.get(name), str) and value and value.isprintable())
+    return next(found, None)
