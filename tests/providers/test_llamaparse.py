@@ -162,6 +162,16 @@ async def test_a_file_that_is_about_to_expire_is_not_found(simulator: LlamaCloud
     assert await parser.find_file("d1") == "dfl-2"
 
 
+async def test_a_job_that_is_told_within_another_object_is_read_too(
+    simulator: LlamaCloudSimulator, parser: LlamaParse, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file_id = await upload(parser, path)
+    flat = simulator._job_json
+    monkeypatch.setattr(simulator, "_job_json", lambda job: {"job": flat(job)})
+    made = await parser.submit(file_id, document="d1", submission="s1")
+    assert made in simulator._jobs
+
+
 async def test_a_submission_of_a_file_that_is_gone_may_be_tried_again(parser: LlamaParse) -> None:
     with pytest.raises(ParseError) as caught:
         await parser.submit("dfl-gone", document="d1", submission="s1")

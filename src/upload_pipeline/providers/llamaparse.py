@@ -238,7 +238,9 @@ class LlamaParse:
                     user_metadata={"document": document, "submission": submission},
                     **webhook,
                 )
-                return _text(job.id)
+                # flat by the client's types; one guide of LlamaParse shows it within `job`
+                within = getattr(job, "job", None)
+                return _text(within.get("id") if isinstance(within, dict) else job.id)
 
     async def look(self, parse_id: str) -> FinishedParse | None:
         """What a job brought; None while it is at work.
