@@ -274,7 +274,9 @@ class Settings(BaseSettings):
         default=200, ge=0, description="Characters that a chunk repeats of the one before."
     )
     chunk_max_bytes: int = Field(default=8000, ge=400, description="Hard limit of a chunk's text in UTF-8 bytes.")
-    embed_batch_size: int = Field(default=256, ge=1, le=256, description="Texts in one call of the embedder.")
+    embed_batch_size: int = Field(
+        default=256, ge=1, le=2048, description="Texts in one call of the embedder; OpenAI takes 2,048 at most."
+    )
 
     # workers
     worker_pools: tuple[str, ...] = Field(

@@ -21,6 +21,7 @@ from upload_pipeline.database.queue import ClaimedJob, Lease
 from upload_pipeline.errors import ErrorCode, PipelineError
 from upload_pipeline.providers.calls import ProviderCalls
 from upload_pipeline.providers.openai_embedder import OpenAIEmbedder
+from upload_pipeline.settings import load_settings
 from upload_workers import embedding_batcher, vector_keeping
 from upload_workers.embedding_batcher import EmbeddingBatcher
 from upload_workers.embedding_line import PutOff
@@ -127,6 +128,16 @@ async def test_texts_of_all_jobs_share_requests_and_each_job_gets_its_own(bench:
     assert books.requests <= 5
     assert books.largest_inputs == 256
     assert books.paid_again() == {}
+
+
+async def test_a_request_may_hold_as_many_texts_as_the_provider_takes(open_bench: OpenBench) -> None:
+    most = load_settings(embed_batch_size=2048).embed_batch_size
+    with pytest.raises(PipelineError, match="EMBED_BATCH_SIZE"):
+        load_settings(embed_batch_size=2049)
+    async with OpenAISimulator() as simulator:
+        bench = open_bench(simulator, most=most)
+        assert len(await bench.embed(texts(2100))) == 2100
+        assert (simulator.books.requests, simulator.books.largest_inputs, simulator.books.too_large) == (2, 2048, 0)
 
 
 async def test_requests_are_in_flight_together_but_no_more_than_allowed(open_bench: OpenBench) -> None:
