@@ -202,7 +202,9 @@ async def test_a_server_that_tells_its_tokens_oddly_gives_its_vectors_all_the_sa
     bench: Bench, admin: asyncpg.Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     given: Any = bench.simulator.vectors
-    monkeypatch.setattr(bench.simulator, "vectors", lambda body, inputs, counted, fault: given(body, inputs, "9", fault))
+    monkeypatch.setattr(
+        bench.simulator, "vectors", lambda body, inputs, counted, fault: given(body, inputs, "9", fault)
+    )
     async with asyncio.timeout(20):
         assert await bench.embed(texts(3)) == texts(3)
         while not await admin.fetchval("select tokens > 0 from upload_pipeline.usage_records"):
@@ -329,14 +331,18 @@ async def test_what_passes_is_sent_again_and_nothing_else_is(bench: Bench, fault
     assert bench.simulator.books.paid_again() == {}
 
 
-@pytest.mark.parametrize(("fault", "told"), [(Fault.WRONG_DIMENSIONS, True), (Fault.NAN, True), (Fault.TRUNCATED, False)])
+@pytest.mark.parametrize(
+    ("fault", "told"), [(Fault.WRONG_DIMENSIONS, True), (Fault.NAN, True), (Fault.TRUNCATED, False)]
+)
 async def test_an_answer_that_cannot_be_used_is_paid_for_and_in_the_books(
     bench: Bench, admin: asyncpg.Connection, fault: Fault, told: bool
 ) -> None:
     bench.simulator.misbehave(fault)
     assert await bench.embed(texts(3)) == texts(3)
     await bench.batcher.close()
-    row = await admin.fetchrow("select sum(requests) as requests, sum(tokens) as tokens from upload_pipeline.usage_records")
+    row = await admin.fetchrow(
+        "select sum(requests) as requests, sum(tokens) as tokens from upload_pipeline.usage_records"
+    )
     assert row["requests"] == bench.simulator.books.requests == 2
     # of half an answer only the bound is known
     assert row["tokens"] == bench.simulator.books.tokens if told else row["tokens"] > bench.simulator.books.tokens
@@ -457,7 +463,7 @@ async def test_a_provider_that_refuses_again_and_again_holds_no_job_beyond_its_t
     async with asyncio.timeout(30):
         with pytest.raises(PutOff):
             await bench.embed(texts(3), seconds=0.5)
-    assert 0.5 <= time.monotonic() - began
+    assert time.monotonic() - began >= 0.5
     bench.simulator.behave()
     assert await bench.embed(texts(3)) == texts(3)
 
@@ -467,7 +473,7 @@ async def test_a_database_that_is_away_fails_the_job_and_pays_nothing(bench: Ben
         async def fetchrow(self, query: str, *args: Any) -> Any:
             raise ConnectionRefusedError
 
-    bench.batcher._db = Away()  # type: ignore[assignment]
+    bench.batcher._requests.db = Away()  # type: ignore[assignment]
     with pytest.raises(ConnectionRefusedError):
         await bench.embed(texts(3))
     assert bench.simulator.books.requests == 0

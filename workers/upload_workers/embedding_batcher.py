@@ -5,8 +5,8 @@ with as many texts as fit, and each job is given its own vectors as they arrive.
 once, however many chunks wait for it. What a request brought is written first (`vector_keeping`): a job that is
 cancelled or has lost its lease leaves the line, and what is under way for it is paid for and goes on.
 
-Before a request its tokens are reserved from the budget that all workers share. Where that takes longer than
-`PATIENCE`, nobody waits here: the jobs are told when to come back, and their leases are free meanwhile.
+A request waits for the budget that all workers share, but not for long (`embedding_requests`): its jobs are told when
+to come back, and their leases are free meanwhile.
 
     the request                       its texts
     brought vectors                   kept, then told; one without a direction is sent again, then refused
@@ -26,25 +26,24 @@ import random
 import time
 from collections import defaultdict
 from collections.abc import AsyncGenerator, Sequence
-from datetime import timedelta
 from typing import TYPE_CHECKING
-from uuid import UUID
 
 import structlog
 
-from upload_pipeline.database import provider_budget
 from upload_pipeline.database.embedding_cache import Filled, fill_vectors
 from upload_pipeline.database.usage import Usage
 from upload_pipeline.errors import ErrorCode, PipelineError
 from upload_pipeline.providers.openai_embedder import PROVIDER, EmbeddingError, OpenAIEmbedder
 from upload_pipeline.providers.provider_failures import Remedy
 from upload_pipeline.providers.request_packing import MAX_REQUEST_TOKENS
-from upload_pipeline.rate_headers import RateLimits, key_id_of, read_rate_limits
 from upload_workers.embedding_line import Item, Line, PutOff, Ticket
+from upload_workers.embedding_requests import EmbeddingRequests
 from upload_workers.embedding_usage import usage_of_request
 from upload_workers.vector_keeping import keep_books, keep_paid
 
 if TYPE_CHECKING:
+    from uuid import UUID
+
     import numpy as np
     from numpy.typing import NDArray
 
@@ -57,12 +56,6 @@ if TYPE_CHECKING:
 
 log = structlog.get_logger(__name__)
 
-PATIENCE = 5.0
-"""Seconds that a job waits for the budget with its lease held; beyond, it is put off."""
-
-PAUSE_SECONDS = 600.0
-"""For which nobody calls a provider whose account is empty or whose key is refused."""
-
 TRIES = 4
 """How often a text is sent before its job fails."""
 
@@ -70,12 +63,11 @@ LINGER = 0.005
 """Seconds that a request which is not full waits for more texts."""
 
 _FIRST_DELAY = 0.25  # seconds before a failed request's texts are sent again; doubled each time
-_LIFE_SLACK = timedelta(seconds=10)  # between a request's timeout and the end of its reservation
 _SAY_GOODBYE = 2.0
 
 
 class EmbeddingBatcher:
-    """One for each worker process; used by the tasks of one event loop."""
+    """One for each worker process and model; used by the tasks of one event loop."""
 
     def __init__(
         self,
@@ -108,21 +100,21 @@ class EmbeddingBatcher:
         self._calls = calls
         self._most = most
         self._concurrency = concurrency
-        self._slots = asyncio.Semaphore(concurrency)
-        # A call is made when it has waited for the slot of another.
-        self._life = 2 * timedelta(seconds=timeout) + _LIFE_SLACK
         self._prices = prices
         self._request_tokens = min(MAX_REQUEST_TOKENS, token_limit or MAX_REQUEST_TOKENS)
-        self._request_limit = request_limit
-        self._token_limit = token_limit
-        self._key_id = key_id_of(embedder.api_key)
+        self._requests = EmbeddingRequests(
+            embedder=embedder,
+            db=db,
+            calls=calls,
+            concurrency=concurrency,
+            timeout=timeout,
+            request_limit=request_limit,
+            token_limit=token_limit,
+        )
         self._line = Line()
         self._under_way: set[asyncio.Task[None]] = set()
         self._writing = 0  # of those under way, which have their answer
-        self._refusals = 0  # limits and pauses that were met: what was reserved before one is not sent after it
         self._more = asyncio.Event()
-        self._open_at = 0.0  # monotonic: until then everything is put off
-        self._place: UUID | None = None
         self._dispatching: asyncio.Task[None] | None = None
 
     async def embed(
@@ -207,7 +199,7 @@ class EmbeddingBatcher:
             self._more.clear()
             if len(self._line) < self._most:
                 await asyncio.sleep(LINGER)
-            if time.monotonic() < self._open_at:
+            if time.monotonic() < self._requests.open_at:
                 self._put_off(self._line.take_all())
             # One more than may be sent: it has its budget when a slot is free. What is being written holds no slot, but
             # stops further requests, so that no more answers are held than the database takes.
@@ -232,13 +224,12 @@ class EmbeddingBatcher:
             more_to_come: whether the task makes another request after it, and so keeps its place.
         """
         try:
-            answer = await self._request(part)
+            answer = await self._requests.send(part)
         except EmbeddingError as error:
             if error.broken:
                 await keep_books(self._db, self._used(part, error.tokens), self._prices)
             await self._after_failure(part, error)
-        except PutOff as error:
-            self._open_at = max(self._open_at, time.monotonic() + error.seconds)
+        except PutOff:
             self._put_off(part)
         except PipelineError as error:
             if error.code is ErrorCode.REQUEST_OVER_BUDGET and len(part) > 1:
@@ -257,78 +248,6 @@ class EmbeddingBatcher:
             finally:
                 self._writing -= not more_to_come
 
-    async def _request(self, part: list[Item]) -> EmbeddingAnswer:
-        """Reserves, asks, settles.
-
-        Raises:
-            EmbeddingError: as the embedder.
-            PutOff: the budget takes longer than anybody here waits.
-            PipelineError: `REQUEST_OVER_BUDGET`.
-        """
-        while True:
-            refusals = self._refusals
-            reservation_id = await self._reserve(part)
-            async with self._slots:
-                if refusals == self._refusals:
-                    answer = await self._ask(part, reservation_id)
-                    break
-            await provider_budget.release(self._db, reservation_id)
-            if time.monotonic() < self._open_at:
-                raise PutOff(self._open_at - time.monotonic())
-        await self._settle(reservation_id, answer.tokens, read_rate_limits(answer.headers))
-        self._calls.worked(PROVIDER, "embed", "texts", len(part))
-        return answer
-
-    async def _reserve(self, part: list[Item]) -> UUID:
-        # Of the places in line that are kept while jobs are put off, one is enough for a worker.
-        place, self._place = self._place, None
-        granted = await provider_budget.reserve_in_turn(
-            self._db,
-            provider=PROVIDER,
-            key_id=self._key_id,
-            model=self._embedder.api_model,
-            requests=1,
-            tokens=sum(item.tokens for item in part),
-            longest=PATIENCE,
-            reservation_id=place,
-            keep_place=True,
-            request_limit=self._request_limit,
-            token_limit=self._token_limit,
-            life=self._life,
-        )
-        if not isinstance(granted, provider_budget.Wait):
-            return granted.reservation_id
-        if self._place is None:
-            self._place = granted.reservation_id
-        else:
-            await provider_budget.release(self._db, granted.reservation_id)
-        raise PutOff(granted.seconds)
-
-    async def _ask(self, part: list[Item], reservation_id: UUID) -> EmbeddingAnswer:
-        """Asks. What failed is settled before the slot is free: whoever is next finds the limit that was met."""
-        tokens: int | None = None
-        limits: RateLimits | None = None
-        answer: EmbeddingAnswer | None = None
-        try:
-            with self._calls.measured(PROVIDER, "embed"):
-                answer = await self._embedder.request([item.text for item in part])
-        except EmbeddingError as error:
-            tokens, limits = error.tokens, error.limits()
-            self._refusals += error.remedy in (Remedy.WAIT, Remedy.PAUSE)
-            raise
-        finally:
-            if answer is None:
-                await self._settle(reservation_id, tokens, limits)
-        return answer
-
-    async def _settle(self, reservation_id: UUID, tokens: int | None, limits: RateLimits | None) -> None:
-        """What was reserved counts until its end where this cannot be written; the vectors are worth more."""
-        try:
-            async with asyncio.timeout(PATIENCE):
-                await provider_budget.settle(self._db, reservation_id, tokens=tokens, limits=limits)
-        except Exception as error:  # noqa: BLE001 - see above
-            log.warning("budget_not_settled", error=str(error) or type(error).__name__)
-
     async def _after_failure(self, part: list[Item], error: EmbeddingError) -> None:
         match error.remedy:
             case Remedy.SPLIT if len(part) > 1:
@@ -336,7 +255,7 @@ class EmbeddingBatcher:
             case Remedy.SPLIT:
                 self._line.fail(part, error)
             case Remedy.PAUSE:
-                await self._pause(error)
+                await self._requests.pause(error)
                 self._put_off(part)
             case Remedy.WAIT:
                 # The budget is frozen: the next reservation waits, or puts off.
@@ -354,22 +273,6 @@ class EmbeddingBatcher:
         middle = len(part) // 2
         await self._send(part[:middle], more_to_come=True)
         await self._send(part[middle:], more_to_come=True)
-
-    async def _pause(self, error: EmbeddingError) -> None:
-        self._open_at = max(self._open_at, time.monotonic() + PAUSE_SECONDS)
-        log.error("provider_paused", provider=PROVIDER, code=error.code.value, error=error.message)
-        try:
-            await provider_budget.pause(
-                self._db,
-                provider=PROVIDER,
-                key_id=self._key_id,
-                model=self._embedder.api_model,
-                seconds=PAUSE_SECONDS,
-                code=error.code.value,
-                message=error.message,
-            )
-        except Exception as failure:  # noqa: BLE001 - other workers will find out by themselves
-            log.warning("pause_not_recorded", error=str(failure) or type(failure).__name__)
 
     async def _hand_out(self, part: list[Item], answer: EmbeddingAnswer) -> None:
         """Keeps what came, then tells the jobs; nobody is told of what could not be written."""
@@ -417,7 +320,7 @@ class EmbeddingBatcher:
 
     def _put_off(self, part: list[Item]) -> None:
         # Spread a little, so that not all come back in the same moment.
-        seconds = max(self._open_at - time.monotonic(), 0.1) * random.uniform(1.0, 1.1)  # noqa: S311
+        seconds = max(self._requests.open_at - time.monotonic(), 0.1) * random.uniform(1.0, 1.1)  # noqa: S311
         self._line.fail(part, PutOff(seconds))
 
 

@@ -24,8 +24,8 @@ import structlog
 from upload_pipeline.database import provider_budget
 from upload_pipeline.providers.llamaparse_results import PROVIDER, ParseError, Remedy
 from upload_pipeline.rate_headers import RateLimits
-from upload_workers.embedding_batcher import PATIENCE, PAUSE_SECONDS
 from upload_workers.embedding_line import PutOff
+from upload_workers.embedding_requests import PATIENCE, PAUSE_SECONDS
 
 if TYPE_CHECKING:
     from upload_pipeline.database.queue import Executor
