@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import json
-import os
 import signal
-import subprocess
 import sys
 from collections.abc import AsyncIterator
 from functools import partial
@@ -16,14 +13,13 @@ from typing import Any
 from uuid import UUID
 
 import asyncpg
-import httpx
 import pytest
 from postgres_servers import Database
 
+from tests.api.cut_short_deletions import delete_and_be_killed, maintenance
 from tests.api.document_rows import StoredDocument, add_document, add_text, objects_left, rows_left
 from tests.api.job_rows import TTL, add_job, claim
 from tests.api.live_service import LiveService, new_user, running_service, service_settings
-from tests.scenarios.service_process import service_process
 from upload_pipeline.database import queue
 from upload_pipeline.database.queue import Advance
 from upload_pipeline.storage.keys import markdown_key, parser_output_key, raw_key
@@ -53,12 +49,6 @@ async def main(url, document):
 asyncio.run(main(*sys.argv[1:]))
 """
 """Begins a deletion and stops before the first object goes."""
-
-WAITING = """
-from pg_stat_activity
-where query like '%finish_deletion%' and wait_event_type = 'Lock' and datname = current_database()
-"""
-"""The statement that removes a document's rows, held up by a lock."""
 
 
 @pytest.fixture
@@ -201,25 +191,19 @@ async def test_a_document_without_objects_or_jobs_is_deleted_too(
 
 
 async def test_a_service_killed_between_objects_and_rows_leaves_what_maintenance_finishes(
-    service: LiveService, admin: asyncpg.Connection, database: Database, tmp_path: Path
+    service: LiveService, admin: asyncpg.Connection, database: Database
 ) -> None:
     user = new_user()
     added, kept = [await whole_document(admin, service, user) for _ in range(2)]
-    holding = await asyncpg.connect(database.admin_url)
-    held = holding.transaction()
-    await held.start()
-    # Hiding the document does not wait for this lock; removing its row does.
-    await holding.execute(
-        "select from upload_pipeline.documents where document_id = $1 for key share", added.document_id
+    await delete_and_be_killed(
+        service,
+        admin,
+        database,
+        user=user,
+        path=f"/api/v2/documents/{added.document_id}",
+        row=f"upload_pipeline.documents where document_id = '{added.document_id}'",
+        verb="finish_deletion",
     )
-    try:
-        with pytest.raises(AssertionError, match="the service ended with -9"):
-            await kill_a_service_that_deletes(service, admin, database, added)
-        # Its statement, which waits for the lock, dies with it: else the server would go on with it by itself.
-        assert await admin.fetch(f"select pg_terminate_backend(pid) {WAITING}")
-    finally:
-        await held.rollback()
-        await holding.close()
     assert await objects_left(service.resources.store) == sorted(
         key(user, kept.document_id) for key in (raw_key, text_key, parser_output_key)
     )
@@ -228,23 +212,6 @@ async def test_a_service_killed_between_objects_and_rows_leaves_what_maintenance
     await hidden_then_finished(service, admin, database, added)
     assert await rows_left(admin, added.document_id) == {}
     assert (await rows_left(admin, kept.document_id))["documents"] == 1
-
-
-async def kill_a_service_that_deletes(
-    service: LiveService, admin: asyncpg.Connection, database: Database, added: StoredDocument
-) -> None:
-    """Asks a service process to delete the document, and kills it when it has come to the rows."""
-    headers = {"Authorization": service.client(added.user_id).headers["Authorization"]}
-    with service_process(database.worker_url, service.settings.home, lock_timeout="60") as other:
-        async with httpx.AsyncClient(base_url=other.url, headers=headers) as client:
-            asking = asyncio.create_task(client.delete(f"/api/v2/documents/{added.document_id}"))
-            async with asyncio.timeout(50):
-                while not await admin.fetch(f"select pid {WAITING}"):
-                    await asyncio.sleep(0.01)
-            other.process.kill()
-            other.process.wait()
-            with pytest.raises(httpx.TransportError):
-                await asking
 
 
 async def hidden_then_finished(
@@ -263,21 +230,6 @@ async def hidden_then_finished(
         added.document_id,
     )
     assert await maintenance(service, database) == 1
-
-
-async def maintenance(service: LiveService, database: Database) -> int:
-    """Runs the command; how many deletions it finished."""
-    command = [str(Path(sys.executable).parent / "upload-pipeline"), "maintenance", "--json"]
-    environment = {
-        **os.environ,
-        "UPLOAD_PIPELINE_HOME": str(service.settings.home),
-        "UPLOAD_PIPELINE_DATABASE_URL": database.worker_url,
-    }
-    ended = await asyncio.to_thread(
-        subprocess.run, command, env=environment, capture_output=True, text=True, timeout=60, check=True
-    )
-    finished: int = json.loads(ended.stdout)["deletions_finished"]
-    return finished
 
 
 async def test_a_process_killed_before_the_objects_leaves_what_maintenance_finishes(
