@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -63,6 +64,24 @@ async def test_just_the_announced_length_and_type_go_to_the_bucket(
     assert (answer.status_code, answer.json()["status"]) == (200, "uploaded")
     assert (await client.delete(told["status_url"])).status_code == 204
     assert await keys(bucket) == set()
+
+
+async def test_a_late_put_is_refused_by_the_bucket(
+    database: Any, tmp_path: Path, admin: asyncpg.Connection, s3_bucket: str
+) -> None:
+    office = await add_office(admin)
+    settings = service_settings(
+        database.worker_url, tmp_path, storage_url=f"s3://{s3_bucket}/files", upload_url_seconds=1
+    )
+    async with running_service(settings) as service:
+        client = service.client(office.member)
+        told = await announce(client, office.project_id)
+        assert told["expires_in_seconds"] == 1
+        await asyncio.sleep(1.1)
+        assert (await put(told)).status_code == 403
+        assert await keys(service) == set()
+        answer = await client.patch(f"{told['status_url']}/status", json={"status": "uploaded"})
+        assert (answer.status_code, answer.json()["error"]["code"]) == (409, "OBJECT_MISSING")
 
 
 async def test_a_member_with_a_token_gets_supabases_url_where_its_policies_let_them(
