@@ -79,6 +79,26 @@ async def test_they_can_be_sent_again_until_they_are_checked(
     assert await service.resources.store.get_bytes(raw, len(JPEG)) == JPEG
 
 
+async def test_a_slow_put_does_not_take_the_place_of_what_was_looked_at_meanwhile(
+    database: Any, tmp_path: Path, admin: asyncpg.Connection, office: Office
+) -> None:
+    async def come_and_be_looked_at() -> None:
+        assert (await put(told)).status_code == 204
+        await lead(admin, await claim_photo(admin, told), "completed")
+
+    def change(resources: Any) -> Any:
+        # the slow one was let in: its photo was looked up, and is not being deleted
+        hooked = HookedDatabase(resources.db, after={("photos", 1): come_and_be_looked_at})
+        return replace(resources, intake=replace(resources.intake, db=hooked))
+
+    async with running_service(service_settings(database.worker_url, tmp_path), change) as service:
+        told = await announce(service.client(office.member), office.project_id)
+        assert code(await put(told, JPEG[:-1] + b"!")) == (409, "INVALID_STATE")
+        raw = await admin.fetchval("select raw_key from upload_pipeline.photos")
+        assert await service.resources.store.get_bytes(raw, len(JPEG)) == JPEG
+        assert await keys(service) == {raw}
+
+
 async def test_a_late_put_and_a_url_of_something_else_are_refused(
     service: LiveService, admin: asyncpg.Connection, office: Office
 ) -> None:

@@ -201,19 +201,12 @@ async def receive_photo(
             `SCANNER_UNAVAILABLE`, `INSUFFICIENT_STORAGE`, `STORAGE_UNAVAILABLE`, `STORAGE_DENIED`,
             `DATABASE_UNAVAILABLE`, `MIGRATIONS_PENDING`.
     """
-    photo = await named(photos.load_photo(intake.db, photo_id), f"look up photo {photo_id}")
-    if photo is None or photo.raw_key != raw_key or not await named(photos.has_photo(intake.db, photo_id), "look up"):
-        raise no_such_photo(photo_id)
-    if photo.awaited is None:
-        raise PipelineError(
-            ErrorCode.INVALID_STATE,
-            f"The bytes of {photo.file_name!r} are there already and were checked. Announce another photo to send "
-            "others.",
-            {"photo_id": str(photo_id)},
-        )
+    photo = await _awaiting(intake, photo_id, raw_key)
     incoming = incoming_key(uuid4())
     async with removed_on_failure(intake.store, incoming):
         await _store_exactly(intake, photo, incoming, file_bytes, chunks)
+        # What came by another PUT meanwhile, and was looked at, stays.
+        await _awaiting(intake, photo_id, raw_key)
         try:
             await intake.store.move(incoming, raw_key)
             await _announce(intake, photo_id)
@@ -261,6 +254,20 @@ def may_not(action: str) -> PipelineError:
     return PipelineError(
         ErrorCode.FORBIDDEN, f"Your role in this organisation does not let you {action}. Ask one of its owners."
     )
+
+
+async def _awaiting(intake: Intake, photo_id: UUID, raw_key: str) -> Photo:
+    photo = await named(photos.load_photo(intake.db, photo_id), f"look up photo {photo_id}")
+    if photo is None or photo.raw_key != raw_key or not await named(photos.has_photo(intake.db, photo_id), "look up"):
+        raise no_such_photo(photo_id)
+    if photo.awaited is None:
+        raise PipelineError(
+            ErrorCode.INVALID_STATE,
+            f"The bytes of {photo.file_name!r} are there already and were checked. Announce another photo to send "
+            "others.",
+            {"photo_id": str(photo_id)},
+        )
+    return photo
 
 
 async def _store_exactly(intake: Intake, photo: Photo, key: str, file_bytes: int, chunks: AsyncIterator[bytes]) -> None:
