@@ -12,6 +12,7 @@ DOCUMENT_NAMESPACE = UUID("6f0e6a52-7d0c-5b1e-9a41-3c1d5b7f2a10")
 SECTION_NAMESPACE = UUID("b1c5c1b4-21f6-5d0c-8d57-4f0a9f6e7c21")
 CHUNK_NAMESPACE = UUID("d2a7e9f0-5e83-5c44-a0b6-92d8e1c3f732")
 USAGE_NAMESPACE = UUID("3a9d5b1e-0c47-5f62-8e19-64b2a7f0c9d5")
+DELIVERY_NAMESPACE = UUID("0e7c64d9-2b8f-5a31-9d46-f1a5c3806b7e")
 
 LOCAL_USER_ID = UUID("00000000-0000-4000-8000-000000000001")
 """Owner of what the terminal ingests when no `--user` is named."""
@@ -65,6 +66,16 @@ def usage_id(provider: str, call: str) -> UUID:
         call: the provider's own id of the call.
     """
     return uuid5(USAGE_NAMESPACE, f"{provider}:{call}")
+
+
+def delivery_id(photo: UUID, answered: UUID | None) -> UUID:
+    """Id of the deliveries of a photo's message until there is an answer.
+
+    Args:
+        photo: the photo's id.
+        answered: of the deliveries that were answered last; None where none were.
+    """
+    return uuid5(DELIVERY_NAMESPACE, f"{photo}:{answered or ''}")
 
 
 def _ordinal(value: int) -> int:

@@ -317,6 +317,23 @@ async def test_a_model_that_does_not_call_back_is_sent_the_same_message_again(
     assert len({delivery for delivery, _, _ in model.books.messages}) == 1
 
 
+async def test_a_message_that_nobody_knows_to_be_taken_is_sent_again_under_the_same_id(
+    admin: asyncpg.Connection,
+    worker: StartWorker,
+    add_photo: AddPhoto,
+    service: LiveService,
+    model: DetectionModel,
+) -> None:
+    for fault in ("hang", "server_error"):
+        model.misbehave(fault)
+    photo = await add_photo()
+    async with worker(**webhook(model, service, detection_timeout=0.5)):
+        (row,) = await until_done(admin, photo)
+    assert (row["status"], row["retry_count"]) == ("completed", 0)
+    assert len(model.books.messages) == 3
+    assert len({delivery for delivery, _, _ in model.books.messages}) == 1
+
+
 @pytest.mark.usefixtures("retries_come_soon")
 async def test_a_model_that_never_calls_back_ends_in_a_dead_letter_that_a_late_answer_still_ends(
     admin: asyncpg.Connection,

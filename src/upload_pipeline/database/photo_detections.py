@@ -40,10 +40,12 @@ class DetectionTurn:
     Attributes:
         waited: since its job came to the stage, by the database's clock.
         sent: None where no message is unanswered.
+        answered: delivery id of the message that was answered last; None where none was, or another was sent since.
     """
 
     waited: timedelta
     sent: SentMessage | None
+    answered: UUID | None
 
 
 async def load_turn(db: Executor, *, job_id: UUID, photo_id: UUID) -> DetectionTurn:
@@ -51,21 +53,22 @@ async def load_turn(db: Executor, *, job_id: UUID, photo_id: UUID) -> DetectionT
     row = await db.fetchrow(
         """
         select r.delivery_id, r.attempt, r.retry_count, r.expires_at - upload_pipeline.now() as left,
+               r.answered_at is not null as answered,
                upload_pipeline.now() - coalesce(
                  (select max(e.at) from upload_pipeline.events e
                    where e.job_id = j.job_id and e.stage = 'detecting'
                      and e.code in ('job_advanced', 'job_handed_on', 'job_restarted')), j.created_at) as waited
           from upload_pipeline.upload_jobs j
-          left join upload_pipeline.photo_detection_requests r on r.photo_id = $2 and r.answered_at is null
+          left join upload_pipeline.photo_detection_requests r on r.photo_id = $2
          where j.job_id = $1
         """,
         job_id,
         photo_id,
     )
-    sent = None
-    if row["delivery_id"] is not None:
-        sent = SentMessage(row["delivery_id"], row["attempt"], row["retry_count"], row["left"])
-    return DetectionTurn(row["waited"], sent)
+    if row["answered"] or row["delivery_id"] is None:
+        return DetectionTurn(row["waited"], None, row["delivery_id"])
+    sent = SentMessage(row["delivery_id"], row["attempt"], row["retry_count"], row["left"])
+    return DetectionTurn(row["waited"], sent, None)
 
 
 async def commit_detections(

@@ -4,7 +4,7 @@
     Content-Type: application/json
     X-Upload-Pipeline-Signature: t=…,v1=…            over the body; see `signed_messages`
     X-Upload-Pipeline-Delivery: <uuid>               the same for each delivery of this message
-    X-Upload-Pipeline-Attempt: 1                     which delivery this is
+    X-Upload-Pipeline-Attempt: 1                     which delivery this is; one that was not taken is not counted
     X-Upload-Pipeline-Callback: https://…            where the signed answer goes
     X-Upload-Pipeline-Photo: https://…               reads the photo for a while, where the store can sign
 

@@ -11,8 +11,8 @@ from __future__ import annotations
 
 from datetime import UTC, datetime, timedelta
 from functools import partial
-from uuid import uuid4
 
+from upload_pipeline import ids
 from upload_pipeline.database.photo_detections import DetectionTurn, await_detections, commit_detections, load_turn
 from upload_pipeline.database.photos import Photo
 from upload_pipeline.database.queue import ClaimedJob
@@ -84,7 +84,8 @@ async def _request(photo: Photo, turn: DetectionTurn, desk: DetectionDesk, conte
     )
     return DetectionRequest(
         message,
-        delivery_id=sent.delivery_id if sent else uuid4(),
+        # Computed: where a message was taken and nobody could note it, it is the same one that is sent again.
+        delivery_id=sent.delivery_id if sent else ids.delivery_id(photo.photo_id, turn.answered),
         attempt=sent.attempt + 1 if sent else 1,
         thumbnail=thumbnail,
         photo_url=await _photo_url(photo, key, context) if desk.calls_back else "",
