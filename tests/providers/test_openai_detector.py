@@ -80,6 +80,7 @@ async def test_what_is_reserved_is_no_less_than_what_is_counted(
         (Fault.LENGTH, "DETECT_FAILED", Remedy.SPLIT, False),
         (Fault.TRUNCATED, "DETECT_UNAVAILABLE", Remedy.AGAIN, True),
         (Fault.NOT_JSON, "DETECT_UNAVAILABLE", Remedy.AGAIN, True),
+        (Fault.NESTED, "DETECT_UNAVAILABLE", Remedy.AGAIN, True),
         (Fault.OUTSIDE, "DETECT_UNAVAILABLE", Remedy.AGAIN, True),
         (Fault.NAN, "DETECT_UNAVAILABLE", Remedy.AGAIN, True),
         (Fault.OTHER_TYPE, "DETECT_UNAVAILABLE", Remedy.AGAIN, True),

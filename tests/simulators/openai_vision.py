@@ -50,6 +50,7 @@ class Fault(StrEnum):
     CONTENT_FILTER = "content_filter"  # a filter stops the answer
     LENGTH = "length"  # the answer is cut off at its limit
     NOT_JSON = "not_json"  # prose
+    NESTED = "nested"  # brackets without end
     OUTSIDE = "outside"  # a corner beyond the edge
     NAN = "nan"  # a confidence that is no number
     OTHER_TYPE = "other_type"  # a type that nobody asked for
@@ -164,6 +165,8 @@ def _completion(body: dict[str, Any], content: str, usage: dict[str, Any], fault
             content, finish = content[: len(content) // 2], "length"
         case Fault.NOT_JSON:
             content = "I see a wall with some water on it."
+        case Fault.NESTED:
+            content = "[" * 100_000
         case Fault.OUTSIDE:
             told["detections"][0]["box"] = {"left": 0.5, "top": 0.1, "right": 1.5, "bottom": 0.4}
             content = json.dumps(told)

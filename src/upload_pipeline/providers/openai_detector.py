@@ -174,7 +174,15 @@ class OpenAIDetector:
             return Detected(_with_boxes(told, types), tokens, headers)
         except ProviderError:
             raise
-        except (openai.OpenAIError, PipelineError, AttributeError, KeyError, TypeError, ValueError) as error:
+        except (
+            openai.OpenAIError,
+            PipelineError,
+            AttributeError,
+            KeyError,
+            TypeError,
+            ValueError,
+            RecursionError,
+        ) as error:
             said = str(getattr(error, "message", error))[:MESSAGE_CHARS]
             raise DetectionError(
                 ErrorCode.DETECT_UNAVAILABLE,
