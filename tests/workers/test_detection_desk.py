@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from datetime import timedelta
 from typing import Any
 from uuid import UUID, uuid4
@@ -83,12 +83,13 @@ async def ask(
     waited: float = 0.0,
     photo: UUID | None = None,
     types: tuple[str, ...] = ("damage",),
+    thumbnail: Callable[[], Awaitable[bytes]] | None = None,
 ) -> Detected | AnswerLater | NotNow:
-    async def thumbnail() -> bytes:
+    async def small() -> bytes:
         return b"\xff\xd8\xff\xe0" + (photo or uuid4()).bytes
 
     message = DetectionMessage(photo or uuid4(), "s3://photos/1.jpg", types, "normal")
-    request = DetectionRequest(message, delivery_id=uuid4(), attempt=1, thumbnail=thumbnail)
+    request = DetectionRequest(message, delivery_id=uuid4(), attempt=1, thumbnail=thumbnail or small)
     return await desk.ask(job or a_job(), request, waited=timedelta(seconds=waited))
 
 
@@ -211,6 +212,23 @@ async def test_a_photo_that_a_minute_does_not_hold_fails_and_says_so(
     with pytest.raises(PipelineError) as caught:
         await ask(open_desk(simulator, token_limit=100))
     assert caught.value.code is ErrorCode.REQUEST_OVER_BUDGET
+    assert simulator.books.requests == 0
+
+
+async def test_a_thumbnail_is_read_before_anything_is_reserved(
+    simulator: VisionSimulator, desk: DetectionDesk, admin: asyncpg.Connection
+) -> None:
+    reserved: list[int] = []
+
+    async def missing() -> bytes:
+        reserved.append(await admin.fetchval("select count(*) from upload_pipeline.provider_reservations"))
+        raise PipelineError(ErrorCode.OBJECT_MISSING, "gone")
+
+    for _ in range(2):
+        with pytest.raises(PipelineError) as caught:
+            await ask(desk, thumbnail=missing)
+        assert caught.value.code is ErrorCode.OBJECT_MISSING
+    assert reserved == [0, 0]
     assert simulator.books.requests == 0
 
 

@@ -19,8 +19,9 @@ from __future__ import annotations
 import asyncio
 import random
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
+from functools import partial
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 from uuid import UUID, uuid4
@@ -152,6 +153,8 @@ class DetectionDesk:
         self, detector: OpenAIDetector, job: ClaimedJob, request: DetectionRequest
     ) -> Detected | AnswerLater | NotNow:
         """Reserves, asks, settles, records."""
+        # Before the grant, which is for as long as the provider may take: a store that stalls would outlive it.
+        picture = await request.thumbnail()
         bound = detector.bound_tokens(request.message.detection_types)
         granted = await provider_budget.reserve_in_turn(
             self.db,
@@ -172,7 +175,7 @@ class DetectionDesk:
         paid = False
         try:
             with self.calls.measured(detector.name, "detect"):
-                answer = await self._asked(request)
+                answer = await self._asked(replace(request, thumbnail=partial(_once_read, picture)))
             if isinstance(answer, Detected):
                 tokens, limits, paid = answer.tokens, read_rate_limits(answer.headers or {}), True
             return answer
@@ -263,6 +266,10 @@ def open_desk(db: Executor, calls: ProviderCalls, settings: Settings) -> Detecti
         request_limit=settings.detection_requests_per_minute or None,
         token_limit=settings.detection_tokens_per_minute or None,
     )
+
+
+async def _once_read(picture: bytes) -> bytes:
+    return picture
 
 
 def _put_off(seconds: float) -> NotNow:
