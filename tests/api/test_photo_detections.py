@@ -17,6 +17,8 @@ from in_process import Api, open_api
 
 from tests.detection_jobs import WaitingPhoto, add_project, add_waiting_photo, photo_of
 from tests.simulators.detection_model import signature
+from upload_pipeline.api.photo_detections import MAX_CALLBACK_BYTES
+from upload_pipeline.providers.detection import MAX_DETECTIONS, MAX_LABEL_CHARS, MAX_NOTE_CHARS
 
 SECRET = "a secret that two services share, 32+"
 USER = uuid4()
@@ -156,8 +158,18 @@ async def test_a_body_that_does_not_validate_is_refused_and_the_field_named(
     assert (await photo_of(admin, photo.photo_id))["state"] == "queued"
 
 
+async def test_as_many_detections_as_there_may_be_are_taken_each_as_long_as_it_may_be(
+    api: Api, admin: asyncpg.Connection, photo: WaitingPhoto
+) -> None:
+    # beyond what two bytes hold, and so twelve bytes of JSON each
+    longest = {**FOUND, "label": "\U0001f525" * MAX_LABEL_CHARS, "note": "\U0001f525" * MAX_NOTE_CHARS}
+    answer = await post(api, photo.photo_id, report(photo, *[longest] * MAX_DETECTIONS))
+    assert answer.status_code == 200, answer.text
+    assert json.loads((await photo_of(admin, photo.photo_id))["detections"]) == [longest] * MAX_DETECTIONS
+
+
 async def test_a_body_without_end_is_not_read_to_its_end(api: Api, photo: WaitingPhoto) -> None:
-    assert (await post(api, photo.photo_id, b" " * (512 * 1024 + 1))).status_code == 413
+    assert (await post(api, photo.photo_id, b" " * (MAX_CALLBACK_BYTES + 1))).status_code == 413
 
 
 async def test_a_photo_that_is_not_there_or_is_deleted_or_waits_for_nothing(

@@ -17,6 +17,7 @@ from upload_pipeline.api.resources import AppResources
 from upload_pipeline.database.photo_detections import answer_detections, detection_types_of
 from upload_pipeline.database.queue import NOT_FOUND
 from upload_pipeline.errors import ErrorCode, PipelineError
+from upload_pipeline.providers.detection import MAX_DETECTIONS
 from upload_pipeline.signed_messages import SIGNATURE_HEADER, check_signature
 from upload_pipeline.stages import PhotoStatus
 
@@ -24,8 +25,8 @@ log = structlog.get_logger(__name__)
 
 router = APIRouter(prefix="/api/v1/photos", tags=["photos"])
 
-MAX_CALLBACK_BYTES = 512 * 1024
-"""As many detections as there may be, each as long as it may be."""
+MAX_CALLBACK_BYTES = MAX_DETECTIONS * 16 * 1024
+"""As many detections as there may be, each as long as it may be, and every character of it escaped."""
 
 # Read as it came, since the signature is of its bytes.
 _BODY = {
