@@ -67,6 +67,15 @@ def test_sixteen_bits_keep_their_shades() -> None:
     assert (left[0], right[0]) == (pytest.approx(64, abs=3), pytest.approx(191, abs=3))
 
 
+def test_sixteen_bits_with_a_transparent_shade_keep_the_others() -> None:
+    deep = Image.new("I;16", (40, 40), 65535 // 4)
+    deep.paste(Image.new("I;16", (20, 40), 300), (20, 0))
+    made = opened(thumbnail_of(opened(png(deep, transparency=300)), 1))
+    shown: Any = made.getpixel((5, 20))
+    assert shown[0] == pytest.approx(64, abs=3)
+    assert made.getpixel((35, 20)) == (255, 255, 255)
+
+
 def test_what_is_transparent_is_shown_on_white() -> None:
     clear = Image.new("RGBA", (40, 40), (10, 10, 10, 0))
     grey_key = png(Image.new("L", (40, 40), 7), transparency=7)

@@ -48,6 +48,10 @@ def thumbnail_of(image: Image.Image, orientation: int) -> bytes:
 
 def _scalable(image: Image.Image) -> Image.Image:
     """In a mode that can be scaled smoothly, with its transparency as a channel."""
+    if image.mode.startswith("I") and "transparency" in image.info:
+        shade = Image.new(image.mode, (1, 1), image.info["transparency"])
+        image = _eight_bits(image)
+        image.info["transparency"] = _eight_bits(shade).getpixel((0, 0))
     if image.mode == "P" or "transparency" in image.info:
         return image.convert("RGBA")
     return image.convert("L") if image.mode == "1" else image
