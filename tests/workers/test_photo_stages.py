@@ -23,6 +23,7 @@ import pytest
 from clamd_server import INFECTED
 from photo_files import PLACE, exif_of, jpeg, picture, png, with_segment
 from PIL import Image
+from PIL.ExifTags import IFD
 from probe_world import FAST, environment_of, until
 from prometheus_client import generate_latest
 
@@ -279,6 +280,7 @@ async def test_a_project_may_have_photos_without_their_place(
     assert row["exif"].keys() >= CLEAN_FIELDS
     with Image.open(io.BytesIO(copy)) as cleaned, Image.open(io.BytesIO(data)) as original:
         assert cleaned.tobytes() == original.tobytes()
+        assert (bool(original.getexif().get_ifd(IFD.GPSInfo)), cleaned.getexif().get_ifd(IFD.GPSInfo)) == (True, {})
     assert b"GPS" not in copy
     await remove_photo_objects(line.context.store, line.raw_key)
     assert await line.objects() == {}
@@ -428,6 +430,18 @@ async def test_a_project_that_begins_to_drop_places_leaves_photos_that_are_past_
     await line.run_to(job, "extracted")
     assert (await line.row())["shared_key"] is None
     assert (await line.objects())[".jpg"] == PHOTO
+
+
+async def test_a_photo_that_is_processed_again_tells_no_place_once_it_has_its_copy(open_line: OpenLine) -> None:
+    line = await open_line()
+    job = await line.run_to(await line.claim(), "extracted")
+    assert "gps" in (await line.row())["exif"]
+    await line.drop_gps()
+    await queue.fail_job(line.context.db, job.lease, code="INTERNAL", message="stopped", retryable=False)
+    await line.admin.execute("select * from upload_pipeline.retry_job($1, 'uploaded')", job.job_id)
+    await line.run_to(await line.claim(), "extracting")
+    assert (await line.row())["exif"].keys() >= CLEAN_FIELDS
+    assert "gps" not in (await line.row())["exif"]
 
 
 @pytest.mark.parametrize("drop", [False, True])
