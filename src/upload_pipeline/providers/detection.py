@@ -24,9 +24,6 @@ if TYPE_CHECKING:
 DETECTORS: tuple[str, ...] = ("none", "openai", "webhook")
 """The names that `open_detector` knows: what the setting `DETECTOR` may be."""
 
-DETECTION_OFF = "Detection is off."
-"""The warning of a photo that nobody has looked at."""
-
 MAX_DETECTIONS = 200
 MAX_LABEL_CHARS = 100
 MAX_NOTE_CHARS = 1000
