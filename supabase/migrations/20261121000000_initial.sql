@@ -4281,7 +4281,8 @@ begin
     return query select v_job.job_id, v_job.stage, v_job.state, v_job.lease_expires_at;
     return;
   end if;
-  update upload_pipeline.photos p set shared_key = p_shared_key, updated_at = upload_pipeline.now()
+  -- one that was read before tells its place no more
+  update upload_pipeline.photos p set shared_key = p_shared_key, exif = p.exif - 'gps', updated_at = upload_pipeline.now()
    where p.photo_id = v_job.photo_id;
   return query select * from upload_pipeline.advance_job(p_job_id, p_token, 'uploaded', 'extracting', p_keep, p_ttl);
 end
