@@ -9,6 +9,7 @@ import psycopg
 import pytest
 from psycopg.rows import namedtuple_row
 from sessions import Connect, Connection
+from verbs import add_job, claim_one, set_clock
 
 
 def _open(url: str, opened: list[Connection]) -> Connection:
@@ -42,3 +43,11 @@ def connect(database: Any, connections: list[Connection]) -> Connect:
 def worker(connect: Connect) -> Connection:
     """Role `upload_worker`: what every verb is called as."""
     return connect()
+
+
+@pytest.fixture
+def lease(admin: Connection, worker: Connection) -> Any:
+    """The one job there is, claimed at second 0."""
+    set_clock(worker)
+    add_job(admin, worker)
+    return claim_one(worker)

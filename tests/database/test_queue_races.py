@@ -55,14 +55,6 @@ def other(connect: Connect) -> Connection:
     return connection
 
 
-@pytest.fixture
-def lease(admin: Connection, worker: Connection) -> Any:
-    """The one job there is, claimed at second 0."""
-    set_clock(worker)
-    add_job(admin, worker)
-    return claim_one(worker)
-
-
 def lock_is_free(admin: Connection, job: UUID) -> bool:
     try:
         admin.execute("select from upload_pipeline.upload_jobs where job_id = %s for no key update nowait", [job])

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 from uuid import UUID, uuid4
 
 import psycopg
+import pytest
 
 Connection = psycopg.Connection[Any]
 T = TypeVar("T")
@@ -257,3 +258,8 @@ def terminate(admin: Connection, victim: Connection) -> None:
     while value(admin, "select count(*) from pg_catalog.pg_stat_activity where pid = %s", pid):
         assert time.monotonic() < deadline, "the backend did not end"
         time.sleep(0.005)
+
+
+def sqlstate(error: pytest.ExceptionInfo[psycopg.Error]) -> str | None:
+    """The SQLSTATE of what was raised."""
+    return error.value.sqlstate
