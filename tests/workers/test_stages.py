@@ -552,12 +552,23 @@ async def fill(line: Line) -> str:
     (job,) = await queue.claim_jobs(
         line.context.db, worker_id=uuid4(), pool="background", limit=1, after_user=None, ttl=TTL
     )
+    return await end_step(line, job)
+
+
+async def end_step(line: Line, job: ClaimedJob) -> str:
+    """Runs a step that snoozes or commits; the job's state."""
     outcome = await STEPS[job.pipeline, job.stage](job, line.context)
     if isinstance(outcome, Snooze):
         await queue.snooze_job(line.context.db, job.lease, delay=outcome.delay)
         return "snoozed"
     assert isinstance(outcome, Commit)
     return (await outcome.verb(line.context.db, job.lease, keep=True, ttl=TTL)).state
+
+
+async def wake(line: Line) -> None:
+    await line.admin.execute("update upload_pipeline.upload_jobs set run_at = now() where state = 'retryable'")
+    assert await queue.promote_due(line.context.db) == 1
+    line.context.models.look_again()
 
 
 @pytest.mark.parametrize("stage", ["embedding", "embeddings_buffered"])
@@ -631,3 +642,60 @@ async def test_a_filling_waits_while_it_is_paused_and_where_there_is_no_key(open
     assert await queue.promote_due(line.context.db) == 1
     line.context.models.look_again()
     assert await fill(line) == "done"
+
+
+KEYLESS = "text-embedding-3-small"
+OPEN_JOBS = "select state::text, retry_count from upload_pipeline.upload_jobs where finished_at is null"
+
+
+@pytest.mark.parametrize("stage", ["embedding", "embeddings_buffered"])
+async def test_a_worker_without_the_key_of_the_new_model_leaves_documents_to_others(
+    open_line: OpenLine, stage: str
+) -> None:
+    line = await open_line("md")
+    job = await line.run_to(await line.claim(), stage)
+    await line.admin.execute("select upload_pipeline.add_model($1, 'openai', 1536)", KEYLESS)
+    await line.admin.execute("select upload_pipeline.activate_model($1, '1 day')", KEYLESS)
+    line.context.models.look_again()
+    assert await end_step(line, job) in ("snoozed", "retryable")
+    assert [tuple(row) for row in await line.admin.fetch(OPEN_JOBS)] == [("retryable", 0)]
+    await line.admin.execute("select upload_pipeline.activate_model('wordllama-256', '1 day')")
+    await wake(line)
+    await line.run_to(await line.claim(), "embedded")
+
+
+async def test_a_filling_whose_model_was_replaced_by_one_without_a_key_is_left_to_others(open_line: OpenLine) -> None:
+    line = await open_line("md")
+    await line.run_to(await line.claim(), "embedded")
+    await line.admin.execute("select upload_pipeline.add_model($1, 'local', 64)", NEW)
+    await line.admin.fetchval("select upload_pipeline.enqueue_refills()")
+    line.context.models.look_again()
+    (job,) = await queue.claim_jobs(
+        line.context.db, worker_id=uuid4(), pool="background", limit=1, after_user=None, ttl=TTL
+    )
+    outcome = await STEPS[job.pipeline, job.stage](job, line.context)
+    assert isinstance(outcome, Commit)
+    await line.admin.execute("select upload_pipeline.retire_model($1)", NEW)
+    await line.admin.execute("select upload_pipeline.add_model($1, 'openai', 1536)", KEYLESS)
+    assert (await outcome.verb(line.context.db, job.lease, keep=True, ttl=TTL)).state == "retryable"
+    assert [tuple(row) for row in await line.admin.fetch(OPEN_JOBS)] == [("retryable", 0)]
+
+
+async def test_a_filling_whose_model_was_given_up_embeds_nothing_more(
+    open_line: OpenLine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    line = await open_line("md")
+    await line.run_to(await line.claim(), "embedded")
+    await line.admin.execute("select upload_pipeline.add_model($1, 'local', 64)", NEW)
+    await line.admin.fetchval("select upload_pipeline.enqueue_refills()")
+    line.context.models.look_again()
+    embed, asked = LocalEmbedder.embed, []
+
+    async def watched(self: LocalEmbedder, texts: Any) -> Any:
+        asked.extend(texts)
+        await line.admin.execute("select upload_pipeline.retire_model($1)", NEW)
+        return await embed(self, texts)
+
+    monkeypatch.setattr(LocalEmbedder, "embed", watched)
+    assert await fill(line) == "done"
+    assert len(asked) == line.context.settings.embed_batch_size

@@ -15,10 +15,12 @@ from typing import TYPE_CHECKING
 import structlog
 
 from upload_pipeline.database.embedding_models import ModelRegistry, RegisteredModel, read_registry, register_model
+from upload_pipeline.errors import PipelineError
 from upload_pipeline.providers.calls import MeasuredEmbedder
 from upload_pipeline.providers.embedding import Embedder, EmbeddingModel, open_embedder
 from upload_pipeline.providers.registered_models import open_model, other_than_set
 from upload_workers.embedding_batcher import open_batcher
+from upload_workers.embedding_line import PutOff
 
 if TYPE_CHECKING:
     from upload_pipeline.database.queue import Executor
@@ -30,6 +32,9 @@ log = structlog.get_logger(__name__)
 
 LOOK_SECONDS = 2.0
 """How old a view of the registry may be."""
+
+NOT_HERE_SECONDS = 30.0
+"""Until a job is looked at again whose model this worker cannot open, as it has no key; another worker may have one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,12 +73,11 @@ class ModelsInUse:
         Raises:
             PipelineError: the active model cannot be opened.
         """
-        registry = await self._registry()
-        if registry.active is None:
+        if (await self._registry()).active is None:
             facts = open_embedder(self._settings.embedder, self._settings).facts
             await register_model(self._db, model=facts.name, provider=facts.provider, dimensions=facts.dimensions)
             self.look_again()
-        active = await self.active()
+        active = self._open(await self._active())
         warning = other_than_set(active.facts, self._settings)
         if warning is not None:
             log.warning("embedding_model_differs", active=active.facts.name, problem=warning)
@@ -82,21 +86,20 @@ class ModelsInUse:
         """The model that searches use.
 
         Raises:
-            PipelineError: it cannot be opened.
+            PutOff: it cannot be opened here: it became the active one after this worker was started without its key.
         """
-        registry = await self._registry()
-        if registry.active is None:
-            raise RuntimeError("no embedding model is active; a worker names one when it starts")
-        return self._open(registry.active)
+        return self._open_or_put_off(await self._active())
 
     async def building(self) -> tuple[ModelInUse, bool] | None:
         """The model that is being filled, and whether that is paused; None where there is none.
 
         Raises:
-            PipelineError: it cannot be opened.
+            PutOff: it cannot be opened here.
         """
         registry = await self._registry()
-        return (self._open(registry.building), registry.paused) if registry.building is not None else None
+        if registry.building is None:
+            return None
+        return self._open_or_put_off(registry.building), registry.paused
 
     def look_again(self) -> None:
         """The view is outdated: the next question is asked of the database."""
@@ -117,6 +120,19 @@ class ModelsInUse:
                 self._viewed = time.monotonic()
                 self._view = await read_registry(self._db)
             return self._view
+
+    async def _active(self) -> RegisteredModel:
+        registry = await self._registry()
+        if registry.active is None:
+            raise RuntimeError("no embedding model is active; a worker names one when it starts")
+        return registry.active
+
+    def _open_or_put_off(self, model: RegisteredModel) -> ModelInUse:
+        try:
+            return self._open(model)
+        except PipelineError as error:
+            log.warning("model_not_here", model=model.model, error=error.message)
+            raise PutOff(NOT_HERE_SECONDS) from error
 
     def _open(self, model: RegisteredModel) -> ModelInUse:
         opened = self._opened.get(model.model)

@@ -14,9 +14,8 @@ import asyncpg
 from upload_pipeline.database.documents import commit_embeddings
 from upload_pipeline.database.embedding_models import MODEL_CHANGED
 from upload_pipeline.database.queue import ClaimedJob, Executor, Lease, Transition
-from upload_pipeline.errors import ErrorCode, PipelineError
 from upload_workers.embedding_line import PutOff
-from upload_workers.filling import fill
+from upload_workers.filling import fill, put_back
 from upload_workers.steps import Commit, Outcome, StepContext
 
 TRIES = 3
@@ -31,18 +30,16 @@ async def publish(job: ClaimedJob, context: StepContext) -> Outcome:
 async def _commit(
     job: ClaimedJob, context: StepContext, db: Executor, lease: Lease, *, keep: bool, ttl: timedelta
 ) -> Transition:
-    for tries_left in reversed(range(TRIES)):
-        active = await context.models.active()
-        try:
-            return await commit_embeddings(db, lease, model=active.facts.name, keep=keep, ttl=ttl)
-        except asyncpg.PostgresError as error:
-            if error.sqlstate != MODEL_CHANGED or not tries_left:
-                raise
-        context.models.look_again()
-        try:
+    try:
+        for tries_left in reversed(range(TRIES)):
+            active = await context.models.active()
+            try:
+                return await commit_embeddings(db, lease, model=active.facts.name, keep=keep, ttl=ttl)
+            except asyncpg.PostgresError as error:
+                if error.sqlstate != MODEL_CHANGED or not tries_left:
+                    raise
+            context.models.look_again()
             await fill(job, context, await context.models.active(), seconds=context.settings.stage_timeout / 2)
-        except PutOff as error:
-            # Counted as a try: a snooze is for steps, and this one has been at its end before.
-            message = "The embedding model has changed, and the budget of the new one is used up for now."
-            raise PipelineError(ErrorCode.EMBED_FAILED, message) from error
+    except PutOff as error:
+        return await put_back(db, job, error)
     raise AssertionError("the last try returns or raises")

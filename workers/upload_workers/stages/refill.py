@@ -9,25 +9,18 @@ from datetime import timedelta
 from functools import partial
 
 import asyncpg
-import structlog
 
 from upload_pipeline.database.embedding_models import MODEL_CHANGED, commit_refill
 from upload_pipeline.database.queue import ClaimedJob, Executor, Lease, Transition
-from upload_pipeline.errors import ErrorCode, PipelineError
 from upload_workers.embedding_line import PutOff
-from upload_workers.filling import fill
+from upload_workers.filling import fill, put_back
 from upload_workers.steps import Commit, Outcome, Snooze, StepContext
-
-log = structlog.get_logger(__name__)
 
 TURN_SECONDS = 20.0
 """After which a job of many texts lets others have its slot."""
 
 PAUSE_SECONDS = 60.0
 """Between two looks while the filling is paused; it is woken when that ends."""
-
-NOT_HERE_SECONDS = 30.0
-"""Until a job is tried again that this worker has no key for; another worker may have one."""
 
 TRIES = 3
 """Of the commit; each finds that the document or the model has changed since the try before."""
@@ -44,11 +37,6 @@ async def refill(job: ClaimedJob, context: StepContext) -> Outcome:
             await fill(job, context, model, seconds=TURN_SECONDS)
     except PutOff as error:
         return Snooze(timedelta(seconds=error.seconds))
-    except PipelineError as error:
-        if error.code is not ErrorCode.SETTING_INVALID:
-            raise
-        log.error("model_not_here", error=error.message)
-        return Snooze(timedelta(seconds=NOT_HERE_SECONDS))
     return Commit(partial(_commit, job, context))
 
 
@@ -63,11 +51,10 @@ async def _commit(
             if error.sqlstate != MODEL_CHANGED or not tries_left:
                 raise
         context.models.look_again()
-        building = await context.models.building()
-        if building is not None:
-            try:
+        try:
+            building = await context.models.building()
+            if building is not None:
                 await fill(job, context, building[0], seconds=TURN_SECONDS)
-            except PutOff as error:
-                message = "The document has changed while it was embedded, and the budget is used up for now."
-                raise PipelineError(ErrorCode.EMBED_FAILED, message) from error
+        except PutOff as error:
+            return await put_back(db, job, error)
     raise AssertionError("the last try returns or raises")
