@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import AsyncIterator
 from dataclasses import replace
+from datetime import timedelta
 from typing import Any
 from uuid import uuid4
 
@@ -20,8 +21,9 @@ from upload_pipeline.storage.bucket_part import Wanted
 from upload_pipeline.storage.encryption import Encryption
 from upload_pipeline.storage.s3_admin import open_admin
 from upload_pipeline.storage.s3_policies import Place, process_policy
-from upload_pipeline.storage.s3_setup import look_at_bucket
+from upload_pipeline.storage.s3_setup import PARTS, look_at_bucket
 from upload_pipeline.storage.s3_xml import Node, node, parse, render
+from upload_pipeline.storage.store import open_store
 from upload_pipeline.storage.store_findings import StorePart
 from upload_pipeline.storage_address import Bucket
 
@@ -161,6 +163,23 @@ async def test_a_bucket_of_somebody_elses_name_is_told(proxy: Proxy, wanted: Wan
     parts = await look(replace(wanted, bucket=Bucket(f"taken-{uuid4()}", "")), mend=True)
     assert [(part.part, part.state) for part in parts.values()] == [("bucket", "missing")]
     assert "BucketAlreadyExists" in parts["bucket"].message
+
+
+@pytest.mark.parametrize("file_sha256", [None, "0" * 64])
+async def test_web_pages_may_send_every_header_that_a_signed_put_asks_for(
+    wanted: Wanted, file_sha256: str | None
+) -> None:
+    store = open_store(f"s3://{wanted.bucket.name}", encryption=Encryption("kms", "alias/claims"))
+    signed = await store.sign_put(
+        "raw/x", media_type="image/png", file_bytes=1, file_sha256=file_sha256, expires_in=timedelta(minutes=1)
+    )
+    assert signed is not None
+    cors = next(part for part in PARTS if part.name == "CORS")
+    assert cors.made is not None
+    body, _ = cors.made(None, replace(wanted, origins=("https://app.example.com",)))
+    (rule,) = parse(body).all("CORSRule")
+    # the length is the browser's own to send
+    assert signed.headers.keys() - {"content-length"} <= {header.text for header in rule.all("AllowedHeader")}
 
 
 # --- TLS: moto is reached without, but keeps what is asked of a server that is

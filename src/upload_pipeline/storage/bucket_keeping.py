@@ -12,7 +12,8 @@ ABORT_PARTS_DAYS = 1
 CORS_SECONDS = 3600
 """For which a browser remembers the bucket's consent."""
 
-_SIGNED_HEADERS = ("content-type", "x-amz-checksum-sha256", ALGORITHM_HEADER, KEY_HEADER)
+_SIGNED_HEADERS = ("content-type", "if-none-match", "x-amz-checksum-sha256", ALGORITHM_HEADER, KEY_HEADER)
+"""Of a signed PUT, that a browser asks for; it sends the length by itself."""
 
 
 def _encryption_lacks(found: bytes | None, wanted: Wanted) -> str:
