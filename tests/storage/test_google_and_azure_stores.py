@@ -155,6 +155,20 @@ async def test_what_passes_is_tried_again(place, fault):
     assert place.server.requests.total() == 2
 
 
+@pytest.mark.parametrize("lost", ["PUT", "the deletion"])
+async def test_a_move_whose_answer_was_lost_is_done_all_the_same(place, lost):
+    store = place.open()
+    await store.put_bytes(DOCUMENT, b"x")
+    deletion = "DELETE" if place.scheme == "gs" else "POST"
+    place.server.misbehave("dropped", of=deletion if lost == "the deletion" else lost)
+    await store.move(DOCUMENT, "raw/moved")
+    assert place.server.keys("files") == {"some/prefix/raw/moved"}
+    with pytest.raises(PipelineError) as caught:
+        await store.move(DOCUMENT, "raw/moved")
+    assert caught.value.code is ErrorCode.OBJECT_MISSING
+    assert place.server.keys("files") == {"some/prefix/raw/moved"}
+
+
 async def test_a_server_that_never_answers_is_given_up(place):
     place.server.misbehave("hang", times=9)
     store = replace(place.open(), progress_seconds=0.2)

@@ -132,11 +132,16 @@ class ObstoreBackend:
         return ObjectInfo(key, meta["size"], meta["last_modified"])
 
     async def move(self, source: str, target: str) -> None:
-        """Copies and deletes: a crash in between leaves both, and `source` to the sweep."""
+        """Copies and deletes: a crash in between leaves both, and `source` to the sweep.
+
+        Not obstore's own move: where a store calls deleting what is missing an error, that takes a deletion which is
+        sent again, as its answer was lost, for a failure.
+        """
         try:
-            await obstore.rename_async(self.place, source, target)
+            await obstore.copy_async(self.place, source, target)
         except FileNotFoundError as error:
             raise _absent(error, source) from error
+        await self.delete([source])
 
     async def delete(self, keys: Sequence[str]) -> None:
         """Deletes in batches; some stores call a missing key an error, and then each key is tried alone."""
