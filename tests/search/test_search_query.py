@@ -13,6 +13,7 @@ from structlog.testing import capture_logs
 from upload_pipeline.errors import ErrorCode, PipelineError
 from upload_pipeline.providers.calls import ProviderCalls
 from upload_pipeline.providers.local_embedder import LocalEmbedder
+from upload_pipeline.search import query_models
 from upload_pipeline.search.query import SearchMode, search
 from upload_pipeline.search.query_models import QueryModels
 from upload_pipeline.settings import load_settings
@@ -245,8 +246,14 @@ async def test_an_active_model_that_cannot_be_opened_is_named_unless_no_vector_i
     assert await find(db, models, user, mode="text")
 
 
-async def test_a_database_where_nothing_was_ever_embedded_finds_nothing(db, models, user):
-    assert await find(db, models, user) == ()
+async def test_a_database_where_nothing_was_ever_embedded_finds_nothing_and_opens_one_embedder(
+    db, models, user, monkeypatch
+):
+    open_embedder, opened = query_models.open_embedder, []
+    monkeypatch.setattr(query_models, "open_embedder", lambda *of: opened.append(of) or open_embedder(*of))
+    for _ in range(3):
+        assert await find(db, models, user) == ()
+    assert len(opened) == 1
 
 
 async def test_vectors_of_a_model_that_is_not_active_are_left_out(library, admin, db, models, user):

@@ -75,6 +75,7 @@ class QueryModels:
         self._settings = settings
         self._opened: dict[str, QueryModel] = {}
         self._active: str | None = None
+        self._of_settings: QueryModel | None = None
 
     async def start(self) -> None:
         """Opens the active model, and says where the settings name another.
@@ -126,15 +127,16 @@ class QueryModels:
 
     async def close(self) -> None:
         """Closes all that was opened. A second call does nothing."""
-        opened = list(self._opened.values())
+        opened = [*self._opened.values(), *([self._of_settings] if self._of_settings else [])]
         self._opened.clear()
-        self._active = None
+        self._active = self._of_settings = None
         for model in opened:
             await model.embedder.close()
 
     def _configured(self) -> QueryModel:
-        own = open_embedder(self._settings.embedder, self._settings)
-        return self._opened.setdefault(own.facts.name, self._wrapped(own))
+        if self._of_settings is None:
+            self._of_settings = self._wrapped(open_embedder(self._settings.embedder, self._settings))
+        return self._of_settings
 
     def _wrapped(self, own: Embedder) -> QueryModel:
         paid = paid_queries(own, self._db, self._calls, self._settings)
