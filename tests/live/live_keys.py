@@ -23,13 +23,20 @@ def needed(*names: str) -> list[str]:
     return [os.environ[name] for name in names]
 
 
-def become(monkeypatch: pytest.MonkeyPatch, prefix: str) -> None:
-    """Sets the AWS_* variables of this process to those of one live store, and removes all others."""
-    for name in [name for name in os.environ if name.startswith("AWS_")]:
+_VARIABLES = {
+    "AWS": ("ACCESS_KEY_ID", "SECRET_ACCESS_KEY", "SESSION_TOKEN", "REGION", "ENDPOINT_URL"),
+    "GOOGLE": ("APPLICATION_CREDENTIALS", "BASE_URL"),
+    "AZURE_STORAGE": ("ACCOUNT_NAME", "ACCOUNT_KEY", "ENDPOINT"),
+}
+
+
+def become(monkeypatch: pytest.MonkeyPatch, prefix: str, family: str = "AWS") -> None:
+    """Sets the variables of a kind of store in this process to those of one live store, and removes all others."""
+    for name in [name for name in os.environ if name.startswith(f"{family}_")]:
         monkeypatch.delenv(name)
-    for name in ("ACCESS_KEY_ID", "SECRET_ACCESS_KEY", "SESSION_TOKEN", "REGION", "ENDPOINT_URL"):
+    for name in _VARIABLES[family]:
         if value := os.environ.get(f"{prefix}_{name}"):
-            monkeypatch.setenv(f"AWS_{name}", value)
+            monkeypatch.setenv(f"{family}_{name}", value)
 
 
 @asynccontextmanager
