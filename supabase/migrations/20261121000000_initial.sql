@@ -3025,7 +3025,8 @@ begin
 end
 $$;
 
--- Live chunks of a document that have no vector of a model, in document order.
+-- Live chunks of a document that have no vector of a model, in document order. Of a retired model none: place_vectors takes
+-- no vectors of it, so a job that was at work when it was given up would have them made, and paid for, again and again.
 create function upload_pipeline.pending_refill(p_document_id uuid, p_model text, p_limit integer default 256)
 returns table (chunk_id uuid, text text)
 language sql
@@ -3042,6 +3043,7 @@ as $$
     from upload_pipeline.document_chunks c
    where c.document_id = p_document_id and c.live and c.embed_model <> p_model
      and not exists (select from upload_pipeline.chunk_vectors s where s.chunk_id = c.chunk_id and s.embed_model = p_model)
+     and exists (select from upload_pipeline.embedding_models m where m.model = p_model and m.status <> 'retired')
    order by c.ordinal
    limit p_limit
 $$;
