@@ -4,8 +4,9 @@
 
 A page's Markdown is a function of the file alone: of text the pages are the parts between form feeds, of a PDF as many
 as it names. A job is paid for when it is made, unless it is one that is to fail. The books tell which documents were
-paid for, how often, and whose answers never arrived; over HTTP they are at `GET /books`, faults are asked for by
-`POST /misbehave`.
+paid for, how often, and whose answers never arrived; over HTTP they are at `GET /books`. `POST /misbehave` asks for
+faults, as `{"fault": "quota", "times": 2}`, and for how the next job ends, as `{"ending": "FAILED"}` or
+`{"failed_pages": [2]}`.
 """
 
 from __future__ import annotations
@@ -214,7 +215,11 @@ class LlamaCloudSimulator:
         return web.json_response(vars(self.books))
 
     async def _ask_to_misbehave(self, request: web.Request) -> web.Response:
-        self.misbehave(**await request.json())
+        asked = await request.json()
+        if "fault" in asked:
+            self.misbehave(**asked)
+        else:
+            self.end_next(asked.get("ending", "COMPLETED"), failed_pages=tuple(asked.get("failed_pages", ())))
         return web.json_response({})
 
     def _operation(self, name: str, answer: Callable[[web.Request], Any]) -> Callable[[web.Request], Any]:
@@ -464,6 +469,10 @@ def main() -> None:
     parser.add_argument("--running", type=float, default=0.5)
     parser.add_argument("--faults", type=json.loads, default={}, help='as {"rate_limited": 0.1, "dropped": 0.02}')
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--requests-per-minute", type=int, default=1_000_000, help="of the free plan: 20")
+    parser.add_argument("--retry-after", type=float, default=1.0)
+    for switch in ("unique-external-ids", "webhooks-doubled", "webhooks-reversed"):
+        parser.add_argument(f"--{switch}", action="store_true")
     options = vars(parser.parse_args())
 
     async def serve() -> None:

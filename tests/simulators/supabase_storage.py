@@ -378,6 +378,7 @@ def main() -> None:
     parser.add_argument("--port", type=int, default=0)
     parser.add_argument("--bucket", action="append", default=[], help="may be given again")
     parser.add_argument("--jwt-secret", default=JWT_SECRET)
+    parser.add_argument("--upload-seconds", type=float, default=7200.0, help="that a token for an upload lives")
     parser.add_argument("--faults", type=json.loads, default={}, help='as {"slow_down": 0.1, "dropped": 0.02}')
     parser.add_argument("--seed", type=int, default=0)
     options = vars(parser.parse_args())

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
-import subprocess
-import sys
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime, timedelta
-from pathlib import Path
 from typing import Any
 
 import httpx
@@ -17,6 +14,7 @@ import pytest
 from aiohttp import web
 
 from tests.simulators.llama_cloud import KEY, LlamaCloudSimulator, sign
+from tests.simulators.simulator_process import running_simulator
 
 PAGES = b"one\ftwo\fthree"
 
@@ -205,15 +203,28 @@ async def test_webhooks_are_signed_and_may_come_twice_and_backwards(
 
 
 def test_it_runs_by_itself() -> None:
-    command = [sys.executable, "-m", "tests.simulators.llama_cloud", "--port", "0"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[2]) as process:
-        try:
-            assert process.stdout is not None
-            url = process.stdout.readline().strip()
-            httpx.post(f"{url}/misbehave", json={"fault": "quota"}).raise_for_status()
-            client = llama_cloud.LlamaCloud(api_key=KEY, base_url=url, max_retries=0)
-            with client, pytest.raises(llama_cloud.APIStatusError):
+    switches = ("--running", "0", "--requests-per-minute", "7", "--unique-external-ids", "--webhooks-doubled")
+    with running_simulator("tests.simulators.llama_cloud", *switches) as url:
+        client = llama_cloud.LlamaCloud(api_key=KEY, base_url=url, max_retries=0)
+
+        def misbehave(**asked: Any) -> None:
+            httpx.post(f"{url}/misbehave", json=asked).raise_for_status()
+
+        def look() -> Any:
+            job = client.parsing.create(file_id=file.id, tier="fast", version="2026-06-15")
+            return client.parsing.get(job.id, expand=["markdown"])
+
+        with client:
+            misbehave(fault="quota")
+            with pytest.raises(llama_cloud.APIStatusError):
                 client.parsing.get("pjb-1")
             assert httpx.get(f"{url}/books").json()["faults"] == {"quota": 1}
-        finally:
-            process.terminate()
+            file = client.files.create(file=("a.txt", PAGES, "text/plain"), purpose="parse", external_file_id="x")
+            with pytest.raises(llama_cloud.ConflictError):
+                client.files.create(file=("a.txt", PAGES, "text/plain"), purpose="parse", external_file_id="x")
+            misbehave(ending="FAILED")
+            misbehave(failed_pages=[2])
+            assert look().job.status == "FAILED"
+            assert [page.success for page in look().markdown.pages] == [True, False, True]
+            with pytest.raises(llama_cloud.RateLimitError):
+                look()

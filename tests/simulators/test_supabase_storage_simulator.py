@@ -302,12 +302,14 @@ async def test_an_answer_can_be_dropped_when_all_is_done_or_never_come(server):
 
 
 def test_it_runs_on_its_own():
-    with running_simulator("tests.simulators.supabase_storage", "--bucket", "files") as url:
+    with running_simulator("tests.simulators.supabase_storage", "--bucket", "files", "--upload-seconds", "-1") as url:
         headers = {"apikey": SECRET_KEY, "Authorization": f"Bearer {SECRET_KEY}"}
         with httpx.Client(base_url=url, headers=headers) as http:
             metadata = base64.b64encode(json.dumps({"a": "b"}).encode()).decode()
             assert http.post(f"{API}/object/files/raw/x", content=b"1", headers={"x-metadata": metadata}).is_success
             assert http.get(f"{API}/object/info/files/raw/x").json()["metadata"] == {"a": "b"}
+            signed = http.post(f"{API}/object/upload/sign/files/raw/late").json()["url"]
+            assert http.put(f"{API}{signed}", content=b"1").json()["error"] == "InvalidJWT"
             assert http.post("/misbehave", json={"fault": "slow_down"}).json() == {}
             assert http.get(f"{API}/object/files/raw/x").status_code == 429
             assert http.get("/requests").json()[f"POST {API}/object/files/raw/x"] == 1
