@@ -1,0 +1,97 @@
+"""Parses that take too long, and the hints of the webhook."""
+
+from __future__ import annotations
+
+from uuid import uuid4
+
+from hosted_line import (
+    TTL,
+    OpenLine,
+)
+
+from upload_pipeline.database import parse_submissions, queue
+from upload_pipeline.errors import ErrorCode
+from upload_pipeline.providers.llamaparse_results import PROVIDER
+from upload_pipeline.settings import load_settings
+
+
+async def test_a_parse_that_takes_too_long_is_told_looked_at_again_and_given_up_on_demand(open_line: OpenLine) -> None:
+    line = await open_line()
+    line.simulator.running = 10**6
+    await line.submitted()
+    await line.pass_time(3600)
+    error = await line.fails()
+    assert (error.code, error.retryable) == (ErrorCode.PARSE_TIMEOUT, True)
+    assert "UPLOAD_PIPELINE_LLAMAPARSE_PARSE_TIMEOUT" in error.message
+    # a retry looks again
+    await line.claim()
+    assert (await line.fails()).code is ErrorCode.PARSE_TIMEOUT
+    await line.claim()
+    line.simulator.misbehave("server_error", operation="poll")
+    assert "cannot be looked at" in (await line.fails()).message
+    assert line.requests["submit"] == 1
+    # and one from an earlier stage looks once more, and submits anew
+    await line.claim()
+    assert (await line.fails()).code is ErrorCode.PARSE_TIMEOUT
+    await line.restart("job_validated")
+    await line.submitted()
+    assert line.requests["submit"] == 2
+    line.simulator.running = 0
+    await line.step()
+    assert line.job.stage == "parsed"
+
+
+async def test_a_parse_that_ended_after_the_limit_is_taken_all_the_same(open_line: OpenLine) -> None:
+    line = await open_line()
+    await line.submitted()
+    await line.pass_time(3600)
+    await queue.fail_job(line.context.db, line.job.lease, code="X", message="x", retryable=False)
+    await line.restart("job_validated")
+    await line.parsed()
+    assert (line.requests["submit"], line.paid) == (1, 1)
+
+
+async def test_a_hint_wakes_the_job_that_waits_and_no_other(open_line: OpenLine) -> None:
+    line = await open_line()
+    db = line.context.db
+
+    async def wake(parse_id: str) -> int:
+        return await parse_submissions.wake_parse(db, provider=PROVIDER, parse_id=parse_id)
+
+    await line.step()
+    parse_id = (await line.row())["parse_id"]
+    line.simulator.running = 10**6
+    await line.step()
+    assert "poll" not in line.requests
+    assert await wake("pjb-unknown") == 0
+    assert await parse_submissions.wake_parse(db, provider="another", parse_id=parse_id) == 0
+    assert await wake(parse_id) == 1
+    assert await line.admin.fetchval("select state from upload_pipeline.upload_jobs") == "queued"
+    assert await wake(parse_id) == 0
+    (line.job,) = await queue.claim_jobs(db, worker_id=uuid4(), pool="default", limit=1, after_user=None, ttl=TTL)
+    # at work: the snooze that follows is due at once
+    assert await wake(parse_id) == 1
+    await line.step()
+    assert line.requests["poll"] == 1
+    assert await queue.promote_due(db) == 1
+    await line.claim()
+    line.simulator.running = 0
+    await line.step()
+    assert line.job.stage == "parsed"
+    assert await wake(parse_id) == 0
+
+
+async def test_the_address_for_messages_goes_along_where_there_is_a_secret(open_line: OpenLine) -> None:
+    line = await open_line()
+    line.use(api_public_url="https://files.example.com/")
+    assert line.context.hosted_parser is not None
+    assert not line.context.hosted_parser.client.told
+    await line.context.hosted_parser.close()
+    secret = load_settings(llamaparse_webhook_secret="s" * 32).llamaparse_webhook_secret
+    line.use(llamaparse_webhook_secret=secret)
+    await line.step()
+    (made,) = line.simulator._jobs.values()
+    (hook,) = made.body["webhook_configurations"]
+    assert hook["webhook_url"] == "https://files.example.com/api/v2/webhooks/llamaparse"
+    assert (hook["webhook_signing_secret"], hook["webhook_output_format"]) == ("s" * 32, "json")
+    await line.context.hosted_parser.close()
