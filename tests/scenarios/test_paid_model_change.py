@@ -61,7 +61,7 @@ async def test_a_paid_model_is_filled_within_its_budget_and_a_kill_costs_what_wa
     simulator.books.paid.clear()
     tried = simulator.books.requests
 
-    simulator.latency = 0.15
+    simulator.latency = 0.4
     simulator.misbehave(Fault.RATE_LIMITED, retry_after=0.3)
     simulator.misbehave(Fault.SERVER_ERROR)
     await rows(world, f"select upload_pipeline.pause_model('{MODEL}', false)")
@@ -118,7 +118,7 @@ async def test_a_paid_model_is_filled_within_its_budget_and_a_kill_costs_what_wa
 async def test_a_paid_model_that_is_given_up_costs_no_more_and_taken_up_again_nothing_twice(
     world: World, simulator: OpenAISimulator, owner: UUID
 ) -> None:
-    simulator.latency = 0.15
+    simulator.latency = 0.4
     add = f"select upload_pipeline.add_model('{MODEL}', 'openai', {DIMENSIONS})"
     await rows(world, add)
     async with asyncio.timeout(60):
