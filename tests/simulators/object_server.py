@@ -122,7 +122,7 @@ class ObjectServer(ABC):
         """How the store words a fault that it answers."""
 
     def misbehave(self, fault: str, *, times: int = 1, of: str = "") -> None:
-        """The next `times` requests whose method and path contain `of` have this fault."""
+        """The next `times` requests whose method, path and query contain `of` have this fault."""
         self._asked.extend([(Fault(fault), of)] * times)
 
     def keys(self, bucket: str) -> set[str]:
@@ -133,7 +133,7 @@ class ObjectServer(ABC):
     async def _with_faults(self, request: web.Request, handler: Handler) -> web.StreamResponse:
         what = f"{request.method} {request.path}"
         self.requests[what] += 1
-        fault = self._next_fault(what)
+        fault = self._next_fault(f"{request.method} {request.path_qs}")
         if fault is Fault.HANG:
             while request.transport is not None and not request.transport.is_closing():
                 await asyncio.sleep(0.05)

@@ -28,6 +28,13 @@ KEY = f"raw/{USER}/document"
 MINUTE = timedelta(minutes=1)
 
 
+class Forgetful(dict):
+    """Uploads that end before they are complete."""
+
+    def pop(self, *_: object) -> None:
+        return None
+
+
 def quick(store: ObjectStore) -> ObjectStore:
     """The same store, which waits for hardly anything before it tries again."""
     assert isinstance(store.backend, ObstoreBackend)
@@ -206,6 +213,23 @@ async def test_what_passes_is_tried_again(supabase, supabase_store, fault):
     await supabase_store.put_bytes(KEY, b"x")
     assert supabase.keys("files") == {f"some/prefix/{KEY}"}
     await store.close()
+
+
+async def test_a_large_object_stands_though_the_last_answer_was_lost(supabase, supabase_store):
+    content = b"0123456789abcdef" * 600_000
+    supabase.misbehave("dropped", of=f"{KEY}?uploadId")
+    await supabase_store.put_bytes(KEY, content)
+    assert await supabase_store.get_bytes(KEY, len(content)) == content
+
+
+async def test_a_large_object_that_does_not_stand_is_told(supabase, supabase_store):
+    content = b"0123456789abcdef" * 600_000
+
+    supabase.buckets["files"].uploads = Forgetful()
+    error = await refusal(supabase_store.put_bytes(KEY, content))
+    assert error.code is ErrorCode.STORAGE_UNAVAILABLE
+    assert "NoSuchUpload" in error.message
+    assert supabase.keys("files") == set()
 
 
 async def test_what_does_not_pass_is_given_up(supabase, supabase_store):

@@ -19,7 +19,7 @@ from obstore.store import ObjectStore as Place
 from upload_pipeline.storage.backend import UrlSource
 from upload_pipeline.storage.failures import missing
 from upload_pipeline.storage.objects import OWN_URLS, ObjectInfo, SignedUrl
-from upload_pipeline.storage.refusals import Refusal, RefusalOf, missing_bucket
+from upload_pipeline.storage.refusals import Refusal, RefusalOf, code_of, missing_bucket
 from upload_pipeline.storage.s3_failures import s3_refusal
 
 PART_BYTES = 5 * 1024 * 1024
@@ -39,6 +39,8 @@ LISTING_BATCH = 500
 
 ABORT_SECONDS = 5.0
 """How long a failed write waits for the store to forget the parts that it has."""
+
+_NO_UPLOAD = "NoSuchUpload"
 
 
 class _Aborted(Exception):  # noqa: N818 - it says that we stopped, not what went wrong
@@ -78,13 +80,21 @@ class ObstoreBackend:
         # an error.
         handed: asyncio.Queue[bytes | _Aborted | None] = asyncio.Queue(maxsize=1)
         upload = asyncio.create_task(self._upload(key, handed))
+        size = sum(map(len, first))
         try:
             while first:
                 await _hand_over(handed, first.pop(0), upload)
             async for block in rest:
+                size += len(block)
                 await _hand_over(handed, block, upload)
             await _hand_over(handed, None, upload)
-            await asyncio.shield(upload)
+            try:
+                await asyncio.shield(upload)
+            except Exception as error:
+                # The answer to its completion was lost, and obstore, which asked again, was told that no such upload is
+                # under way: then the object stands.
+                if code_of(error) != _NO_UPLOAD or (found := await self.head(key)) is None or found.size != size:
+                    raise
         except BaseException:
             while not handed.empty():
                 handed.get_nowait()
