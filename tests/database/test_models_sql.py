@@ -9,8 +9,8 @@ from uuid import UUID, uuid4
 
 import psycopg
 import pytest
+from document_steps import accept, buffer_vectors, commit_embeddings, lead, pending
 from sessions import Connect, Connection
-from test_documents_sql import accept, buffer_vectors, commit_embeddings, lead, pending
 from verbs import (
     add_document,
     advance,
