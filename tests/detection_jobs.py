@@ -46,25 +46,29 @@ async def add_waiting_photo(
     """A photo of a user that waits at a stage; with a store, its thumbnail is there."""
     photo = uuid4()
     key = photo_key(project, datetime.now(UTC).date(), photo, "image/jpeg")
-    made: Any = await admin.fetchrow(
-        """
-        select * from upload_pipeline.reserve_photo(
-          $1, $2, $3, 'roof.jpg', 'image/jpeg', 2048, $4, interval '15 minutes', $5, $6, 'request-1')
-        """,
-        photo,
-        user,
-        project,
-        key,
-        list(types),
-        priority,
-    )
     thumbnail = b"\xff\xd8\xff\xe0 a thumbnail " + photo.bytes
     if store is not None:
         await store.put_bytes(thumbnail_key(key), thumbnail)
-    await admin.execute(
-        "update upload_pipeline.photos set thumbnail_key = $2 where photo_id = $1", photo, thumbnail_key(key)
-    )
-    await admin.execute("update upload_pipeline.upload_jobs set stage = $2 where job_id = $1", made["job_id"], stage)
+    # at once, since a worker may be running that would take the job as it comes
+    async with admin.transaction():
+        made: Any = await admin.fetchrow(
+            """
+            select * from upload_pipeline.reserve_photo(
+              $1, $2, $3, 'roof.jpg', 'image/jpeg', 2048, $4, interval '15 minutes', $5, $6, 'request-1')
+            """,
+            photo,
+            user,
+            project,
+            key,
+            list(types),
+            priority,
+        )
+        await admin.execute(
+            "update upload_pipeline.photos set thumbnail_key = $2 where photo_id = $1", photo, thumbnail_key(key)
+        )
+        await admin.execute(
+            "update upload_pipeline.upload_jobs set stage = $2 where job_id = $1", made["job_id"], stage
+        )
     return WaitingPhoto(photo, made["job_id"], thumbnail)
 
 
