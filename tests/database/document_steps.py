@@ -7,12 +7,14 @@ import json
 from collections.abc import Sequence
 from hashlib import sha256
 from typing import Any
-from uuid import UUID, uuid5
+from uuid import UUID, uuid4, uuid5
 
 from sessions import Connection
 from verbs import (
     STAGES,
     advance,
+    claim_one,
+    set_clock,
     value,
 )
 
@@ -28,6 +30,14 @@ def accept(db: Connection, user: UUID, content: bytes = b"bytes") -> Any:
         "select * from upload_pipeline.accept_document(%s, %s, 'paper.md', 'text/markdown', %s, %s, %s, '{\"a\": 1}')",
         [document, user, len(content), digest, f"raw/{document}"],
     ).fetchone()
+
+
+def claim_accepted(db: Connection) -> Any:
+    """The job of the one accepted document, claimed at second 0."""
+    set_clock(db)
+    db.execute("select upload_pipeline.register_model(%s, 'test', 3)", [MODEL])
+    accept(db, uuid4())
+    return claim_one(db)
 
 
 def make_chunks(document: UUID, texts: Sequence[str], chunker: str = "test@1") -> list[dict[str, Any]]:

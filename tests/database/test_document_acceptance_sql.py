@@ -9,8 +9,8 @@ import psycopg
 import pytest
 from document_steps import (
     FOUR,
-    MODEL,
     accept,
+    claim_accepted,
     commit_embeddings,
     lead,
 )
@@ -18,23 +18,17 @@ from sessions import Connect, Connection
 from verbs import (
     advance,
     await_lock_wait,
-    claim_one,
     event_codes,
     in_background,
     job_row,
-    set_clock,
     terminate,
     value,
 )
 
 
 @pytest.fixture
-def lease(admin: Connection, worker: Connection) -> Any:
-    """The one accepted document's job, claimed at second 0."""
-    set_clock(worker)
-    worker.execute("select upload_pipeline.register_model(%s, 'test', 3)", [MODEL])
-    accept(worker, uuid4())
-    return claim_one(worker)
+def lease(worker: Connection) -> Any:
+    return claim_accepted(worker)
 
 
 def test_accepting_the_same_bytes_again_gives_the_document_and_job_there_are(worker: Connection) -> None:

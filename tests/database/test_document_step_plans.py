@@ -3,28 +3,19 @@
 from __future__ import annotations
 
 from typing import Any
-from uuid import uuid4
 
 import pytest
 from document_steps import (
     MODEL,
-    accept,
+    claim_accepted,
     lead,
 )
 from sessions import Connection
-from verbs import (
-    claim_one,
-    set_clock,
-)
 
 
 @pytest.fixture
-def lease(admin: Connection, worker: Connection) -> Any:
-    """The one accepted document's job, claimed at second 0."""
-    set_clock(worker)
-    worker.execute("select upload_pipeline.register_model(%s, 'test', 3)", [MODEL])
-    accept(worker, uuid4())
-    return claim_one(worker)
+def lease(worker: Connection) -> Any:
+    return claim_accepted(worker)
 
 
 def test_pending_vectors_are_looked_up_by_key_whatever_the_statistics_say(

@@ -16,6 +16,7 @@ from document_steps import (
     buffer_chunks,
     buffer_vectors,
     buffered,
+    claim_accepted,
     commit_chunks,
     commit_embeddings,
     commit_markdown,
@@ -34,19 +35,14 @@ from verbs import (
     claim_one,
     job_row,
     retry,
-    set_clock,
     terminate,
     value,
 )
 
 
 @pytest.fixture
-def lease(admin: Connection, worker: Connection) -> Any:
-    """The one accepted document's job, claimed at second 0."""
-    set_clock(worker)
-    worker.execute("select upload_pipeline.register_model(%s, 'test', 3)", [MODEL])
-    accept(worker, uuid4())
-    return claim_one(worker)
+def lease(worker: Connection) -> Any:
+    return claim_accepted(worker)
 
 
 def test_a_document_led_through_has_its_rows_structure_and_no_buffers(worker: Connection, lease: Any) -> None:

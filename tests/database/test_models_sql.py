@@ -79,17 +79,7 @@ def pending_refill(db: Connection, document: UUID, model: str = NEW) -> list[UUI
 
 
 def store(db: Connection, lease: Any, ids: Sequence[UUID], vector: str = "[0,1]", model: str = NEW) -> int:
-    return int(
-        value(
-            db,
-            "select upload_pipeline.buffer_vectors(%s, %s, %s, %s::uuid[], %s)",
-            lease.job_id,
-            lease.lease_token,
-            model,
-            list(ids),
-            "{" + ",".join(f'"{vector}"' for _ in ids) + "}",
-        )
-    )
+    return buffer_vectors(db, lease, ids, [vector] * len(ids), model)
 
 
 def commit_refill(db: Connection, lease: Any) -> Any:
