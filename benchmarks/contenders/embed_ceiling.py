@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-import time
 
 from benchmarks.contenders.embed_texts import BATCH, MODEL, Race, made_texts
+from benchmarks.contenders.lap import Lap, measured
 from upload_pipeline.providers.openai_embedder import OpenAIEmbedder
 
 
-async def run(race: Race) -> float:
-    """Seconds for all texts."""
+async def run(race: Race) -> Lap:
+    """All texts."""
     embedder = OpenAIEmbedder(api_key=race.api_key, base_url=race.api_url, model=MODEL)
     texts = made_texts(race.texts)
     parts = iter([texts[begin : begin + BATCH] for begin in range(0, len(texts), BATCH)])
@@ -22,9 +22,8 @@ async def run(race: Race) -> float:
         return asked
 
     await embedder.request(["warm"])
-    began = time.perf_counter()
-    asked = await asyncio.gather(*(ask() for _ in range(race.concurrency)))
-    seconds = time.perf_counter() - began
+    with measured() as lap:
+        asked = await asyncio.gather(*(ask() for _ in range(race.concurrency)))
     assert sum(asked) == race.texts
     await embedder.close()
-    return seconds
+    return lap

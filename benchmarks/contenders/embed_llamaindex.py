@@ -6,7 +6,6 @@ itself, off; a table without an index of the vectors and without full text.
 
 from __future__ import annotations
 
-import time
 from urllib.parse import parse_qs, urlsplit
 from uuid import uuid4
 
@@ -18,10 +17,11 @@ from llama_index.vector_stores.postgres import PGVectorStore
 from sqlalchemy.engine import URL
 
 from benchmarks.contenders.embed_texts import BATCH, DIMENSIONS, MODEL, Race, made_texts
+from benchmarks.contenders.lap import Lap, measured
 
 
-async def run(race: Race) -> float:
-    """Seconds until all rows are committed, in a database of its own on the same server."""
+async def run(race: Race) -> Lap:
+    """Until all rows are committed, in a database of its own on the same server."""
     name = f"llamaindex_{uuid4().hex[:8]}"
     admin = await asyncpg.connect(race.url)
     await admin.execute(f"create database {name}")
@@ -49,11 +49,10 @@ async def run(race: Race) -> float:
     pipeline = IngestionPipeline(transformations=[embedding], vector_store=store, disable_cache=True)
     await embedding.aget_text_embedding("warm")
     nodes = [TextNode(text=text) for text in made_texts(race.texts)]
-    began = time.perf_counter()
-    await pipeline.arun(nodes=nodes)
-    seconds = time.perf_counter() - began
+    with measured() as lap:
+        await pipeline.arun(nodes=nodes)
     await store.close()
     stored = await asyncpg.connect(race.url, database=name)
     assert await stored.fetchval("select count(*) from data_llamaindex where embedding is not null") == race.texts
     await stored.close()
-    return seconds
+    return lap

@@ -265,7 +265,12 @@ as $$
     from upload_pipeline.document_chunk_buffer b
    where b.document_id = p_document_id
      and not exists (select from upload_pipeline.document_vector_buffer v
-                      where v.chunk_id = b.chunk_id and v.embed_model = p_model)
+                      where v.chunk_id = b.chunk_id and v.embed_model = p_model
+                        and (v.text_sha256 is null
+                             or exists (select from upload_pipeline.embedding_cache e
+                                         where e.user_id = b.user_id and e.model = p_model and e.text_sha256 = v.text_sha256
+                                           and e.dimensions = (select m.dimensions from upload_pipeline.embedding_models m
+                                                                where m.model = p_model))))
      and not exists (select from upload_pipeline.document_chunks c
                       where c.chunk_id = b.chunk_id and c.embed_model = p_model)
      and not exists (select from upload_pipeline.chunk_vectors s
@@ -301,10 +306,11 @@ $$;
 
 -- Puts vectors where a job's chunks have them: those of a document that is processed into the buffer, those that a model
 -- is filled with (pipeline `reembed`) beside the live chunks. One place in the arrays for each chunk, with its job; the
--- caller holds the jobs. Vectors that are there already stay, and what is no chunk of the job's document is left out.
--- Of a model that was given up nothing is put beside live chunks. Returns the chunks that got theirs.
+-- caller holds the jobs. With the SHA-256 of a text the buffer names the vector that the cache has for it, and needs none.
+-- Vectors that are there already stay, and what is no chunk of the job's document is left out. Of a model that was given up
+-- nothing is put beside live chunks. Returns the chunks that got theirs.
 create function upload_pipeline.place_vectors(
-  p_model text, p_job_ids uuid[], p_chunk_ids uuid[], p_embeddings extensions.vector[]
+  p_model text, p_job_ids uuid[], p_chunk_ids uuid[], p_embeddings extensions.vector[], p_texts bytea[] default '{}'
 )
 returns uuid[]
 language plpgsql
@@ -324,14 +330,16 @@ declare
   v_more    uuid[];
 begin
   with placed as (
-    insert into upload_pipeline.document_vector_buffer (chunk_id, embed_model, document_id, embedding)
-    select b.chunk_id, p_model, b.document_id, a.embedding
-      from unnest(p_job_ids, p_chunk_ids, p_embeddings) a (job_id, chunk_id, embedding)
+    insert into upload_pipeline.document_vector_buffer as v (chunk_id, embed_model, document_id, embedding, text_sha256)
+    select distinct on (b.chunk_id) b.chunk_id, p_model, b.document_id, case when a.text_sha256 is null then a.embedding end, a.text_sha256
+      from unnest(p_job_ids, p_chunk_ids, p_embeddings, p_texts) a (job_id, chunk_id, embedding, text_sha256)
       join upload_pipeline.upload_jobs j on j.job_id = a.job_id
       join upload_pipeline.document_chunk_buffer b on b.chunk_id = a.chunk_id and b.document_id = j.document_id
      where a.job_id <> all (v_refills)
      order by b.chunk_id
-    on conflict (chunk_id, embed_model) do nothing
+    -- the name of a vector that was forgotten meanwhile is as good as none
+    on conflict (chunk_id, embed_model) do update set embedding = excluded.embedding, text_sha256 = excluded.text_sha256
+       where v.text_sha256 is not null
     returning chunk_id
   )
   select coalesce(array_agg(p.chunk_id), '{}') into v_placed from placed p;
@@ -420,10 +428,11 @@ declare
   v_job      upload_pipeline.upload_jobs := upload_pipeline.check_step(p_job_id, p_token, 'embedded');
   v_document uuid := v_job.document_id;
   v_active   text;
+  v_dimensions integer;
   v_building text;
   v_chunks   integer;
   v_missing  integer;
-  v_unlike   integer;
+  v_lacking  integer;
   v_nodes    integer;
   v_edges    integer;
 begin
@@ -437,26 +446,18 @@ begin
   -- no model becomes the active one between here and the commit, and nobody else writes chunks of this document
   perform upload_pipeline.hold_models();
   perform from upload_pipeline.documents d where d.document_id = v_document for no key update;
-  select m.model into v_active from upload_pipeline.embedding_models m where m.status = 'active';
+  select m.model, m.dimensions into v_active, v_dimensions from upload_pipeline.embedding_models m where m.status = 'active';
   if v_active is distinct from p_model then
     raise exception 'vectors of "%" were made for document %, and the active embedding model is "%"', p_model, v_document, v_active
       using errcode = 'UP007', hint = 'Embed what lacks a vector of that model, then commit again.';
   end if;
-  select count(*), count(*) filter (where c.chunk_id is null),
-         count(*) filter (where v.chunk_id is null and c.embed_model is distinct from p_model and s.chunk_id is null)
-    into v_chunks, v_missing, v_unlike
+  select count(*), count(*) filter (where c.chunk_id is null) into v_chunks, v_missing
     from upload_pipeline.document_chunk_buffer b
     left join upload_pipeline.document_chunks c on c.chunk_id = b.chunk_id
-    left join upload_pipeline.document_vector_buffer v on v.chunk_id = b.chunk_id and v.embed_model = p_model
-    left join upload_pipeline.chunk_vectors s on s.chunk_id = b.chunk_id and s.embed_model = p_model
    where b.document_id = v_document;
   if v_chunks = 0 or v_missing > 0 then
     raise exception 'document %: % of % buffered chunks lack a row', v_document, v_missing, v_chunks
       using errcode = 'UP005', hint = 'Retry the job from stage "chunking".';
-  end if;
-  if v_unlike > 0 then
-    raise exception 'document %: % of % buffered chunks lack a vector of "%"', v_document, v_unlike, v_chunks, p_model
-      using errcode = 'UP007', hint = 'Embed them, then commit again.';
   end if;
 
   delete from upload_pipeline.document_chunks c
@@ -472,19 +473,42 @@ begin
      and (c.start_offset, c.end_offset, c.page_from, c.page_to, c.heading_path, c.section_ids)
          is distinct from (b.start_offset, b.end_offset, b.page_from, b.page_to, b.heading_path, b.section_ids);
   update upload_pipeline.document_chunks c
-     set embedding = coalesce(c.embedding, v.embedding), embed_model = coalesce(c.embed_model, p_model), live = true
+     set embedding = coalesce(c.embedding, v.embedding, e.embedding), embed_model = coalesce(c.embed_model, p_model), live = true
     from upload_pipeline.document_chunk_buffer b
     left join upload_pipeline.document_vector_buffer v on v.chunk_id = b.chunk_id and v.embed_model = p_model
-   where b.document_id = v_document and c.chunk_id = b.chunk_id and not c.live;
+    left join lateral (
+      select k.embedding, k.text_sha256 from upload_pipeline.embedding_cache k
+       where k.user_id = v_job.user_id and k.model = p_model and k.dimensions = v_dimensions and k.text_sha256 = v.text_sha256
+      offset 0) e on true
+   where b.document_id = v_document and c.chunk_id = b.chunk_id and not c.live
+     and coalesce(c.embed_model, v.embed_model) is not null
+     and (c.embedding is not null or v.text_sha256 is null or e.text_sha256 is not null);
 
   insert into upload_pipeline.chunk_vectors (chunk_id, embed_model, document_id, embedding, created_at)
-  select c.chunk_id, v.embed_model, v_document, v.embedding, v_now
+  select c.chunk_id, v.embed_model, v_document, coalesce(v.embedding, e.embedding), v_now
     from upload_pipeline.document_chunk_buffer b
     join upload_pipeline.document_chunks c on c.chunk_id = b.chunk_id
     join upload_pipeline.document_vector_buffer v on v.chunk_id = b.chunk_id and v.embed_model <> c.embed_model
     join upload_pipeline.embedding_models m on m.model = v.embed_model and m.status <> 'retired'
-   where b.document_id = v_document
+    left join lateral (
+      select k.embedding, k.text_sha256 from upload_pipeline.embedding_cache k
+       where k.user_id = v_job.user_id and k.model = m.model and k.dimensions = m.dimensions and k.text_sha256 = v.text_sha256
+      offset 0) e on true
+   where b.document_id = v_document and (v.text_sha256 is null or e.text_sha256 is not null)
   on conflict (chunk_id, embed_model) do nothing;
+
+  -- asked of what is written: a vector that was buffered by name may have been forgotten until a moment ago
+  select count(*) into v_lacking
+    from upload_pipeline.document_chunk_buffer b
+    join upload_pipeline.document_chunks c on c.chunk_id = b.chunk_id
+   where b.document_id = v_document
+     and (not c.live
+          or c.embed_model <> p_model
+             and not exists (select from upload_pipeline.chunk_vectors s where s.chunk_id = c.chunk_id and s.embed_model = p_model));
+  if v_lacking > 0 then
+    raise exception 'document %: % of % buffered chunks lack a vector of "%"', v_document, v_lacking, v_chunks, p_model
+      using errcode = 'UP007', hint = 'Embed them, then commit again.';
+  end if;
 
   delete from upload_pipeline.document_nodes n where n.document_id = v_document;
   insert into upload_pipeline.document_nodes (node_id, document_id, user_id, kind, title, level, ordinal)

@@ -1,30 +1,6 @@
 -- Vectors that a provider was paid for: a text that was once embedded for a user is not paid for again, in whatever
 -- document, cut or query it comes. Nobody reads the table: the verbs below do, for one user at a time.
 
--- `text_sha256` is of the exact text that was sent, in UTF-8. The vector is stored as it was made (float32): what a search
--- finds must not depend on whether a text came from here. The text itself is not kept. No foreign keys: a vector outlives
--- the document that it was made for, and a retired model may come back.
---
--- Of 1,536 dimensions a row takes 8.4 kB, those of its indexes included.
-create table upload_pipeline.embedding_cache (
-  user_id      uuid not null,
-  model        text not null,
-  dimensions   integer not null,
-  text_sha256  bytea not null,
-  last_used_on date not null,
-  embedding    extensions.vector not null,
-  primary key (user_id, model, dimensions, text_sha256),
-  constraint embedding_cache_sha256 check (octet_length(text_sha256) = 32),
-  constraint embedding_cache_dimensions check (extensions.vector_dims(embedding) = dimensions)
-);
-
--- A vector of up to 1,900 dimensions stands in the row: it is written at two thirds of what the parts of one that stands out
--- of line cost, and written again when `last_used_on` changes, once a day at most.
-alter table upload_pipeline.embedding_cache set (toast_tuple_target = 8160);
-
--- forget_unused_vectors: those that were not used for the longest time
-create index embedding_cache_used on upload_pipeline.embedding_cache (last_used_on);
-
 -- The day (UTC) by which use is counted.
 create function upload_pipeline.today()
 returns date
@@ -72,11 +48,13 @@ begin
     return;
   end if;
 
-  select upload_pipeline.place_vectors(p_model, array_agg(v_job.job_id), array_agg(p.chunk_id), array_agg(c.embedding))
+  select upload_pipeline.place_vectors(
+           p_model, array_agg(v_job.job_id), array_agg(p.chunk_id), array_agg(c.embedding), array_agg(p.text_sha256))
     into v_found
     from unnest(v_chunks, v_texts) p (chunk_id, text_sha256)
    cross join lateral (
-     select e.embedding from upload_pipeline.embedding_cache e
+     select case when v_job.pipeline = 'reembed' then e.embedding end as embedding
+       from upload_pipeline.embedding_cache e
       where e.user_id = v_job.user_id and e.model = p_model and e.dimensions = v_dimensions
         and e.text_sha256 = p.text_sha256
      offset 0) c
@@ -162,6 +140,8 @@ declare
   v_told       uuid[];
   v_owners     uuid[];
   v_held       uuid[];
+  v_holders    uuid[];
+  v_refilled   boolean;
 begin
   if cardinality(p_user_ids) <> cardinality(p_embeddings) or cardinality(p_texts) <> cardinality(p_embeddings) then
     raise exception '% vectors came for % texts of % users', cardinality(p_embeddings), cardinality(p_texts),
@@ -176,26 +156,32 @@ begin
                   where l.user_id = t.user_id and l.pool in (select g.pool from upload_pipeline.stages g));
 
   -- jobs before what hangs on them, and all in order, as everywhere: nobody waits in a circle
-  select array_agg(h.job_id) into v_held
-    from (select j.job_id
+  select array_agg(h.job_id), array_agg(h.user_id), coalesce(bool_or(h.pipeline = 'reembed'), false)
+    into v_held, v_holders, v_refilled
+    from (select j.job_id, j.user_id, j.pipeline
             from (select distinct a.job_id, a.token from unnest(p_job_ids, p_tokens) a (job_id, token)) asked
             join upload_pipeline.upload_jobs j on j.job_id = asked.job_id
            where j.lease_token = asked.token and j.lease_expires_at is not null
            order by j.job_id
              for share of j) h;
 
-  insert into upload_pipeline.embedding_cache (user_id, model, dimensions, text_sha256, last_used_on, embedding)
-  select o.owner, p_model, v_dimensions, t.text_sha256, upload_pipeline.today(), t.embedding
+  insert into upload_pipeline.embedding_cache as c (user_id, model, dimensions, text_sha256, last_used_on, embedding)
+  select distinct on (o.owner, t.text_sha256) o.owner, p_model, v_dimensions, t.text_sha256, upload_pipeline.today(), t.embedding
     from unnest(p_user_ids, p_texts, p_embeddings) t (user_id, text_sha256, embedding)
     join unnest(v_told, v_owners) o (told, owner) on o.told = t.user_id
    order by o.owner, t.text_sha256
-  on conflict (user_id, model, dimensions, text_sha256) do nothing;
+  -- the first stands; it counts as used
+  on conflict (user_id, model, dimensions, text_sha256) do update set last_used_on = excluded.last_used_on
+     where c.last_used_on < excluded.last_used_on;
 
   return coalesce((
     select cardinality(upload_pipeline.place_vectors(
-             p_model, array_agg(a.job_id), array_agg(a.chunk_id), array_agg(p_embeddings[a.place])))
+             p_model, array_agg(a.job_id), array_agg(a.chunk_id),
+             array_agg(case when v_refilled or o.owner is null then p_embeddings[a.place] end),
+             array_agg(case when o.owner is not null then p_texts[a.place] end)))
       from unnest(p_job_ids, p_chunk_ids, p_places) a (job_id, chunk_id, place)
-     where a.job_id = any (v_held)
+      join unnest(v_held, v_holders) h (job_id, user_id) on h.job_id = a.job_id
+      left join unnest(v_told, v_owners) o (told, owner) on o.told = p_user_ids[a.place] and o.owner = h.user_id
     having count(*) > 0), 0);
 end
 $$;

@@ -8,9 +8,10 @@ from __future__ import annotations
 from typing import Any
 from uuid import UUID, uuid4
 
-from paid_texts import MODEL, start_job
+from document_steps import accept, lead
+from paid_texts import MODEL, fill, start_job
 from sessions import Connection
-from verbs import release, user_number, value
+from verbs import advance, claim_one, release, set_clock, user_number, value
 
 ROWS = 200_000
 """Of a heavy user and of a thousand others, in equal parts; with 1,000,000 a text costs one block more."""
@@ -24,6 +25,12 @@ KEEP_BOUND = 50 * TEXTS
 
 FORGET_BOUND = 20_000
 """Blocks of forgetting a thousand vectors."""
+
+COMMITTED = 100
+"""Chunks of a document."""
+
+COMMIT_BOUND = 150 * COMMITTED
+"""Blocks of a commit: a chunk's row and five indexes, its node, its two edges, what they refer to, two buffers."""
 
 HEAVY = user_number(1)
 
@@ -72,6 +79,30 @@ def measured(admin: Connection, worker: Connection, user: UUID) -> dict[str, int
         admin.execute("delete from upload_pipeline.documents where document_id = %s", [lease.document_id])
         worst = {name: max(worst.get(name, 0), count) for name, count in counted.items()}
     return worst
+
+
+def test_a_commit_takes_named_vectors_by_their_keys_whatever_the_statistics_say(
+    admin: Connection, worker: Connection
+) -> None:
+    set_clock(worker)
+    worker.execute("select upload_pipeline.register_model(%s, 'openai', 3)", [MODEL])
+    for table in ("embedding_cache", "document_vector_buffer", "document_chunk_buffer", "document_chunks"):
+        admin.execute(f"alter table upload_pipeline.{table} set (autovacuum_enabled = off)")
+        admin.execute(f"analyze upload_pipeline.{table}")
+    worker.execute("set statement_timeout = '30s'")
+    admin.execute(ADD, {"heavy": HEAVY, "rows": ROWS})
+    worst = 0
+    for number in range(7):
+        texts = tuple(f"text {number * COMMITTED + i}" for i in range(1, COMMITTED + 1))
+        accept(worker, HEAVY, f"{number}".encode())
+        lease = claim_one(worker)
+        lead(worker, lease, texts, until="embedding")
+        assert [text for _, text in fill(worker, lease, limit=COMMITTED)] == [None] * COMMITTED
+        advance(worker, lease, "embedding", "embeddings_buffered")
+        held = lease.job_id, lease.lease_token
+        worst = max(worst, blocks(worker, "commit_embeddings(%s, %s, %s)", *held, MODEL))
+    print(worst)
+    assert worst <= COMMIT_BOUND
 
 
 def test_what_a_verb_reads_does_not_grow_with_the_cache(admin: Connection, worker: Connection) -> None:

@@ -14,6 +14,15 @@ from verbs import add_job, await_lock_wait, cancel, claim, fail, in_background, 
 
 DAY = 24 * 3600.0
 
+BUFFERED = """
+select v.chunk_id, {} as found
+  from upload_pipeline.document_vector_buffer v
+  join upload_pipeline.documents d on d.document_id = v.document_id
+  left join upload_pipeline.embedding_cache e
+    on e.user_id = d.user_id and e.model = v.embed_model and e.text_sha256 = v.text_sha256
+ order by 1
+"""
+
 
 @pytest.fixture(autouse=True)
 def registered_model(worker: Connection) -> None:
@@ -29,16 +38,16 @@ def user(admin: Connection, worker: Connection) -> UUID:
     return user
 
 
-def buffered(admin: Connection) -> dict[UUID, str]:
-    rows = admin.execute("select chunk_id, embedding::text from upload_pipeline.document_vector_buffer").fetchall()
-    return {row.chunk_id: row.embedding for row in rows}
+def buffered(admin: Connection) -> dict[UUID, str | None]:
+    """The vector of each chunk that has one in the buffer, or has it named there."""
+    rows = admin.execute(BUFFERED.format("coalesce(v.embedding, e.embedding)::text")).fetchall()
+    return {row.chunk_id: row.found for row in rows}
 
 
-def bits(admin: Connection, table: str) -> list[bytes]:
-    rows = admin.execute(
-        f"select extensions.vector_send(embedding) as bits from upload_pipeline.{table} order by 1"
-    ).fetchall()
-    return [bytes(row.bits) for row in rows]
+def bits(admin: Connection) -> list[bytes]:
+    """The same, as they are stored."""
+    rows = admin.execute(BUFFERED.format("extensions.vector_send(coalesce(v.embedding, e.embedding))")).fetchall()
+    return [bytes(row.found) for row in rows]
 
 
 def test_what_was_paid_for_fills_the_buffer_bit_for_bit_and_stands_in_the_books(
@@ -48,12 +57,13 @@ def test_what_was_paid_for_fills_the_buffer_bit_for_bit_and_stands_in_the_books(
     odd = "[0.1,-1e-38,3.4028235e+38]"
     first, (_, chunk) = start_job(admin, worker, user, ["new", "known"])
     assert keep(worker, user, ["known"], [odd], [(first, chunk, 1)]) == 1
-    assert bits(admin, "embedding_cache") == bits(admin, "document_vector_buffer")
+    stored = bytes(value(admin, "select extensions.vector_send(%s::text::extensions.vector)", odd))
+    assert bits(admin) == [stored]
     admin.execute("delete from upload_pipeline.document_vector_buffer")
 
     lease, chunks = start_job(admin, worker, user, ["known", "other", "known"])
     assert fill(worker, lease) == [(chunks[0], None), (chunks[1], "other"), (chunks[2], None)]
-    assert bits(admin, "document_vector_buffer") == bits(admin, "embedding_cache") * 2
+    assert bits(admin) == [stored] * 2
     assert fill(worker, lease) == [(chunks[1], "other")]
     keep(worker, user, ["other"], ["[1,2,3]"], [(lease, chunks[1], 1)])
     assert fill(worker, lease) == []

@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
+OURS = ["ceiling", "ours", "ours+chunks"]
 SMALL = {
     "batch": ["--counts", "2", "--repetitions", "1"],
-    "embed": ["--texts", "48", "--repetitions", "1", "--latency", "0.01", "--only", "ceiling", "ours", "ours+chunks"],
+    "embed": ["--texts", "48", "--repetitions", "1", "--concurrency", "2", "--latency", "0.01", "--only", *OURS],
     "http": ["--repetitions", "1", "--seconds", "0.3", "--uploads", "2", "--megabytes", "0.1"],
     "ingest": [],
     "queue": ["--repetitions", "1", "--scale", "0.002"],

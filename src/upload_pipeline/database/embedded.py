@@ -302,7 +302,6 @@ def _config(sockets: Path, options: EmbeddedOptions) -> list[str]:
         f"cluster_name = '{DATABASE}'",
         f"max_connections = {options.max_connections}",
         f"shared_buffers = '{options.shared_buffers}'",
-        "wal_compression = on",
         "jit = off",
         "timezone = 'UTC'",
         "log_timezone = 'UTC'",

@@ -1,0 +1,149 @@
+"""Vectors that the buffer only names, because the cache has them: what is committed, and what if one is forgotten."""
+
+from __future__ import annotations
+
+from typing import Any
+from uuid import UUID, uuid4
+
+import psycopg
+import pytest
+from document_steps import FOUR, MODEL, accept, buffered, commit_embeddings, lead, pending, result
+from paid_texts import fill, keep
+from session_verbs import claim_session, open_session
+from sessions import Connection
+from verbs import advance, claim_one, set_clock, value
+
+VECTORS = ("[1,1,0]", "[2,1,0]", "[3,1,0]", "[4,1,0]")
+
+
+@pytest.fixture(autouse=True)
+def registered_model(worker: Connection) -> None:
+    set_clock(worker)
+    worker.execute("select upload_pipeline.register_model(%s, 'openai', 3)", [MODEL])
+
+
+def led(worker: Connection, user: UUID, content: bytes = b"bytes") -> Any:
+    """The lease of a user's new document, its four chunks to be embedded."""
+    accept(worker, user, content)
+    lease = claim_one(worker)
+    lead(worker, lease, FOUR, until="embedding")
+    return lease
+
+
+def buy(worker: Connection, lease: Any, user: UUID, vectors: tuple[str, ...] = VECTORS) -> None:
+    """Keeps a vector for each chunk that the document lacks one of."""
+    lacking = [(chunk, text) for chunk, text in fill(worker, lease) if text is not None]
+    waiting = [(lease, chunk, place) for place, (chunk, _) in enumerate(lacking, start=1)]
+    assert keep(worker, user, [text for _, text in lacking], vectors, waiting) == len(lacking)
+
+
+def buffered_chunks(admin: Connection) -> list[UUID]:
+    rows = admin.execute("select chunk_id from upload_pipeline.document_chunk_buffer order by ordinal").fetchall()
+    return [row.chunk_id for row in rows]
+
+
+def live_vectors(admin: Connection) -> list[str]:
+    return [chunk.embedding for chunk in result(admin)["chunks"] if chunk.live]
+
+
+def to_commit(worker: Connection, lease: Any) -> None:
+    advance(worker, lease, "embedding", "embeddings_buffered")
+
+
+def test_a_paid_vector_is_written_once_before_it_is_committed(admin: Connection, worker: Connection) -> None:
+    user = uuid4()
+    lease = led(worker, user)
+    buy(worker, lease, user)
+    to_commit(worker, lease)
+    assert value(admin, "select count(embedding) from upload_pipeline.document_vector_buffer") == 0
+    assert buffered(admin) == (4, 4)
+    assert pending(worker, lease.document_id) == []
+    commit_embeddings(worker, lease)
+    assert live_vectors(admin) == list(VECTORS)
+    assert buffered(admin) == (0, 0)
+
+
+def test_what_is_forgotten_before_the_commit_is_pending_again_and_nothing_becomes_live(
+    admin: Connection, worker: Connection
+) -> None:
+    user = uuid4()
+    lease = led(worker, user)
+    buy(worker, lease, user)
+    to_commit(worker, lease)
+    admin.execute("delete from upload_pipeline.embedding_cache where text_sha256 in (sha256('three'), sha256('four'))")
+    with pytest.raises(psycopg.Error, match="2 of 4 buffered chunks lack a vector") as caught:
+        commit_embeddings(worker, lease)
+    assert caught.value.sqlstate == "UP007"
+    assert live_vectors(admin) == []
+    assert pending(worker, lease.document_id) == buffered_chunks(admin)[2:]
+
+    buy(worker, lease, user, ("[3,3,3]", "[4,4,4]"))
+    assert pending(worker, lease.document_id) == []
+    commit_embeddings(worker, lease)
+    assert live_vectors(admin) == [*VECTORS[:2], "[3,3,3]", "[4,4,4]"]
+    assert buffered(admin) == (0, 0)
+
+
+def test_what_was_forgotten_and_bought_for_another_document_is_not_bought_again(
+    admin: Connection, worker: Connection
+) -> None:
+    user = uuid4()
+    lease = led(worker, user)
+    buy(worker, lease, user)
+    admin.execute("delete from upload_pipeline.embedding_cache where text_sha256 = sha256('two')")
+    keep(worker, user, ["two"], ["[2,2,2]"])
+    assert fill(worker, lease) == []
+    to_commit(worker, lease)
+    commit_embeddings(worker, lease)
+    assert live_vectors(admin) == [VECTORS[0], "[2,2,2]", *VECTORS[2:]]
+
+
+def test_a_claim_between_buffer_and_commit_takes_the_named_vectors_along(admin: Connection, worker: Connection) -> None:
+    session, claimant = open_session(worker, "t"), uuid4()
+    lease = led(worker, session.user_id)
+    buy(worker, lease, session.user_id)
+    to_commit(worker, lease)
+    claim_session(worker, "t", claimant)
+    commit_embeddings(worker, lease)
+    assert live_vectors(admin) == list(VECTORS)
+    owners = admin.execute("select distinct user_id from upload_pipeline.document_chunks").fetchall()
+    assert [row.user_id for row in owners] == [claimant]
+
+
+def test_a_chunk_that_is_told_twice_and_a_text_of_two_who_became_one_are_written_once(
+    admin: Connection, worker: Connection
+) -> None:
+    session, claimant = open_session(worker, "t"), uuid4()
+    lease = led(worker, session.user_id)
+    claim_session(worker, "t", claimant)
+    placed = value(
+        worker,
+        """
+        select upload_pipeline.keep_vectors(
+          %s, array[%s, %s]::uuid[], array[sha256('one'), sha256('one')], '{"[1,1,1]","[1,1,1]"}',
+          array[%s, %s]::uuid[], array[%s, %s]::bigint[], array[%s, %s]::uuid[], array[1, 2])
+        """,
+        MODEL,
+        *(session.user_id, claimant),
+        *(lease.job_id, lease.job_id),
+        *(lease.lease_token, lease.lease_token),
+        *(buffered_chunks(admin)[:1] * 2),
+    )
+    assert placed == 1
+    assert value(admin, "select count(*) from upload_pipeline.embedding_cache") == 1
+    assert len(pending(worker, lease.document_id)) == 3
+
+
+def test_a_vector_of_another_model_that_is_named_stands_beside_the_chunk(admin: Connection, worker: Connection) -> None:
+    user = uuid4()
+    worker.execute("select upload_pipeline.add_model('next', 'openai', 3)")
+    lease = led(worker, user)
+    buy(worker, lease, user)
+    waiting = [(lease, chunk, place) for place, chunk in enumerate(buffered_chunks(admin), start=1)]
+    assert keep(worker, user, FOUR, ["[9,9,9]"] * 4, waiting, model="next") == 4
+    admin.execute("delete from upload_pipeline.embedding_cache where model = 'next' and text_sha256 = sha256('one')")
+    to_commit(worker, lease)
+    commit_embeddings(worker, lease)
+    rows = admin.execute("select embed_model, embedding::text from upload_pipeline.chunk_vectors").fetchall()
+    assert [tuple(row) for row in rows] == [("next", "[9,9,9]")] * 3, "the one that was forgotten is the filling's"
+    assert live_vectors(admin) == list(VECTORS)
