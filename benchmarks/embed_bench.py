@@ -10,8 +10,8 @@ stores texts and vectors, and no words. Each contender runs in a process of its 
 so that a machine that drifts hits all alike.
 
 All share one machine, so each figure comes with how busy its processors were meanwhile. Where some are idle, the
-embedder is what is waited for, and the ratio to the ceiling says what our own work costs. Where none is, the figure says
-how many vectors a second this machine can store, and the ceiling how many it could have made if it stored none.
+embedder is what is waited for, and the ratio to the ceiling says what our own work costs. Where none is, the figure
+says how many vectors a second this machine can store, and the ceiling how many it could have made if it stored none.
 """
 
 from __future__ import annotations
