@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from tests.simulators.openai_embeddings import KEY, Fault, OpenAISimulator, vector_of
+from tests.simulators.openai_server import refusal
 from upload_pipeline.errors import ErrorCode, PipelineError
 from upload_pipeline.providers.embedding import EmbeddingModel, open_embedder
 from upload_pipeline.providers.openai_embedder import EmbeddingError, OpenAIEmbedder
@@ -165,6 +166,55 @@ async def test_each_fault_of_a_request_has_its_code_and_remedy(
     assert (caught.value.headers.get("retry-after") == "300") == (fault is Fault.RATE_LIMITED)
     assert simulator.books.requests == 1
     assert (await embedder.request(TEXTS)).unusable == ()
+
+
+TOO_LARGE = "Request too large for m in organization org-x on tokens per min (TPM): Limit 40000, Requested 77159. The …"
+TOO_EARLY = (
+    "Rate limit reached for m in organization org-x on tokens per min (TPM): Limit 10000, Used 8554, Requested 3082."
+)
+NONE_OF_IT = "Rate limit reached for m in organization org-x on tokens per min (TPM): Limit 0, Used 0, Requested 12000."
+
+
+@pytest.mark.parametrize(
+    ("message", "kind", "code", "remedy", "minute"),
+    [
+        (TOO_LARGE, "tokens", ErrorCode.REQUEST_OVER_BUDGET, Remedy.SPLIT, 40_000),
+        ("Too many tokens: Limit 9, Requested 10.", "x", ErrorCode.REQUEST_OVER_BUDGET, Remedy.SPLIT, None),
+        ("Use fewer tokens.", "request_too_large", ErrorCode.REQUEST_OVER_BUDGET, Remedy.SPLIT, None),
+        (NONE_OF_IT, "tokens", ErrorCode.EMBED_QUOTA, Remedy.PAUSE, None),
+        (TOO_EARLY, "tokens", ErrorCode.EMBED_FAILED, Remedy.WAIT, None),
+        ("Rate limit reached: Limit 3, Used 3, Requested 1.", "requests", ErrorCode.EMBED_FAILED, Remedy.WAIT, None),
+        ("Slow down.", "tokens", ErrorCode.EMBED_FAILED, Remedy.WAIT, None),
+    ],
+)
+async def test_a_request_larger_than_a_minute_is_told_from_one_that_came_too_early(
+    simulator: OpenAISimulator,
+    embedder: OpenAIEmbedder,
+    monkeypatch: pytest.MonkeyPatch,
+    message: str,
+    kind: str,
+    code: ErrorCode,
+    remedy: Remedy,
+    minute: int | None,
+) -> None:
+    monkeypatch.setattr(
+        simulator, "full", lambda model, tokens: refusal(429, message, kind=kind, code="rate_limit_exceeded")
+    )
+    with pytest.raises(EmbeddingError) as caught:
+        await embedder.request(TEXTS)
+    assert (caught.value.code, caught.value.remedy, caught.value.minute) == (code, remedy, minute)
+
+
+async def test_what_is_larger_than_a_minute_is_sent_by_halves_and_one_text_is_refused_with_limit_and_remedy() -> None:
+    async with OpenAISimulator(tokens_per_minute=10, tells_too_large=True) as small:
+        embedder = OpenAIEmbedder(api_key=KEY, base_url=small.url, model="text-embedding-3-small", dimensions=16)
+        with pytest.raises(PipelineError) as caught:
+            await embedder.embed(["one two three", "a b c d e f g h i j k"])
+        assert caught.value.code is ErrorCode.REQUEST_OVER_BUDGET
+        assert "10 tokens in a minute" in caught.value.message
+        assert "UPLOAD_PIPELINE_CHUNK_TARGET_CHARS" in caught.value.message
+        assert (small.books.requests, small.books.over_limit, small.books.tokens) == (3, 2, 3)
+        await embedder.close()
 
 
 async def test_an_answer_in_another_order_is_put_in_order(simulator: OpenAISimulator, embedder: OpenAIEmbedder) -> None:

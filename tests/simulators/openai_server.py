@@ -92,6 +92,8 @@ class OpenAIServer(ABC):
         latency: seconds that an answer takes.
         faults: share of requests for each fault, by `seed`.
         retry_after: what a 429 by fault says.
+        tells_too_large: whether a request that is larger than a whole minute is told from one that came too early: by
+            the message alone, and without headers, as OpenAI does.
         clock: seconds that only grow.
         port: to listen on; 0 takes any that is free.
     """
@@ -103,6 +105,7 @@ class OpenAIServer(ABC):
     faults: Mapping[str, float] = field(default_factory=dict)
     seed: int = 0
     retry_after: float = 1.0
+    tells_too_large: bool = False
     clock: Callable[[], float] = time.monotonic
     port: int = 0
     url: str = ""
@@ -177,6 +180,13 @@ class OpenAIServer(ABC):
         """The refusal of a request for which a minute has no room; otherwise it has taken its place."""
         if self._requests.remaining() < 1 or self._tokens.remaining() < tokens:
             self.traffic.over_limit += 1
+            if self.tells_too_large and tokens > self.tokens_per_minute:
+                message = (
+                    f"Request too large for {model} in organization org-simulated on tokens per min (TPM): Limit "
+                    f"{self.tokens_per_minute}, Requested {tokens}. The input or output tokens must be reduced in "
+                    "order to run successfully. Visit https://platform.openai.com/account/rate-limits to learn more."
+                )
+                return refusal(429, message, kind="tokens", code="rate_limit_exceeded")
             kind = "requests" if self._requests.remaining() < 1 else "tokens"
             message = f"Rate limit reached for {model} on {kind} per min. Please try again in 1s."
             return refusal(429, message, kind=kind, code="rate_limit_exceeded", headers=self.headers())
@@ -263,6 +273,7 @@ def serve_by_name(simulator: type[OpenAIServer], document: str | None) -> None:
     parser.add_argument("--latency", type=float, default=0.0)
     parser.add_argument("--requests-per-minute", type=int, default=3000)
     parser.add_argument("--tokens-per-minute", type=int, default=1_000_000)
+    parser.add_argument("--tells-too-large", action="store_true", help="of a request larger than a whole minute")
     parser.add_argument("--faults", type=json.loads, default={}, help='as {"rate_limited": 0.1, "dropped": 0.02}')
     parser.add_argument("--seed", type=int, default=0)
     options = vars(parser.parse_args())

@@ -117,6 +117,21 @@ async def test_minutes_are_full_by_requests_and_by_tokens_and_slide() -> None:
     assert simulator.books.over_limit == 2
 
 
+async def test_a_request_larger_than_a_minute_is_told_by_its_message_alone() -> None:
+    async with (
+        OpenAISimulator(tokens_per_minute=10, tells_too_large=True) as simulator,
+        openai.AsyncOpenAI(api_key=KEY, base_url=simulator.url, max_retries=0) as client,
+    ):
+        for asked, words in (("a " * 11, "Request too large"), ("a " * 6, ""), ("a " * 6, "Rate limit reached")):
+            if not words:
+                await client.embeddings.create(model=MODEL, input=[asked])
+                continue
+            with pytest.raises(openai.RateLimitError, match=words) as caught:
+                await client.embeddings.create(model=MODEL, input=[asked])
+            assert (caught.value.type, caught.value.code) == ("tokens", "rate_limit_exceeded")
+            assert ("x-ratelimit-limit-tokens" in caught.value.response.headers) == (words == "Rate limit reached")
+
+
 async def test_each_fault_arrives_as_the_client_knows_it(
     simulator: OpenAISimulator, client: openai.AsyncOpenAI
 ) -> None:

@@ -215,6 +215,15 @@ async def test_a_photo_that_a_minute_does_not_hold_fails_and_says_so(
     assert simulator.books.requests == 0
 
 
+async def test_a_photo_that_no_minute_holds_fails_also_where_only_the_refusal_says_so(open_desk: OpenDesk) -> None:
+    async with VisionSimulator(tokens_per_minute=100, tells_too_large=True) as simulator:
+        with pytest.raises(PipelineError) as caught:
+            await ask(open_desk(simulator))
+    assert caught.value.code is ErrorCode.REQUEST_OVER_BUDGET
+    assert "100 tokens in a minute" in caught.value.message
+    assert "UPLOAD_PIPELINE_DETECTION_DETAIL" in caught.value.message
+
+
 async def test_a_thumbnail_is_read_before_anything_is_reserved(
     simulator: VisionSimulator, desk: DetectionDesk, admin: asyncpg.Connection
 ) -> None:

@@ -435,6 +435,35 @@ async def test_a_request_larger_than_a_minute_goes_in_parts(open_bench: OpenBenc
         assert simulator.books.over_limit == simulator.books.too_large == 0
 
 
+async def test_a_limit_that_only_a_refusal_tells_is_kept_from_then_on(
+    open_bench: OpenBench, admin: asyncpg.Connection
+) -> None:
+    async with OpenAISimulator(tokens_per_minute=500, tells_too_large=True) as simulator:
+        bench = open_bench(simulator)
+        with pytest.raises(PutOff) as caught:
+            await bench.embed(texts(300), seconds=3)
+        assert 0 < len(bench.got) < 300
+        assert caught.value.seconds < 120
+        assert (simulator.books.over_limit, simulator.books.paid_again()) == (1, {})
+        # what was refused for its size fills no minute
+        counted = "select max(tokens) from upload_pipeline.provider_reservations where settled_at is not null"
+        assert await admin.fetchval(counted) <= 500
+
+
+async def test_a_text_larger_than_a_minute_fails_its_own_job_with_limit_and_remedy(open_bench: OpenBench) -> None:
+    async with OpenAISimulator(tokens_per_minute=100, tells_too_large=True) as simulator:
+        bench = open_bench(simulator)
+        others = Bench(simulator, bench.batcher)
+        long, short = await asyncio.gather(bench.embed(["word " * 101]), others.embed(texts(5)), return_exceptions=True)
+        assert isinstance(long, PipelineError)
+        assert (long.code, long.retryable) == (ErrorCode.REQUEST_OVER_BUDGET, False)
+        assert "takes 100 tokens in a minute, and one request asked for 101" in long.message
+        assert "UPLOAD_PIPELINE_CHUNK_TARGET_CHARS" in long.message
+        assert "ask the provider for a higher limit" in long.message
+        assert short == texts(5)
+        assert simulator.books.over_limit == 2
+
+
 async def test_a_job_that_goes_away_leaves_the_line_and_the_others_get_theirs(open_bench: OpenBench) -> None:
     async with OpenAISimulator(latency=0.2) as simulator:
         bench = open_bench(simulator, most=10, concurrency=1)

@@ -180,7 +180,7 @@ class DetectionDesk:
                 tokens, limits, paid = answer.tokens, read_rate_limits(answer.headers or {}), True
             return answer
         except DetectionError as error:
-            tokens, limits, paid = error.tokens, error.limits(), error.broken or error.tokens is not None
+            tokens, limits, paid = error.tokens, error.limits(), error.broken or bool(error.tokens)
             raise
         finally:
             await self._settle(granted.reservation_id, tokens, limits)

@@ -10,7 +10,7 @@ to come back, and their leases are free meanwhile.
 
     the request                       its texts
     brought vectors                   kept, then told; one without a direction is sent again, then refused
-    was refused for its content       by halves, until the one at fault is alone and fails its own documents
+    was refused for content or size   by halves, until the one at fault is alone and fails its own documents
     failed in a way that may pass     sent again a few times, then their jobs fail, to be tried again
     met a limit                       the budget is frozen as the answer said; sent again, or their jobs put off
     met an empty account, a bad key   the provider is paused for all workers; their jobs put off, no retry counted
@@ -35,7 +35,6 @@ from upload_pipeline.database.usage import Usage
 from upload_pipeline.errors import ErrorCode, PipelineError
 from upload_pipeline.providers.openai_embedder import PROVIDER, EmbeddingError, OpenAIEmbedder
 from upload_pipeline.providers.provider_failures import Remedy
-from upload_pipeline.providers.request_packing import MAX_REQUEST_TOKENS
 from upload_workers.embedding_line import Item, Line, PutOff, Ticket
 from upload_workers.embedding_requests import EmbeddingRequests
 from upload_workers.embedding_usage import usage_of_request
@@ -101,7 +100,6 @@ class EmbeddingBatcher:
         self._most = most
         self._concurrency = concurrency
         self._prices = prices
-        self._request_tokens = min(MAX_REQUEST_TOKENS, token_limit or MAX_REQUEST_TOKENS)
         self._requests = EmbeddingRequests(
             embedder=embedder,
             db=db,
@@ -206,7 +204,7 @@ class EmbeddingBatcher:
             while (
                 len(self._under_way) - self._writing <= self._concurrency
                 and self._writing <= self._concurrency
-                and (part := self._line.take(self._most, self._request_tokens))
+                and (part := self._line.take(self._most, self._requests.most_tokens))
             ):
                 task = asyncio.create_task(self._send(part))
                 self._under_way.add(task)
@@ -223,6 +221,10 @@ class EmbeddingBatcher:
             part: its texts.
             more_to_come: whether the task makes another request after it, and so keeps its place.
         """
+        if len(part) > 1 and sum(item.tokens for item in part) > self._requests.most_tokens:
+            # a refusal told of a limit since it was put together
+            await self._send_halves(part)
+            return
         try:
             answer = await self._requests.send(part)
         except EmbeddingError as error:

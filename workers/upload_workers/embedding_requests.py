@@ -3,6 +3,10 @@
 A request is reserved before it is sent, also while it waits for one of the slots, and settled after it, with what the
 answer told of tokens and limits. Where the budget takes longer than `PATIENCE`, nobody waits here: the texts are put
 off.
+
+Where a request is refused since it is larger than a whole minute, and the refusal says how much a minute holds, no
+larger one is made here for `TOLD_SECONDS`. The budget is not told: it believes headers, which every good answer brings
+anew, and a limit that stood in a refusal only would never be taken back by a server that sends none.
 """
 
 from __future__ import annotations
@@ -19,6 +23,7 @@ import structlog
 from upload_pipeline.database import provider_budget
 from upload_pipeline.providers.openai_embedder import PROVIDER, EmbeddingError
 from upload_pipeline.providers.provider_failures import Remedy
+from upload_pipeline.providers.request_packing import MAX_REQUEST_TOKENS
 from upload_pipeline.rate_headers import RateLimits, key_id_of, read_rate_limits
 from upload_workers.embedding_line import PutOff
 
@@ -37,6 +42,9 @@ PATIENCE = 5.0
 
 PAUSE_SECONDS = 600.0
 """For which nobody calls a provider whose account is empty or whose key is refused."""
+
+TOLD_SECONDS = 600.0
+"""For which a limit is believed that stood in a refusal; it may be raised, and nobody tells."""
 
 _LIFE_SLACK = timedelta(seconds=10)  # between a request's timeout and the end of its reservation
 
@@ -64,6 +72,8 @@ class EmbeddingRequests:
     request_limit: int | None = None
     token_limit: int | None = None
     open_at: float = 0.0
+    _told: int = 0  # tokens of a minute, as a refusal said
+    _told_until: float = 0.0
     _slots: asyncio.Semaphore = field(init=False)
     _refusals: int = 0  # limits and pauses that were met: what was reserved before one is not sent after it
     _place: UUID | None = None  # in line for the budget
@@ -73,6 +83,12 @@ class EmbeddingRequests:
         self._key_id = key_id_of(self.embedder.api_key)
         # A call is made when it has waited for the slot of another.
         self._life = 2 * timedelta(seconds=self.timeout) + _LIFE_SLACK
+
+    @property
+    def most_tokens(self) -> int:
+        """Most tokens that a request of several texts may hold now."""
+        told = self._told if time.monotonic() < self._told_until else MAX_REQUEST_TOKENS
+        return min(MAX_REQUEST_TOKENS, self.token_limit or MAX_REQUEST_TOKENS, told)
 
     async def send(self, part: Sequence[Item]) -> EmbeddingAnswer:
         """Reserves, asks, settles.
@@ -149,6 +165,8 @@ class EmbeddingRequests:
                 answer = await self.embedder.request([item.text for item in part])
         except EmbeddingError as error:
             tokens, limits = error.tokens, error.limits()
+            if error.minute is not None:
+                self._told, self._told_until = error.minute, time.monotonic() + TOLD_SECONDS
             self._refusals += error.remedy in (Remedy.WAIT, Remedy.PAUSE)
             raise
         finally:

@@ -77,6 +77,7 @@ _WORDING = Wording(
     rejected=ErrorCode.DETECT_REJECTED,
     look_at="UPLOAD_PIPELINE_DETECTION_MODEL, _DETECTION_MAX_TOKENS and _OPENAI_BASE_URL",
     setting_params=frozenset({"model", "max_completion_tokens", "max_tokens", "response_format"}),
+    make_smaller="Lower UPLOAD_PIPELINE_DETECTION_DETAIL and _DETECTION_MAX_TOKENS",
 )
 
 

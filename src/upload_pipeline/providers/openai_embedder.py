@@ -2,7 +2,8 @@
 
 The official client sends and reads; it never tries again by itself, so that every request is seen by whoever counts
 them. What a failure asks for is said by its `Remedy` (`provider_failures`): what may pass is `EMBED_FAILED`, an empty
-account `EMBED_QUOTA`, a refused key or model `EMBED_DENIED`, a text that is not taken `EMBED_REJECTED`.
+account `EMBED_QUOTA`, a refused key or model `EMBED_DENIED`, a text that is not taken `EMBED_REJECTED`, and what is
+more than the provider takes in a whole minute `REQUEST_OVER_BUDGET`.
 """
 
 from __future__ import annotations
@@ -75,6 +76,7 @@ _WORDING = Wording(
     rejected=ErrorCode.EMBED_REJECTED,
     look_at="UPLOAD_PIPELINE_OPENAI_MODEL, _DIMENSIONS and _BASE_URL",
     setting_params=frozenset({"model", "dimensions", "encoding_format"}),
+    make_smaller="Shorten the text (of documents: UPLOAD_PIPELINE_CHUNK_TARGET_CHARS and _CHUNK_MAX_BYTES)",
 )
 
 
@@ -155,7 +157,7 @@ class OpenAIEmbedder:
         """Sends texts once, as one request, and checks what comes back.
 
         Raises:
-            EmbeddingError: `EMBED_FAILED`, `EMBED_QUOTA`, `EMBED_DENIED` or `EMBED_REJECTED`.
+            EmbeddingError: `EMBED_FAILED`, `EMBED_QUOTA`, `EMBED_DENIED`, `EMBED_REJECTED` or `REQUEST_OVER_BUDGET`.
         """
         import openai
 
@@ -197,7 +199,7 @@ class OpenAIEmbedder:
         """Embeds texts, part by part; a failure that may pass is tried again at once, a few times.
 
         Raises:
-            PipelineError: `EMBED_FAILED`, `EMBED_QUOTA`, `EMBED_DENIED` or `EMBED_REJECTED`.
+            PipelineError: `EMBED_FAILED`, `EMBED_QUOTA`, `EMBED_DENIED`, `EMBED_REJECTED` or `REQUEST_OVER_BUDGET`.
             TypeError: `texts` is one string, or holds something that is not a string.
         """
         check_texts(texts)

@@ -5,14 +5,24 @@ Of a server that speaks as OpenAI's does, the official client's errors are read 
     Remedy   when                                                         code
     AGAIN    no answer, a broken one, 408, 409, 5xx                       failed
     WAIT     429                                                          failed
-    PAUSE    no money (429 `insufficient_quota`, 402); key or model       quota, denied
-             refused (401, 403, 404, 400 of a setting)
-    SPLIT    any other 4xx: too large, or content that is not taken       rejected
+    PAUSE    no money (429 `insufficient_quota`, 402; 429 of a limit      quota, denied
+             of 0); key or model refused (401, 403, 404, 400 of a
+             setting)
+    SPLIT    429 of a request that is larger than a whole minute          REQUEST_OVER_BUDGET
+             any other 4xx: too large, or content that is not taken       rejected
+
+A request that is larger than a minute has the same type and code (`tokens`, `rate_limit_exceeded`) as one that came
+when the minute was full, and often no header; only the message tells (as users of 2023 to 2025 quote it, it is not
+documented):
+
+    Request too large for M in organization O on tokens per min (TPM): Limit 1000000, Requested 1003160. The input …
+    Rate limit reached for M in organization O on tokens per min (TPM): Limit 200000, Used 195663, Requested 7592. …
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from importlib.util import find_spec
@@ -25,6 +35,10 @@ MESSAGE_CHARS = 300
 """Most of a provider's own words that an error repeats."""
 
 _UNTOLD_WAIT = 2.0  # seconds, where a 429 says no time
+
+_TOO_LARGE = re.compile(r"request[ _](?:is )?too[ _]large", re.IGNORECASE)
+_LIMIT_AND_REQUESTED = re.compile(r"\blimit:? (\d{1,15})\b.*?\brequested:? (\d{1,15})\b", re.IGNORECASE | re.DOTALL)
+_OF_TOKENS_IN_A_MINUTE = re.compile(r"\btokens per min|\bTPM\b", re.IGNORECASE)
 
 
 class Remedy(StrEnum):
@@ -45,12 +59,14 @@ class ProviderError(PipelineError):
         headers: of the answer, names in small letters; empty where there was none.
         answered: whether the provider answered at all.
         tokens: that were paid for nevertheless; None where nobody knows of any.
+        minute: the tokens of a minute, where the request was refused for holding more and the refusal says so.
     """
 
     remedy: Remedy = Remedy.AGAIN
     headers: Mapping[str, str] = field(default_factory=dict)
     answered: bool = False
     tokens: int | None = None
+    minute: int | None = None
 
     def limits(self) -> RateLimits | None:
         """What it told of limits; a 429 always tells a time."""
@@ -70,6 +86,7 @@ class Wording:
         failed: code of what may pass.
         look_at: settings to look at where the model is refused.
         setting_params: parameters of the request that settings decide.
+        make_smaller: what makes a request smaller, as a sentence without its end.
     """
 
     error: type[ProviderError]
@@ -81,6 +98,7 @@ class Wording:
     rejected: ErrorCode
     look_at: str
     setting_params: frozenset[str]
+    make_smaller: str
 
 
 def open_client(*, setting: str, api_key: str, base_url: str, timeout: float) -> Any:
@@ -157,11 +175,59 @@ def refused(error: Any, wording: Wording, *, api_key: str) -> ProviderError:
     if status == 404 or (status == 400 and error.param in wording.setting_params):
         message = f"{who} has no such model, or not like this ({status}): {said}. Look at {wording.look_at}."
         return failed(wording.denied, message, Remedy.PAUSE)
+    if status == 429 and (large := _larger_than_a_minute(error)):
+        if large.limit == 0:
+            message = f"{who}'s account may use nothing of this model ({status}): {said}. Look at its plan and billing."
+            return failed(wording.quota, message, Remedy.PAUSE)
+        return _over_minute(large, failed, wording, said)
     if status == 429:
         return failed(wording.failed, f"{who}'s rate limit is reached: {said}", Remedy.WAIT)
     if status >= 500 or status in (408, 409):
         return failed(wording.failed, f"{who} failed ({status}): {said}", Remedy.AGAIN)
     return failed(wording.rejected, f"{who} does not take {wording.content} ({status}): {said}", Remedy.SPLIT)
+
+
+@dataclass(frozen=True, slots=True)
+class _Large:
+    """Of a request that no minute holds: what one holds and what was asked for, where that is told.
+
+    Attributes:
+        of_tokens: in a minute; else of something else, or it is not told.
+    """
+
+    limit: int | None
+    requested: int | None
+    of_tokens: bool
+
+
+def _larger_than_a_minute(error: Any) -> _Large | None:
+    """What a 429 tells of a request that will never be taken as it is; None of one that came too early."""
+    message = str(error.message)
+    told = _LIMIT_AND_REQUESTED.search(message)
+    limit, requested = (int(told[1]), int(told[2])) if told else (None, None)
+    if limit is not None and requested is not None and requested > limit:
+        return _Large(limit, requested, _OF_TOKENS_IN_A_MINUTE.search(message) is not None)
+    if any(_TOO_LARGE.search(str(words)) for words in (message, error.type, error.code)):
+        return _Large(None, None, of_tokens=False)
+    return None
+
+
+def _over_minute(
+    large: _Large, failed: Callable[[ErrorCode, str, Remedy], ProviderError], wording: Wording, said: str
+) -> ProviderError:
+    who = wording.who
+    what = f"{who} does not take a request that is larger than its rate limit"
+    if large.of_tokens:
+        what = f"{who} takes {large.limit} tokens in a minute, and one request asked for {large.requested}"
+    error = failed(
+        ErrorCode.REQUEST_OVER_BUDGET,
+        f"{what} (429): {said.rstrip('. ')}. {wording.make_smaller}, or ask the provider for a higher limit.",
+        Remedy.SPLIT,
+    )
+    # what is more than a whole minute was not counted in one
+    error.tokens = 0
+    error.minute = large.limit if large.of_tokens else None
+    return error
 
 
 def lower_names(headers: Mapping[str, str]) -> dict[str, str]:
