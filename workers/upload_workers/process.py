@@ -27,6 +27,7 @@ from upload_pipeline.storage.store import ObjectStore
 from upload_pipeline.storage.virus_scan import open_scanner
 from upload_workers.bounded import bounded
 from upload_workers.detection_desk import open_desk
+from upload_workers.garbage import seldom_collected
 from upload_workers.health import health_endpoint
 from upload_workers.hosted_parse import open_hosted_parser
 from upload_workers.leases import LeaseKeeper, heartbeat_connection
@@ -163,6 +164,7 @@ async def running_worker(
             await stack.enter_async_context(
                 health_endpoint(runner, db, host=settings.health_host, port=settings.health_port)
             )
+        stack.enter_context(seldom_collected())
         log.info("worker_started", worker_id=str(worker_id), pools=pools, concurrency=concurrency)
         runner.start()
         stack.push_async_callback(runner.drain, settings.shutdown_grace)
