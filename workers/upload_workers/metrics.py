@@ -6,6 +6,7 @@ the depth of the queue, is told by the HTTP service.
 
 from __future__ import annotations
 
+from functools import cache
 from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
@@ -48,6 +49,9 @@ class WorkerMetrics:
             buckets=(0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1, 5, 10, 30, 60, 120, 300),
             registry=self.registry,
         )
+        # to find a child by its labels takes longer than to count in it; there are as many as stages and outcomes
+        self._step_counter = cache(self._steps.labels)
+        self._step_timer = cache(self._step_seconds.labels)
         self._fenced = Counter(
             f"{_PREFIX}fenced_writes",
             "Writes that the database refused, since the job's lease was lost.",
@@ -69,8 +73,8 @@ class WorkerMetrics:
 
     def step_ended(self, pipeline: str, stage: str, outcome: str, seconds: float) -> None:
         """A step has ended."""
-        self._steps.labels(pipeline, stage, outcome).inc()
-        self._step_seconds.labels(pipeline, stage).observe(seconds)
+        self._step_counter(pipeline, stage, outcome).inc()
+        self._step_timer(pipeline, stage).observe(seconds)
 
     def write_fenced(self) -> None:
         """A write was refused."""
