@@ -2264,14 +2264,13 @@ begin
    where b.document_id = v_document and (v.text_sha256 is null or e.text_sha256 is not null)
   on conflict (chunk_id, embed_model) do nothing;
 
-  -- asked of what is written: a vector that was buffered by name may have been forgotten until a moment ago
-  select count(*) into v_lacking
+  -- asked of what is written: a vector that was buffered by name may have been forgotten until a moment ago. By outer joins,
+  -- so that it begins with the buffer and goes by keys: whatever the planner takes for rare, it looks for in whole tables.
+  select count(*) filter (where c.live is not true or c.embed_model <> p_model and s.chunk_id is null) into v_lacking
     from upload_pipeline.document_chunk_buffer b
-    join upload_pipeline.document_chunks c on c.chunk_id = b.chunk_id
-   where b.document_id = v_document
-     and (not c.live
-          or c.embed_model <> p_model
-             and not exists (select from upload_pipeline.chunk_vectors s where s.chunk_id = c.chunk_id and s.embed_model = p_model));
+    left join upload_pipeline.document_chunks c on c.chunk_id = b.chunk_id
+    left join upload_pipeline.chunk_vectors s on s.chunk_id = b.chunk_id and s.embed_model = p_model
+   where b.document_id = v_document;
   if v_lacking > 0 then
     raise exception 'document %: % of % buffered chunks lack a vector of "%"', v_document, v_lacking, v_chunks, p_model
       using errcode = 'UP007', hint = 'Embed them, then commit again.';

@@ -11,7 +11,7 @@ from uuid import UUID, uuid4
 from document_steps import accept, lead
 from paid_texts import MODEL, fill, start_job
 from sessions import Connection
-from verbs import advance, claim_one, release, set_clock, user_number, value
+from verbs import advance, claim_one, release, retry, set_clock, user_number, value
 
 ROWS = 200_000
 """Of a heavy user and of a thousand others, in equal parts; with 1,000,000 a text costs one block more."""
@@ -41,6 +41,17 @@ select case when mod(i, 2) = 0 then %(heavy)s
        'm3', 3, sha256(('text ' || i / 2)::bytea), date '2020-01-01' + mod(i, 2000), '[1,2,3]'
   from generate_series(1, %(rows)s) i
 """
+
+BESIDE_CHUNKS = """
+insert into upload_pipeline.chunk_vectors (chunk_id, embed_model, document_id, embedding)
+select chunk_id, 'next', document_id, '[1,0,0]' from upload_pipeline.document_chunks
+"""
+
+BESIDE_OTHERS = """
+insert into upload_pipeline.chunk_vectors (chunk_id, embed_model, document_id, embedding)
+select gen_random_uuid(), 'next', gen_random_uuid(), '[1,0,0]' from generate_series(1, %s)
+"""
+"""In no order, so that reading them one by one reads a block each."""
 
 
 def blocks(db: Connection, call: str, *arguments: Any) -> int:
@@ -103,6 +114,33 @@ def test_a_commit_takes_named_vectors_by_their_keys_whatever_the_statistics_say(
         worst = max(worst, blocks(worker, "commit_embeddings(%s, %s, %s)", *held, MODEL))
     print(worst)
     assert worst <= COMMIT_BOUND
+
+
+def test_a_commit_looks_for_lacking_vectors_by_keys_however_many_have_come_since_it_was_planned(
+    admin: Connection, worker: Connection
+) -> None:
+    """A session that planned when no vector stood beside a chunk; then a model was filled and activated."""
+    set_clock(worker)
+    worker.execute("select upload_pipeline.register_model(%s, 'openai', 3)", [MODEL])
+    for table in ("chunk_vectors", "document_chunk_buffer", "document_chunks"):
+        admin.execute(f"alter table upload_pipeline.{table} set (autovacuum_enabled = off)")
+        admin.execute(f"analyze upload_pipeline.{table}")
+    texts = tuple(f"text {i}" for i in range(COMMITTED))
+    for number in range(7):
+        accept(worker, HEAVY, f"{number}".encode())
+        lease = claim_one(worker)
+        lead(worker, lease, texts)
+    worker.execute("select upload_pipeline.add_model('next', 'openai', 3)")
+    admin.execute(BESIDE_CHUNKS)
+    admin.execute("set session_replication_role = replica")
+    admin.execute(BESIDE_OTHERS, [ROWS])
+    worker.execute("select upload_pipeline.activate_model('next', '7 days')")
+    retry(worker, lease.job_id, "embedding")
+    lease = claim_one(worker)
+    lead(worker, lease, texts, until="embeddings_buffered", model="next")
+    read = blocks(worker, "commit_embeddings(%s, %s, 'next')", lease.job_id, lease.lease_token)
+    print(read)
+    assert read <= COMMIT_BOUND
 
 
 def test_what_a_verb_reads_does_not_grow_with_the_cache(admin: Connection, worker: Connection) -> None:
