@@ -254,20 +254,39 @@ begin
 end
 $$;
 
--- Makes a user's vectors another's, who may have some of them.
+-- Makes a user's vectors another's, who may have some of them: used when either used them last. What is buffered by name for
+-- a document that stays the first user's has its vector itself from now on: the name is the other's.
 create function upload_pipeline.move_user_vectors(p_from uuid, p_to uuid)
 returns void
 language plpgsql
 security definer
 set search_path = ''
 set enable_seqscan = off
+set enable_bitmapscan = off
+set enable_hashjoin = off
+set enable_mergejoin = off
+set enable_material = off
+set jit = off
 as $$
 begin
-  insert into upload_pipeline.embedding_cache (user_id, model, dimensions, text_sha256, last_used_on, embedding)
-  select p_to, c.model, c.dimensions, c.text_sha256, c.last_used_on, c.embedding
-    from upload_pipeline.embedding_cache c where c.user_id = p_from
-   order by c.model, c.dimensions, c.text_sha256
-  on conflict (user_id, model, dimensions, text_sha256) do nothing;
+  update upload_pipeline.document_vector_buffer v set embedding = n.embedding, text_sha256 = null
+    from (select b.chunk_id, b.embed_model, e.embedding
+            from upload_pipeline.documents d
+            join upload_pipeline.document_vector_buffer b on b.document_id = d.document_id and b.text_sha256 is not null
+            join upload_pipeline.embedding_models m on m.model = b.embed_model
+           cross join lateral (
+             select k.embedding from upload_pipeline.embedding_cache k
+              where k.user_id = p_from and k.model = m.model and k.dimensions = m.dimensions and k.text_sha256 = b.text_sha256
+             offset 0) e
+           where d.user_id = p_from and d.deleted_at is null
+           order by b.chunk_id) n
+   where v.chunk_id = n.chunk_id and v.embed_model = n.embed_model;
+  insert into upload_pipeline.embedding_cache as c (user_id, model, dimensions, text_sha256, last_used_on, embedding)
+  select p_to, f.model, f.dimensions, f.text_sha256, f.last_used_on, f.embedding
+    from upload_pipeline.embedding_cache f where f.user_id = p_from
+   order by f.model, f.dimensions, f.text_sha256
+  on conflict (user_id, model, dimensions, text_sha256) do update set last_used_on = excluded.last_used_on
+     where c.last_used_on < excluded.last_used_on;
   delete from upload_pipeline.embedding_cache c where c.user_id = p_from;
 end
 $$;

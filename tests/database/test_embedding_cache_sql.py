@@ -249,6 +249,19 @@ def test_a_claimant_keeps_what_was_paid_for_before(admin: Connection, worker: Co
     assert cached(admin) == {key(user, "both"): "[5,5,5]", key(user, "session"): "[7,7,7]"}
 
 
+def test_a_text_of_both_is_used_when_either_used_it_last(admin: Connection, worker: Connection, user: UUID) -> None:
+    set_clock(worker)
+    lease, _ = a_sessions_job(worker, admin)
+    keep(worker, user, ["old", "new"], ["[5,5,5]", "[5,5,5]"])
+    keep(worker, lease.user_id, ["older"], ["[6,6,6]"])
+    set_clock(worker, 20 * DAY)
+    keep(worker, lease.user_id, ["old"], ["[6,6,6]"])
+    keep(worker, user, ["older"], ["[5,5,5]"])
+    claim_session(worker, "t", user)
+    assert value(worker, "select upload_pipeline.forget_unused_vectors('10 days')") == 1
+    assert cached(admin) == {key(user, "old"): "[5,5,5]", key(user, "older"): "[5,5,5]"}
+
+
 def test_a_claim_waits_for_an_answer_that_is_being_written_and_takes_it_along(
     admin: Connection, worker: Connection, connect: Connect
 ) -> None:

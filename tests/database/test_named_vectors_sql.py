@@ -8,7 +8,7 @@ from uuid import UUID, uuid4
 import psycopg
 import pytest
 from document_steps import FOUR, MODEL, accept, buffered, commit_embeddings, lead, pending, result
-from paid_texts import fill, keep
+from paid_texts import cached, fill, keep
 from session_verbs import claim_session, open_session
 from sessions import Connection
 from verbs import advance, claim_one, set_clock, value
@@ -108,6 +108,23 @@ def test_a_claim_between_buffer_and_commit_takes_the_named_vectors_along(admin: 
     assert live_vectors(admin) == list(VECTORS)
     owners = admin.execute("select distinct user_id from upload_pipeline.document_chunks").fetchall()
     assert [row.user_id for row in owners] == [claimant]
+
+
+def test_a_document_that_a_claim_leaves_for_later_keeps_the_vectors_that_it_named(
+    admin: Connection, worker: Connection
+) -> None:
+    """It stays the session's while the claimant's own of the same bytes is being deleted; what it paid for moves."""
+    session, claimant = open_session(worker, "t"), uuid4()
+    lease = led(worker, session.user_id)
+    buy(worker, lease, session.user_id)
+    to_commit(worker, lease)
+    own = accept(worker, claimant)
+    worker.execute("select upload_pipeline.begin_deletion(%s)", [own.document_id])
+    assert claim_session(worker, "t", claimant).remaining == 1
+    assert {user for user, _ in cached(admin)} == {claimant}
+    assert pending(worker, lease.document_id) == []
+    commit_embeddings(worker, lease)
+    assert live_vectors(admin) == list(VECTORS)
 
 
 def test_a_chunk_that_is_told_twice_and_a_text_of_two_who_became_one_are_written_once(
