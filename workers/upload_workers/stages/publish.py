@@ -1,7 +1,8 @@
 """`embeddings_buffered` -> `embedded`: the new set of chunks takes the old one's place, and the document is found.
 
 All of it is one transaction of the database. It is refused where another embedding model has become the active one
-since the chunks were embedded; then they are embedded by that one, here and now.
+since the chunks were embedded, or a vector that was paid for has been forgotten; then what is lacking is embedded, here
+and now.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from upload_workers.filling import fill, put_back
 from upload_workers.steps import Commit, Outcome, StepContext
 
 TRIES = 3
-"""Of the commit; each finds another active model than the one before."""
+"""Of the commit; each finds another active model than the one before, or that vectors are forgotten."""
 
 
 async def publish(job: ClaimedJob, context: StepContext) -> Outcome:
