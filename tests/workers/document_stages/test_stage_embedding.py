@@ -12,14 +12,18 @@ import asyncpg
 import numpy as np
 import pytest
 from document_line import PATH, USER, Crash, CrashingDatabase, OpenLine
+from pydantic import SecretStr
 from sample_documents import make_document
 
+from tests.simulators.openai_embeddings import KEY, OpenAISimulator
 from upload_pipeline.database import documents, sessions
 from upload_pipeline.database.documents import load_document
 from upload_pipeline.database.queue import ClaimedJob, Lease
 from upload_pipeline.errors import PipelineError
+from upload_pipeline.providers.calls import ProviderCalls
 from upload_pipeline.providers.local_embedder import LocalEmbedder
 from upload_pipeline.storage.document_objects import remove_document_objects
+from upload_workers.models_in_use import ModelsInUse
 from upload_workers.pipelines import STEPS
 
 
@@ -127,3 +131,35 @@ async def test_a_job_whose_session_is_claimed_at_any_moment_ends_done_and_its_de
         await documents.finish_deletion(db, line.document)
         await line.admin.execute("delete from upload_pipeline.sessions")
         await line.admin.execute("delete from upload_pipeline.events")
+
+
+async def test_paid_vectors_that_are_forgotten_before_the_commit_are_made_again_there_and_no_others(
+    open_line: OpenLine,
+) -> None:
+    line = await open_line("md", "\n\n".join(f"# Part {n}\n\n{'word ' * 300}" for n in range(7)).encode())
+    await line.admin.execute("delete from upload_pipeline.embedding_models")
+    async with OpenAISimulator() as simulator:
+        settings = line.context.settings.model_copy(
+            update={
+                "embedder": "openai",
+                "openai_api_key": SecretStr(KEY),
+                "openai_base_url": simulator.url,
+                "openai_dimensions": 16,
+            }
+        )
+        models = ModelsInUse(line.context.db, ProviderCalls(), settings)
+        await models.start()
+        paid = replace(line, context=replace(line.context, settings=settings, models=models))
+        job = await paid.run_to(await paid.claim(), "embeddings_buffered")
+        chunks = await line.admin.fetchval("select count(*) from upload_pipeline.document_chunk_buffer")
+        assert chunks > 4
+        forgotten = await line.admin.execute(
+            "delete from upload_pipeline.embedding_cache where text_sha256 in"
+            " (select sha256(convert_to(text, 'UTF8')) from upload_pipeline.document_chunk_buffer where ordinal < 3)"
+        )
+        assert forgotten == "DELETE 3"
+        await paid.run_to(job, "embedded")
+        await models.close()
+        assert sum(simulator.books.paid_again().values()) == 3
+        assert sum(simulator.books.paid.values()) == chunks + 3
+    assert await line.admin.fetchval("select count(*) from upload_pipeline.document_chunks where live") == chunks
