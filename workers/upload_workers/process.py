@@ -18,6 +18,7 @@ import upload_pipeline
 from upload_pipeline.database import queue
 from upload_pipeline.database.connection import connect, connection_options
 from upload_pipeline.database.pools import BoundedPool, open_pool
+from upload_pipeline.garbage import seldom_collected
 from upload_pipeline.providers.calls import MeasuredParser, MeasuredPhotoReader, ProviderCalls
 from upload_pipeline.providers.local_parser import LocalParser
 from upload_pipeline.providers.local_photo_reader import LocalPhotoReader
@@ -27,7 +28,6 @@ from upload_pipeline.storage.store import ObjectStore
 from upload_pipeline.storage.virus_scan import open_scanner
 from upload_workers.bounded import bounded
 from upload_workers.detection_desk import open_desk
-from upload_workers.garbage import seldom_collected
 from upload_workers.health import health_endpoint
 from upload_workers.hosted_parse import open_hosted_parser
 from upload_workers.leases import LeaseKeeper, heartbeat_connection

@@ -19,6 +19,7 @@ from upload_pipeline.database.migration_state import require_migrations
 from upload_pipeline.database.queue import Executor
 from upload_pipeline.database.rate_limits import forget_full_buckets
 from upload_pipeline.errors import ErrorCode, PipelineError
+from upload_pipeline.garbage import seldom_collected
 from upload_pipeline.settings import Settings
 
 log = structlog.get_logger(__name__)
@@ -103,6 +104,7 @@ async def running_service(settings: Settings, database_url: str) -> AsyncGenerat
         host, port = listening.getsockname()[:2]
         service = RunningService(f"http://{f'[{host}]' if ':' in host else host}:{port}", serving)
         await asyncio.wait([serving, stack.enter_context(_waiting(server.ready))], return_when=asyncio.FIRST_COMPLETED)
+        stack.enter_context(seldom_collected())
         log.info("service_started", url=service.url)
         yield service
     log.info("service_stopped")

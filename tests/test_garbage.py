@@ -7,7 +7,7 @@ import weakref
 
 import pytest
 
-from upload_workers.garbage import YOUNG, seldom_collected
+from upload_pipeline.garbage import YOUNG, seldom_collected
 
 
 class Node:

@@ -3,7 +3,7 @@
 What is freed by its reference count, which is nearly all, is not concerned. Python looks for cycles whenever 700 more
 objects were made than freed, and a worker with many jobs under way has more than that alive at any moment: to go
 through the same tasks and rows again and again took nearly a third of its time in `scripts/bench queue`. What is there
-when a worker starts (modules, classes, settings) stays, and is not looked at again.
+when work begins (modules, classes, settings) stays, and is not looked at again.
 """
 
 from __future__ import annotations
