@@ -115,6 +115,33 @@ async def test_a_paid_model_is_filled_within_its_budget_and_a_kill_costs_what_wa
     assert books.paid == paid, "an activation costs nothing"
 
 
+async def test_a_worker_without_the_key_claims_no_second_document_and_one_that_has_it_serves_all(
+    world: World, simulator: OpenAISimulator
+) -> None:
+    key = world.environment.pop("UPLOAD_PIPELINE_OPENAI_API_KEY")
+    world.environment |= {"UPLOAD_PIPELINE_EMBEDDER": "local", "UPLOAD_PIPELINE_WORKER_CONCURRENCY": "1"}
+    world.start_worker()
+    async with asyncio.timeout(60):
+        while not (keyless := await rows(world, "select worker_id from upload_pipeline.workers")):
+            await asyncio.sleep(0.05)
+    await rows(world, f"select upload_pipeline.add_model('{MODEL}', 'openai', {DIMENSIONS})")
+    await rows(world, f"select upload_pipeline.activate_model('{MODEL}', '1 day')")
+    files = world.home / "files"
+    await world.ingest([(long_document(files / "a.md", sections=2), uuid4())])
+    await until(
+        world, "select count(*) from upload_pipeline.upload_jobs where state = 'queued' and stage like 'embedding%'", 1
+    )
+    await world.ingest([(long_document(files / "b.md", sections=2, first=50), uuid4())])
+    world.environment["UPLOAD_PIPELINE_OPENAI_API_KEY"] = key
+    world.start_worker()
+    assert await world.until_ended(120) == {"done": 2}
+    claims = f"""
+        select count(distinct job_id) as jobs, count(*) as n from upload_pipeline.events
+         where code = 'job_claimed' and worker_id = '{keyless[0]["worker_id"]}'
+    """
+    assert [tuple(row) for row in await rows(world, claims)] == [(1, 1)]
+
+
 async def test_a_paid_model_that_is_given_up_costs_no_more_and_taken_up_again_nothing_twice(
     world: World, simulator: OpenAISimulator, owner: UUID
 ) -> None:

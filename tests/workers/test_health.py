@@ -5,17 +5,18 @@ from __future__ import annotations
 import asyncio
 import json
 import socket
+from datetime import timedelta
 from typing import Any
 
 import aiohttp
 import pytest
-from probe_world import ProbeWorld, advance, steps_of, until
+from probe_world import ProbeWorld, advance, steps_of, until, until_true
 from silent_proxy import SilentProxy
 
 from upload_pipeline.database.queue import ClaimedJob
 from upload_pipeline.errors import ErrorCode, PipelineError
 from upload_workers import health
-from upload_workers.steps import Advance, Outcome, StepContext
+from upload_workers.steps import Advance, Outcome, Snooze, StepContext
 
 
 def free_port() -> int:
@@ -37,6 +38,20 @@ async def test_alive_and_ready(world: ProbeWorld) -> None:
     assert (status, body["worker_id"], body["at_work"]) == (200, str(runner.worker_id), 0)
     with pytest.raises(aiohttp.ClientConnectorError):
         await ask(port, "/healthz")
+
+
+async def test_it_tells_which_pools_are_left_to_others(world: ProbeWorld) -> None:
+    async def lacking() -> bool:
+        return True
+
+    async def keyless(job: ClaimedJob, context: StepContext) -> Outcome:
+        return Snooze(timedelta(seconds=0), lacking)
+
+    port = free_port()
+    await world.enqueue()
+    async with world.worker(steps_of(keyless), health_port=port) as runner:
+        await until_true(lambda: runner.left_pools, "the pool to be left")
+        assert await ask(port, "/readyz") == (200, {"status": "ready", "left_to_others": ["default"]})
 
 
 async def test_off_by_default(world: ProbeWorld) -> None:

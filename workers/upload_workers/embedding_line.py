@@ -7,28 +7,40 @@ import time
 from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from datetime import timedelta
 from hashlib import sha256
 from typing import TYPE_CHECKING
 from uuid import UUID
 
 from upload_pipeline.errors import PipelineError
 from upload_pipeline.providers.request_packing import bound_tokens
+from upload_workers.steps import Snooze
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
     from upload_pipeline.database.queue import ClaimedJob
+    from upload_workers.steps import Lacking
 
 _LATELY = 30.0  # seconds that a look into the cache may take
 
 
 class PutOff(Exception):  # noqa: N818 - nothing is wrong
-    """The provider takes nothing for a while: come back after `seconds`."""
+    """The provider takes nothing for a while, or not from here: come back after `seconds`.
 
-    def __init__(self, seconds: float) -> None:
+    Attributes:
+        lacking: where another worker may serve the job at once, and this one not; see `Snooze`.
+    """
+
+    def __init__(self, seconds: float, lacking: Lacking | None = None) -> None:
         super().__init__(seconds)
         self.seconds = seconds
+        self.lacking = lacking
+
+    def outcome(self) -> Snooze:
+        """What a step answers."""
+        return Snooze(timedelta(seconds=self.seconds), self.lacking)
 
 
 @dataclass(eq=False)

@@ -10,18 +10,16 @@ from __future__ import annotations
 
 import time
 from contextlib import aclosing
-from datetime import timedelta
 from typing import TYPE_CHECKING
 
 from upload_pipeline.database.documents import buffer_vectors, pending_vectors
 from upload_pipeline.database.embedding_models import pending_refill
-from upload_pipeline.database.queue import Transition, snooze_job
 from upload_pipeline.stages import REEMBED_PIPELINE
 from upload_workers.embedding_line import PutOff
 from upload_workers.local_usage import note_local_embedding
 
 if TYPE_CHECKING:
-    from upload_pipeline.database.queue import ClaimedJob, Executor
+    from upload_pipeline.database.queue import ClaimedJob
     from upload_workers.embedding_batcher import EmbeddingBatcher
     from upload_workers.models_in_use import ModelInUse
     from upload_workers.steps import StepContext
@@ -60,12 +58,6 @@ async def fill(job: ClaimedJob, context: StepContext, model: ModelInUse, *, seco
             context.db, job.lease, model=name, chunk_ids=[chunk_id for chunk_id, _ in pending], embeddings=embeddings
         )
     await note_local_embedding(job, context, model.facts, requests=requests)
-
-
-async def put_back(db: Executor, job: ClaimedJob, error: PutOff) -> Transition:
-    """Snoozes a job whose commit has found that texts are lacking which are to be embedded later: no retry counted."""
-    moment = await snooze_job(db, job.lease, delay=timedelta(seconds=error.seconds))
-    return Transition(job.job_id, job.stage, "retryable" if moment is not None else "cancelled")
 
 
 async def _fill_in_company(job: ClaimedJob, context: StepContext, batcher: EmbeddingBatcher, until: float) -> None:

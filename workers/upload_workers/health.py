@@ -22,7 +22,8 @@ async def health_endpoint(runner: Runner, db: Executor, *, host: str, port: int)
     """Serves `/healthz`, `/readyz` and `/metrics` while entered; yields the port.
 
     `/healthz` is 200 while the event loop turns. `/readyz` is 200 while the worker takes jobs and the database
-    answers within two seconds, else 503 with the reason. `/metrics` is for Prometheus.
+    answers within two seconds, else 503 with the reason; it names pools that the worker leaves to others, since it
+    lacks what their jobs need. `/metrics` is for Prometheus.
 
     Raises:
         PipelineError: `SETTING_INVALID` where the address cannot be listened on.
@@ -55,7 +56,8 @@ async def health_endpoint(runner: Runner, db: Executor, *, host: str, port: int)
         except Exception as error:  # noqa: BLE001 - whatever it is, the answer is that we are not ready
             reason = str(error) or type(error).__name__
             return web.json_response({"status": "database unreachable", "reason": reason}, status=503)
-        return web.json_response({"status": "ready"})
+        left = {"left_to_others": runner.left_pools} if runner.left_pools else {}
+        return web.json_response({"status": "ready", **left})
 
     async def metrics(_request: web.Request) -> web.Response:
         return web.Response(

@@ -6,7 +6,7 @@ nothing else.
     outcome of the step     written by                  the job then
     Advance                 advance_jobs (grouped)      next stage, or done
     Commit                  the step's own verb         next stage, or done
-    Snooze                  snooze_job                  retryable, no retry counted
+    Snooze                  snooze_job                  retryable, no retry counted; perhaps for other workers
     PipelineError           fail_job                    retryable or deadletter, as its code says
     any other exception     fail_job with INTERNAL      retryable
     lease lost, trust out   nothing but an event        another worker's
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from upload_workers.grouping import GroupedAdvances
     from upload_workers.leases import HeldLease, LeaseKeeper
     from upload_workers.metrics import WorkerMetrics
-    from upload_workers.steps import Outcome, Step, StepContext
+    from upload_workers.steps import Lacking, Outcome, Step, StepContext
 
 log = structlog.get_logger(__name__)
 
@@ -74,12 +74,16 @@ class JobLeader:
     stopping: Callable[[], bool]
     metrics: WorkerMetrics
 
-    async def lead(self, job: ClaimedJob, held: HeldLease) -> None:
-        """Runs steps until the job ends, is handed on, fails or is lost. Never raises but for cancellation."""
+    async def lead(self, job: ClaimedJob, held: HeldLease) -> Lacking | None:
+        """Runs steps until the job ends, is handed on, fails or is lost. Never raises but for cancellation.
+
+        Returns:
+            What the job needs and this worker lacks, if that is why it was put off.
+        """
         # Each job has a task, and so a context, of its own: nothing to take back.
         log_fields.set(_fields(job))
         try:
-            await self._run_steps(job, held)
+            return await self._run_steps(job, held)
         except asyncio.CancelledError as error:
             if _is_asked_to_stop(held):
                 await self._stopped(held)
@@ -96,19 +100,20 @@ class JobLeader:
             await self._crashed(held, error)
         finally:
             self.keeper.forget(held)
+        return None
 
-    async def _run_steps(self, job: ClaimedJob, held: HeldLease) -> None:
+    async def _run_steps(self, job: ClaimedJob, held: HeldLease) -> Lacking | None:
         if self.stopping():
             # It was claimed while the worker began to stop.
             await self._release(held)
-            return
+            return None
         while True:
             step = self.steps.get((job.pipeline, job.stage))
             if step is None:
                 # A newer release added a stage that this worker does not know: others do.
                 log.warning("no_step_for_stage", pipeline=job.pipeline)
                 await self._write(held, lambda: queue.snooze_job(self.db, held.lease, delay=UNKNOWN_STAGE_DELAY))
-                return
+                return None
             began = time.monotonic()
             try:
                 outcome = await step(job, self.context)
@@ -119,18 +124,20 @@ class JobLeader:
                 # The step kept the cancellation to itself; its outcome comes too late all the same.
                 self._step_ended(job, began, held.stopped.name.lower())
                 await self._stopped(held)
-                return
+                return None
             sent = time.monotonic()
             self._step_ended(job, began, type(outcome).__name__.lower())
             transition = await self._write_outcome(job, held, outcome)
             log.info("step_done", seconds=round(sent - began, 3), outcome=type(outcome).__name__)
+            if isinstance(transition, Snooze):
+                return transition.lacking
             if transition is None or transition.state != "working":
-                return
+                return None
             self.keeper.next_step(held, sent=sent)
             job = replace(job, stage=transition.stage)
             log_fields.set(_fields(job))
 
-    async def _write_outcome(self, job: ClaimedJob, held: HeldLease, outcome: Outcome) -> Transition | None:
+    async def _write_outcome(self, job: ClaimedJob, held: HeldLease, outcome: Outcome) -> Transition | Snooze | None:
         keep = not self.stopping()
         match outcome:
             case Advance(results):
@@ -140,10 +147,13 @@ class JobLeader:
                     await self._fenced(held, "advance")
                 return transition
             case Commit(verb):
-                return await self._write(held, lambda: verb(self.db, job.lease, keep=keep, ttl=self.ttl))
+                written = await self._write(held, lambda: verb(self.db, job.lease, keep=keep, ttl=self.ttl))
+                if isinstance(written, Snooze):
+                    return await self._write_outcome(job, held, written)
+                return written
             case Snooze(delay):
                 await self._write(held, lambda: queue.snooze_job(self.db, job.lease, delay=delay))
-                return None
+                return outcome
             case _:
                 raise TypeError(f"the step of stage {job.stage!r} returned {outcome!r}, which is no outcome")
 

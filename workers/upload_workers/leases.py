@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     import asyncpg
 
     from upload_pipeline.database.queue import Lease
+    from upload_workers.steps import Lacking
 
 log = structlog.get_logger(__name__)
 
@@ -63,7 +64,7 @@ class HeldLease:
     lease: Lease
     trusted_until: float
     step_deadline: float
-    task: asyncio.Task[None] | None = None
+    task: asyncio.Task[Lacking | None] | None = None
     stopped: StopReason | None = None
 
 

@@ -23,6 +23,8 @@ from upload_workers.embedding_batcher import open_batcher
 from upload_workers.embedding_line import PutOff
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from upload_pipeline.database.queue import Executor
     from upload_pipeline.providers.calls import ProviderCalls
     from upload_pipeline.settings import Settings
@@ -33,8 +35,8 @@ log = structlog.get_logger(__name__)
 LOOK_SECONDS = 2.0
 """How old a view of the registry may be."""
 
-NOT_HERE_SECONDS = 30.0
-"""Until a job is looked at again whose model this worker cannot open, as it has no key; another worker may have one."""
+NOT_HERE_SECONDS = 1.0
+"""Until others may claim a job whose model this worker cannot open, as it has no key; it leaves its pool to them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +90,7 @@ class ModelsInUse:
         Raises:
             PutOff: it cannot be opened here: it became the active one after this worker was started without its key.
         """
-        return self._open_or_put_off(await self._active())
+        return self._open_or_put_off(await self._active(), lambda registry: registry.active)
 
     async def building(self) -> tuple[ModelInUse, bool] | None:
         """The model that is being filled, and whether that is paused; None where there is none.
@@ -99,7 +101,7 @@ class ModelsInUse:
         registry = await self._registry()
         if registry.building is None:
             return None
-        return self._open_or_put_off(registry.building), registry.paused
+        return self._open_or_put_off(registry.building, lambda registry: registry.building), registry.paused
 
     def look_again(self) -> None:
         """The view is outdated: the next question is asked of the database."""
@@ -127,12 +129,18 @@ class ModelsInUse:
             raise RuntimeError("no embedding model is active; a worker names one when it starts")
         return registry.active
 
-    def _open_or_put_off(self, model: RegisteredModel) -> ModelInUse:
+    def _open_or_put_off(
+        self, model: RegisteredModel, needed: Callable[[ModelRegistry], RegisteredModel | None]
+    ) -> ModelInUse:
+        async def still_needed() -> bool:
+            now = needed(await self._registry())
+            return now is not None and now.model == model.model
+
         try:
             return self._open(model)
         except PipelineError as error:
             log.warning("model_not_here", model=model.model, error=error.message)
-            raise PutOff(NOT_HERE_SECONDS) from error
+            raise PutOff(NOT_HERE_SECONDS, still_needed) from error
 
     def _open(self, model: RegisteredModel) -> ModelInUse:
         opened = self._opened.get(model.model)

@@ -4,6 +4,10 @@
        claims, leads       no claims; a job is given back at its       what is still held is
                            next step boundary                          cancelled and handed back
 
+A worker serves a pool as far as it has what that pool's jobs need. Where a job was put off since another worker has it
+and this one has not, it leaves the pool to others, instead of claiming the same jobs again and again, until it lacks
+nothing any more; and it looks again after a while, since an operator may have moved those jobs to another pool.
+
 Jobs of the pool `background`, which nobody waits for, get at most half of a worker's slots beside other pools.
 
 How many jobs are at work is bounded by `concurrency`; what they ask of the queue within a few milliseconds shares a
@@ -17,6 +21,7 @@ import random
 import time
 from dataclasses import dataclass, field
 from datetime import timedelta
+from functools import partial
 from typing import TYPE_CHECKING
 
 import structlog
@@ -34,12 +39,15 @@ if TYPE_CHECKING:
 
     from upload_pipeline.database.queue import ClaimedJob, Executor
     from upload_workers.leases import LeaseKeeper
-    from upload_workers.steps import Step, StepContext
+    from upload_workers.steps import Lacking, Step, StepContext
 
 log = structlog.get_logger(__name__)
 
 RELEASE_TIMEOUT = 2.0
 """Seconds that a stopping worker has, beyond its grace, to hand jobs back; what is left then is left to its lease."""
+
+LEAVE_SECONDS = 600.0
+"""After which a pool is served again that was left to other workers; if that is still no use, it is left again."""
 
 CLAIM_LIMIT = 200
 """Most jobs asked for in one claim; beyond that a claim only gets longer, not cheaper per job."""
@@ -80,8 +88,9 @@ class Runner:
     claimed: int = 0
     ended: int = 0
     _stopping: asyncio.Event = field(default_factory=asyncio.Event)
-    _tasks: set[asyncio.Task[None]] = field(default_factory=set)
-    _background: set[asyncio.Task[None]] = field(default_factory=set)
+    _tasks: set[asyncio.Task[Lacking | None]] = field(default_factory=set)
+    _background: set[asyncio.Task[Lacking | None]] = field(default_factory=set)
+    _left: dict[str, tuple[Lacking, float]] = field(default_factory=dict)  # and until when, by the monotonic clock
     _cursors: dict[str, UUID] = field(default_factory=dict)
     _rounds: int = 0
     _claiming: asyncio.Task[None] | None = None
@@ -91,6 +100,11 @@ class Runner:
     def at_work(self) -> int:
         """How many jobs are being led now."""
         return len(self._tasks)
+
+    @property
+    def left_pools(self) -> list[str]:
+        """Pools that are left to other workers for now, since this one lacks what their jobs need."""
+        return sorted(self._left)
 
     @property
     def stopping(self) -> bool:
@@ -117,8 +131,8 @@ class Runner:
         if self._claiming is not None:
             # A claim under way is waited for: cancelled, it may have leased jobs that nobody then knows of.
             _, late = await asyncio.wait({self._claiming}, timeout=max(grace, RELEASE_TIMEOUT))
-            for task in late:
-                task.cancel()
+            for claiming in late:
+                claiming.cancel()
         if self._tasks:
             await asyncio.wait(set(self._tasks), timeout=max(0.0, until - time.monotonic()))
         left = set(self._tasks)
@@ -166,6 +180,7 @@ class Runner:
         first = self._rounds % len(self.pools)
         self._rounds += 1
         for pool in (*self.pools[first:], *self.pools[:first]):
+            await self._come_back(pool)
             claim = self._ask(pool, self.concurrency - self.at_work, ttl)
             while claim is not None:
                 try:
@@ -196,7 +211,7 @@ class Runner:
         """
         if pool == BACKGROUND_POOL and len(self.pools) > 1:
             free = min(free, max(1, self.concurrency // 2) - len(self._background) - coming)
-        if free <= 0 or self.stopping or not self.has_room():
+        if free <= 0 or self.stopping or pool in self._left or not self.has_room():
             return None
         limit = min(free, CLAIM_LIMIT)
         answer = queue.claim_jobs(
@@ -211,7 +226,7 @@ class Runner:
             self._tasks.add(held.task)
             if pool == BACKGROUND_POOL:
                 self._background.add(held.task)
-            held.task.add_done_callback(self._job_ended)
+            held.task.add_done_callback(partial(self._job_ended, pool))
         self.claimed += len(jobs)
 
     async def _wait_for_slots(self) -> None:
@@ -222,14 +237,30 @@ class Runner:
         if self.group_window and not self.stopping:
             await asyncio.sleep(self.group_window)
 
-    def _job_ended(self, task: asyncio.Task[None]) -> None:
+    def _job_ended(self, pool: str, task: asyncio.Task[Lacking | None]) -> None:
         self._tasks.discard(task)
         self._background.discard(task)
         self.ended += 1
         # A free slot, and perhaps a lane below its cap again.
         self.wake.set()
-        if not task.cancelled() and task.exception() is not None:
+        if task.cancelled():
+            return
+        if task.exception() is not None:
             log.error("leader_crashed", error=repr(task.exception()))
+            return
+        lacking = task.result()
+        if lacking is not None and pool not in self._left:
+            self._left[pool] = (lacking, time.monotonic() + LEAVE_SECONDS)
+            log.warning("pool_left_to_others", pool=pool, seconds=LEAVE_SECONDS)
+
+    async def _come_back(self, pool: str) -> None:
+        """Serves a pool again that was left, where nothing is lacking any more or it is time to look."""
+        if pool not in self._left:
+            return
+        lacking, until = self._left[pool]
+        if time.monotonic() >= until or not await lacking():
+            del self._left[pool]
+            log.info("pool_served_again", pool=pool)
 
     async def _idle(self) -> None:
         if await self._sleep(self.poll.next_wait()):

@@ -52,13 +52,6 @@ class StepContext:
     detector: DetectionDesk | None = None
 
 
-class CommitVerb(Protocol):
-    """A verb of the database that writes a step's effect and moves the job on, in one transaction."""
-
-    async def __call__(self, db: Executor, lease: Lease, *, keep: bool, ttl: timedelta) -> Transition:
-        """Writes under the lease; `keep` and `ttl` are the runner's to say."""
-
-
 @dataclass(frozen=True, slots=True)
 class Advance:
     """The step is done and has nothing to write but that: go to the next stage."""
@@ -66,18 +59,34 @@ class Advance:
     results: Mapping[str, Any] | None = None
 
 
+Lacking = Callable[[], Awaitable[bool]]
+"""Whether this worker still lacks what a job needs and another worker may have."""
+
+
+@dataclass(frozen=True, slots=True)
+class Snooze:
+    """Not yet: look again after this delay, no retry counted.
+
+    Attributes:
+        lacking: of a job that is for other workers: while it is so, this one claims no jobs of its pool.
+    """
+
+    delay: timedelta
+    lacking: Lacking | None = None
+
+
+class CommitVerb(Protocol):
+    """A verb of the database that writes a step's effect and moves the job on, in one transaction."""
+
+    async def __call__(self, db: Executor, lease: Lease, *, keep: bool, ttl: timedelta) -> Transition | Snooze:
+        """Writes under the lease, or finds that it is too early; `keep` and `ttl` are the runner's to say."""
+
+
 @dataclass(frozen=True, slots=True)
 class Commit:
     """The step is done: write its effect by this verb, its arguments already given (`functools.partial`)."""
 
     verb: CommitVerb
-
-
-@dataclass(frozen=True, slots=True)
-class Snooze:
-    """Not yet: look again after this delay, no retry counted."""
-
-    delay: timedelta
 
 
 Outcome = Advance | Commit | Snooze

@@ -36,10 +36,18 @@ async def end_step(line: Line, job: ClaimedJob) -> str:
     """Runs a step that snoozes or commits; the job's state."""
     outcome = await STEPS[job.pipeline, job.stage](job, line.context)
     if isinstance(outcome, Snooze):
-        await queue.snooze_job(line.context.db, job.lease, delay=outcome.delay)
-        return "snoozed"
+        return await put_off(line, job, outcome)
     assert isinstance(outcome, Commit)
-    return (await outcome.verb(line.context.db, job.lease, keep=True, ttl=TTL)).state
+    written = await outcome.verb(line.context.db, job.lease, keep=True, ttl=TTL)
+    if isinstance(written, Snooze):
+        return await put_off(line, job, written)
+    return written.state
+
+
+async def put_off(line: Line, job: ClaimedJob, outcome: Snooze) -> str:
+    """Snoozes a job, as the worker does; whether it is for others."""
+    await queue.snooze_job(line.context.db, job.lease, delay=outcome.delay)
+    return "snoozed" if outcome.lacking is None else "left to others"
 
 
 async def wake(line: Line) -> None:
@@ -107,7 +115,7 @@ async def test_a_filling_waits_while_it_is_paused_and_where_there_is_no_key(open
     await line.admin.fetchval("select upload_pipeline.enqueue_refills()")
     line.context.models.look_again()
     retries = "select retry_count from upload_pipeline.upload_jobs where state = 'retryable'"
-    assert await fill(line) == "snoozed"
+    assert await fill(line) == "left to others"
     assert await line.admin.fetchval(retries) == 0
     await line.admin.execute("select upload_pipeline.retire_model('text-embedding-3-small')")
     await line.admin.execute("select upload_pipeline.add_model($1, 'local', 64, true)", NEW)
@@ -134,7 +142,7 @@ async def test_a_worker_without_the_key_of_the_new_model_leaves_documents_to_oth
     await line.admin.execute("select upload_pipeline.add_model($1, 'openai', 1536)", KEYLESS)
     await line.admin.execute("select upload_pipeline.activate_model($1, '1 day')", KEYLESS)
     line.context.models.look_again()
-    assert await end_step(line, job) in ("snoozed", "retryable")
+    assert await end_step(line, job) == "left to others"
     assert [tuple(row) for row in await line.admin.fetch(OPEN_JOBS)] == [("retryable", 0)]
     await line.admin.execute("select upload_pipeline.activate_model('wordllama-256', '1 day')")
     await wake(line)
@@ -154,8 +162,15 @@ async def test_a_filling_whose_model_was_replaced_by_one_without_a_key_is_left_t
     assert isinstance(outcome, Commit)
     await line.admin.execute("select upload_pipeline.retire_model($1)", NEW)
     await line.admin.execute("select upload_pipeline.add_model($1, 'openai', 1536)", KEYLESS)
-    assert (await outcome.verb(line.context.db, job.lease, keep=True, ttl=TTL)).state == "retryable"
+    written = await outcome.verb(line.context.db, job.lease, keep=True, ttl=TTL)
+    assert isinstance(written, Snooze)
+    assert await put_off(line, job, written) == "left to others"
+    assert written.lacking is not None
+    assert await written.lacking()
     assert [tuple(row) for row in await line.admin.fetch(OPEN_JOBS)] == [("retryable", 0)]
+    await line.admin.execute("select upload_pipeline.retire_model($1)", KEYLESS)
+    line.context.models.look_again()
+    assert not await written.lacking()
 
 
 async def test_a_filling_whose_model_was_given_up_embeds_nothing_more(

@@ -8,7 +8,6 @@ is left is the filling's own.
 from __future__ import annotations
 
 import asyncio
-from datetime import timedelta
 
 import structlog
 
@@ -16,7 +15,7 @@ from upload_pipeline.database.queue import ClaimedJob
 from upload_pipeline.errors import PipelineError
 from upload_workers.embedding_line import PutOff
 from upload_workers.filling import fill
-from upload_workers.steps import Advance, Outcome, Snooze, StepContext
+from upload_workers.steps import Advance, Outcome, StepContext
 
 log = structlog.get_logger(__name__)
 
@@ -29,7 +28,7 @@ async def embed(job: ClaimedJob, context: StepContext) -> Outcome:
     try:
         await fill(job, context, await context.models.active(), seconds=context.settings.stage_timeout / 2)
     except PutOff as error:
-        return Snooze(timedelta(seconds=error.seconds))
+        return error.outcome()
     await _embed_ahead(job, context)
     return Advance()
 

@@ -59,7 +59,7 @@ async def follow_parse(job: ClaimedJob, document: Document, parse_id: str, conte
             return await _submit_anew(job, document, hosted, context)
         return await _look(job, document, submission, hosted, context)
     except PutOff as error:
-        return Snooze(timedelta(seconds=error.seconds))
+        return error.outcome()
 
 
 _REMEDY = "Or retry it from stage job_validated, which parses the document as the setting PARSER says."

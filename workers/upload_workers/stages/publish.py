@@ -16,8 +16,8 @@ from upload_pipeline.database.documents import commit_embeddings
 from upload_pipeline.database.embedding_models import MODEL_CHANGED
 from upload_pipeline.database.queue import ClaimedJob, Executor, Lease, Transition
 from upload_workers.embedding_line import PutOff
-from upload_workers.filling import fill, put_back
-from upload_workers.steps import Commit, Outcome, StepContext
+from upload_workers.filling import fill
+from upload_workers.steps import Commit, Outcome, Snooze, StepContext
 
 TRIES = 3
 """Of the commit; each finds another active model than the one before, or that vectors are forgotten."""
@@ -30,7 +30,7 @@ async def publish(job: ClaimedJob, context: StepContext) -> Outcome:
 
 async def _commit(
     job: ClaimedJob, context: StepContext, db: Executor, lease: Lease, *, keep: bool, ttl: timedelta
-) -> Transition:
+) -> Transition | Snooze:
     try:
         for tries_left in reversed(range(TRIES)):
             active = await context.models.active()
@@ -42,5 +42,5 @@ async def _commit(
             context.models.look_again()
             await fill(job, context, await context.models.active(), seconds=context.settings.stage_timeout / 2)
     except PutOff as error:
-        return await put_back(db, job, error)
+        return error.outcome()
     raise AssertionError("the last try returns or raises")

@@ -13,7 +13,7 @@ import asyncpg
 from upload_pipeline.database.embedding_models import MODEL_CHANGED, commit_refill
 from upload_pipeline.database.queue import ClaimedJob, Executor, Lease, Transition
 from upload_workers.embedding_line import PutOff
-from upload_workers.filling import fill, put_back
+from upload_workers.filling import fill
 from upload_workers.steps import Commit, Outcome, Snooze, StepContext
 
 TURN_SECONDS = 20.0
@@ -36,13 +36,13 @@ async def refill(job: ClaimedJob, context: StepContext) -> Outcome:
                 return Snooze(timedelta(seconds=PAUSE_SECONDS))
             await fill(job, context, model, seconds=TURN_SECONDS)
     except PutOff as error:
-        return Snooze(timedelta(seconds=error.seconds))
+        return error.outcome()
     return Commit(partial(_commit, job, context))
 
 
 async def _commit(
     job: ClaimedJob, context: StepContext, db: Executor, lease: Lease, *, keep: bool, ttl: timedelta
-) -> Transition:
+) -> Transition | Snooze:
     del keep  # the job ends
     for tries_left in reversed(range(TRIES)):
         try:
@@ -56,5 +56,5 @@ async def _commit(
             if building is not None:
                 await fill(job, context, building[0], seconds=TURN_SECONDS)
         except PutOff as error:
-            return await put_back(db, job, error)
+            return error.outcome()
     raise AssertionError("the last try returns or raises")

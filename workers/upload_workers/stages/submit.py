@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from datetime import timedelta
 from functools import partial
 
 from upload_pipeline.database.parse_submissions import commit_submission
 from upload_pipeline.database.queue import ClaimedJob
 from upload_workers.embedding_line import PutOff
 from upload_workers.stages.source import document_of
-from upload_workers.steps import Advance, Commit, Outcome, Snooze, StepContext
+from upload_workers.steps import Advance, Commit, Outcome, StepContext
 
 
 async def submit(job: ClaimedJob, context: StepContext) -> Outcome:
@@ -23,5 +22,5 @@ async def submit(job: ClaimedJob, context: StepContext) -> Outcome:
     try:
         submission_id, parse_id = await hosted.submit(job, document, context)
     except PutOff as error:
-        return Snooze(timedelta(seconds=error.seconds))
+        return error.outcome()
     return Commit(partial(commit_submission, submission_id=submission_id, parse_id=parse_id))
