@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 from pathlib import Path
 from typing import Any
 from uuid import UUID, uuid4
 
+import httpx
 import psycopg
 import pytest
 from command_runs import Ended, Terminal, clean_environment
+
+from tests.simulators.openai_embeddings import KEY
+from tests.simulators.simulator_process import running_simulator
 
 GUIDE = (Path(__file__).parents[2] / "docs" / "models.md").read_text(encoding="utf-8")
 OLD, NEW = "wordllama-256", "wordllama-256@128"
@@ -145,6 +150,43 @@ def test_what_cannot_be_done_is_refused_by_name(terminal: Terminal, admin: Any) 
 def test_a_database_without_documents_takes_any_model_at_once(terminal: Terminal) -> None:
     assert "No models" in terminal("models", "status").err
     assert terminal("models", "add", NEW).out == f"{NEW} is the active model, the first of this database.\n"
+
+
+def test_the_text_that_a_model_is_tried_with_is_in_the_usage(terminal: Terminal, database: Any) -> None:
+    with running_simulator("tests.simulators.openai_embeddings") as url:
+        terminal.environment.update(
+            {
+                "UPLOAD_PIPELINE_OPENAI_API_KEY": KEY,
+                "UPLOAD_PIPELINE_OPENAI_BASE_URL": url,
+                "UPLOAD_PIPELINE_PRICES": json.dumps({"openai/text-embedding-3-small": {"tokens": 0.02}}),
+            }
+        )
+        books = url.removesuffix("/v1")
+        add = ("models", "add", "text-embedding-3-small", "--dimensions", "16")
+        misbehave(books, "truncated")
+        assert terminal(*add).status == 0
+        misbehave(books, "wrong_dimensions", times=3)
+        assert "is no list of 1 vectors" in terminal(*add).err
+        tokens = httpx.get(f"{books}/books").json()["tokens"] // 5
+    with psycopg.connect(database.admin_url) as connection:
+        rows = connection.execute(
+            """
+            select provider, model, operation, requests, tokens, job_id, document_id, user_id, cost_micros > 0
+              from upload_pipeline.usage_records order by tokens desc
+            """
+        ).fetchall()
+    tried = ("openai", "text-embedding-3-small", "trial", 1)
+    assert rows[0][4] > tokens, "of an answer that cannot be read only the bound is known"
+    assert [(*row[:4], *row[5:]) for row in rows] == [(*tried, None, None, None, True)] * 5
+    assert [row[4] for row in rows[1:]] == [tokens] * 4
+    (used,) = terminal("usage", "--by", "user", "--json").lines()
+    assert (used["user"], used["requests"]) == (None, 5)
+    assert "(no user's)" in terminal("usage", "--by", "user").out
+
+
+def misbehave(url: str, fault: str, *, times: int = 1) -> None:
+    """The simulator's next answers have this fault."""
+    httpx.post(f"{url}/misbehave", json={"fault": fault, "times": times}).raise_for_status()
 
 
 def test_jobs_of_a_filling_are_listed_where_they_are_asked_for(terminal: Terminal, admin: Any) -> None:

@@ -11,8 +11,11 @@ from upload_pipeline.cli.arguments import JsonOption, examples
 
 if TYPE_CHECKING:
     from upload_pipeline.database.model_control import ModelStatus
+    from upload_pipeline.database.usage import Usage
     from upload_pipeline.providers.embedding import EmbeddingModel
     from upload_pipeline.settings import Settings
+
+_TRIAL = "A text to try the model with."
 
 ModelArgument = Annotated[
     str, typer.Argument(metavar="MODEL", help="The model's name, as `models status` shows it.", show_default=False)
@@ -87,17 +90,23 @@ def add_command(
 ) -> None:
     """Begin to fill a model from the stored chunks; searches go on with the active one.
 
-    One text is embedded first, so that a wrong key or name shows at once. Of a model that is being filled: documents
-    whose job failed are tried again.
+    One text is embedded first, so that a wrong key or name shows at once; `usage` has it, as no user's. Of a model that
+    is being filled: documents whose job failed are tried again.
     """
     from upload_pipeline.cli.event_loop import run
     from upload_pipeline.cli.opening import read_settings, reading_database
     from upload_pipeline.cli.output import note, print_json, print_line
     from upload_pipeline.database.model_control import add_model
+    from upload_pipeline.database.usage import record_trial
 
     settings = read_settings()
-    facts = run(_tried(model, provider, dimensions, settings))
     with reading_database(settings) as connection:
+        used: list[Usage] = []
+        try:
+            facts = run(_tried(model, provider, dimensions, settings, used))
+        finally:
+            # also what was paid for an answer that is of no use
+            record_trial(connection, used, settings.prices)
         status = add_model(
             connection, model=facts.name, provider=facts.provider, dimensions=facts.dimensions, paused=paused
         )
@@ -191,12 +200,32 @@ def _set_paused(model: str, paused: bool, as_json: bool) -> None:
     print_line(f"The filling of {model} {'is paused' if paused else 'goes on'}.")
 
 
-async def _tried(name: str, provider: str | None, dimensions: int | None, settings: Settings) -> EmbeddingModel:
+async def _tried(
+    name: str, provider: str | None, dimensions: int | None, settings: Settings, used: list[Usage]
+) -> EmbeddingModel:
+    """The model's facts, if it embeds a text; what that took is added to `used`, also where it fails."""
+    from uuid import uuid4
+
+    from upload_pipeline.database.usage import Usage
+    from upload_pipeline.prices import LOCAL
+    from upload_pipeline.providers.openai_embedder import PROVIDER, OpenAIEmbedder
     from upload_pipeline.providers.registered_models import open_named
+    from upload_pipeline.providers.request_packing import bound_tokens
 
     embedder = open_named(name, settings, provider=provider, dimensions=dimensions)
     try:
-        await embedder.embed(["A text to try the model with."])
+        if isinstance(embedder, OpenAIEmbedder):
+            api_model = embedder.api_model
+
+            def paid(tokens: int | None) -> None:
+                counted = bound_tokens(_TRIAL) if tokens is None else tokens
+                used.append(Usage(uuid4(), PROVIDER, api_model, "trial", requests=1, tokens=counted))
+
+            await embedder.embed([_TRIAL], paid=paid)
+        else:
+            await embedder.embed([_TRIAL])
+            if settings.record_local_usage:
+                used.append(Usage(uuid4(), LOCAL, embedder.facts.name, "trial", requests=1))
         return embedder.facts
     finally:
         await embedder.close()

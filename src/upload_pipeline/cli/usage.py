@@ -90,7 +90,7 @@ def usage_command(
             f"{one.tokens:,}",
             f"{one.pages:,}",
             f"{one.cached:,}",
-            one.key or "(nobody's any more)",
+            one.key or "(no user's)",
         )
         for one in sums
     ]

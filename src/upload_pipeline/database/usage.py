@@ -1,4 +1,4 @@
-"""What was used of the providers: recorded by workers and searches, and read by operators."""
+"""What was used of the providers: recorded by workers, searches and `models add`, and read by operators."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Usage:
     Attributes:
         usage_id: names it. Recorded again under the same id, it counts once: make it before the first try.
         provider: as in the setting's `<provider>/<model>`.
-        operation: `parse`, `embed`, `search`.
+        operation: `parse`, `embed`, `search`, `detect`, or `trial` where an operator tries a model.
         job_id: the job that asked; its user and document are then the record's. None: nobody's job.
         requests: calls; the whole call stands in one of its parts.
         tokens: that the provider counted.
@@ -69,6 +69,19 @@ async def record_usage(db: Executor, used: Sequence[Usage], prices: PriceTable) 
     return int(await db.fetchval("select upload_pipeline.record_usage($1)", json.dumps(records, default=str)))
 
 
+def record_trial(connection: Connection[Any], used: Sequence[Usage], prices: PriceTable) -> None:
+    """Records usage of an operator's, as `record_usage` does.
+
+    Args:
+        connection: as role `upload_worker`, each statement its own transaction.
+        used: any number; none costs no statement.
+        prices: the setting `prices`.
+    """
+    if used:
+        records = [_record(one, prices) for one in used]
+        connection.execute("select upload_pipeline.record_usage(%s)", [json.dumps(records, default=str)])
+
+
 def _record(used: Usage, prices: PriceTable) -> dict[str, Any]:
     cost = cost_micros(
         prices,
@@ -96,7 +109,7 @@ class UsageSum:
     """Usage of a day (UTC), a model or a user.
 
     Attributes:
-        key: the day, `<provider>/<model>`, or the user's id; empty for usage that is nobody's any more.
+        key: the day, `<provider>/<model>`, or the user's id; empty for usage that is nobody's, or nobody's any more.
         cost_usd: of what has a price; None where nothing has.
         unpriced: records without a price: the cost lacks theirs.
     """
