@@ -790,33 +790,16 @@ select r.provider, r.model, r.operation, count(distinct r.user_id) as users, cou
 
 -- sql/schema/04_queue.sql
 
--- The queue. What each verb locks, in this order, and what it returns where the lease is lost:
+-- The queue: jobs come into it, and a lane for each user in a pool says who has jobs ready. Its verbs stand here and in
+-- 04_queue_claims (leases), 04_queue_advance (steps), 04_queue_failures (waits and retries) and 04_queue_control (what
+-- an operator does). Each file tells of its verbs what they lock, in this order, and what they return where the lease is
+-- lost:
 --
 --   verb             locks                                        a stale token
 --   enqueue_jobs     inserts jobs, then lanes in user order       -
---   claim_jobs       lanes, then jobs, both SKIP LOCKED           -
---   renew_leases     jobs in id order                             that job is missing from the answer
---   check_lease      one job                                      raises UP001: undoes the caller's transaction
---   check_step       one job                                      raises UP001: undoes the caller's transaction
---   advance_jobs     jobs in id order, then lanes in user order   that job is missing from the answer
---   snooze_job       one job                                      raises UP001
---   fail_job         one job                                      raises UP001
---   release_jobs     jobs in id order, then lanes in user order   that job is missing from the answer
---   promote_due      jobs SKIP LOCKED, then lanes in user order   -
---   reap_expired     jobs SKIP LOCKED                             -
---   retry_job        one job, then its lane                       raises the token: fences the holder off
---   cancel_job       one job                                      -
---   wake_job         one job, then its lane                       -
---   record_fenced_write  one job                                  is what it notes
 --   set_lane_cap     one lane                                     -
 --
 -- A verb that waits for a lane holds jobs; a verb that holds lanes never waits for a job: so no cycle, no deadlock.
---
--- The fence. `lease_token` only grows: a claim and a restart raise it. Whoever writes for a job names the token it was
--- given, and the write happens only where the row still has that token and is `working`. So at most one claimant of a
--- job can ever write, however late, however often, and whatever it believes of the time. A fence reads `working` as
--- "has a lease", which a constraint makes the same thing: told the state, the planner may look the job up in the partial
--- index of working jobs and read all of them; told the lease, it has only the primary key.
 
 -- Readies the lanes of these users and wakes the pool's workers if one of them turned from empty to ready.
 -- Every lane is locked, written or not: an enqueue that is not committed yet and a claim that parks the lane as empty
@@ -926,6 +909,191 @@ set search_path = ''
 as $$
   select * from upload_pipeline.enqueue_jobs(array[p_document_id], array[p_user_id], p_pipeline, p_priority, p_correlation_id)
 $$;
+
+-- Sets how many jobs of a user a pool may have at work at once. A cap that is lowered lets running jobs run, and starts
+-- none until there are fewer. Makes the lane where the user has had no job in that pool yet.
+create function upload_pipeline.set_lane_cap(p_user_id uuid, p_pool text, p_max_in_flight integer)
+returns void
+language sql
+security definer
+set search_path = ''
+as $$
+  insert into upload_pipeline.lanes (pool, user_id, max_in_flight, ready) values (p_pool, p_user_id, p_max_in_flight, false)
+  on conflict (pool, user_id) do update set max_in_flight = excluded.max_in_flight
+$$;
+
+-- sql/schema/04_queue_advance.sql
+
+-- Jobs go on from stage to stage, by one and in groups, and are done at the final one. What the verb locks, in this order,
+-- and what it returns where the lease is lost:
+--
+--   verb             locks                                        a stale token
+--   advance_jobs     jobs in id order, then lanes in user order   that job is missing from the answer
+
+-- Moves jobs one stage on. Arrays in parallel: a worker sends what its jobs ask for within a few milliseconds as one
+-- statement. A job at whose end p_keep asks for it, and whose next stage is served by the same pool, stays leased to
+-- its worker (`working`); else it is handed on to the next stage's pool (`queued`), or ended at the final stage
+-- (`done`), or, where a cancel was asked for, ended there (`cancelled`).
+--
+-- What comes back per job is its new stage, state and lease. A job is missing from the answer when its token is stale.
+-- Asking the same again, because an answer was lost on the way, answers the same again and writes nothing.
+-- A stage that is not the next one raises UP004 and moves none: that is an error of the program, not of the moment.
+create function upload_pipeline.advance_jobs(
+  p_job_ids     uuid[],
+  p_tokens      bigint[],
+  p_from_stages text[],
+  p_to_stages   text[],
+  p_keep        boolean[],
+  p_ttl         interval default '60 seconds',
+  p_results     jsonb[] default null
+)
+returns table (job_id uuid, stage text, state upload_pipeline.job_state, lease_expires_at timestamptz)
+language plpgsql
+security definer
+set search_path = ''
+set enable_seqscan = off
+set enable_bitmapscan = off
+set enable_hashjoin = off
+set enable_mergejoin = off
+set jit = off
+as $$
+#variable_conflict use_column
+declare
+  v_now     timestamptz := upload_pipeline.now();
+  v_answers bigint;
+  v_wrong   record;
+begin
+  return query
+  with asked as materialized (
+    -- in id order, so that two groups never lock the same jobs in opposite order
+    select a.job_id, a.token, a.from_stage, a.to_stage, a.keep, a.results
+      from unnest(p_job_ids, p_tokens, p_from_stages, p_to_stages, p_keep, p_results)
+             a (job_id, token, from_stage, to_stage, keep, results)
+     order by a.job_id
+  ), fenced as materialized (
+    select a.job_id, a.from_stage, a.to_stage, a.keep, a.results, j.pipeline, j.pool, j.cancel_requested
+      from asked a
+     cross join lateral (
+       -- the fence: one primary-key look-up a job on every plan; joined with nothing else, so that no plan changes the
+       -- order of the locks
+       select u.pipeline, u.pool, u.cancel_requested from upload_pipeline.upload_jobs u
+        where u.job_id = a.job_id and u.lease_token = a.token and u.lease_expires_at is not null and u.stage = a.from_stage
+          for no key update) j
+  ), held as materialized (
+    select c.job_id, c.to_stage, c.results, t.pool, t.final,
+           case when t.final then 'done'
+                when c.cancel_requested then 'cancelled'
+                when c.keep and t.pool = c.pool then 'working'
+                else 'queued' end::upload_pipeline.job_state as next_state
+      from fenced c
+      join upload_pipeline.stages f on f.pipeline = c.pipeline and f.stage = c.from_stage
+      join upload_pipeline.stages t on t.pipeline = c.pipeline and t.stage = c.to_stage and t.position = f.position + 1
+  ), moved as (
+    update upload_pipeline.upload_jobs j
+       set stage = h.to_stage,
+           state = h.next_state,
+           pool = case when h.final then j.pool else h.pool end,
+           retry_count = 0,
+           worker_id = case when h.next_state = 'working' then j.worker_id end,
+           lease_expires_at = case when h.next_state = 'working' then v_now + p_ttl end,
+           updated_at = v_now,
+           finished_at = case when h.next_state in ('done', 'cancelled') then v_now end
+      from held h
+     where j.job_id = h.job_id
+    returning j.job_id, j.user_id, j.document_id, j.pool, j.stage, j.state, j.lease_token, j.lease_expires_at,
+              j.correlation_id, h.results
+  ), logged as (
+    insert into upload_pipeline.events (at, code, user_id, document_id, job_id, stage, lease_token, correlation_id)
+    select v_now,
+           case m.state when 'working' then 'job_advanced' when 'queued' then 'job_handed_on'
+                        when 'done' then 'job_done' else 'job_cancelled' end::upload_pipeline.event_code,
+           m.user_id, m.document_id, m.job_id, m.stage, m.lease_token, m.correlation_id
+      from moved m
+  ), kept as (
+    insert into upload_pipeline.job_outcomes as o (job_id, user_id, results, updated_at)
+    select m.job_id, m.user_id, m.results, v_now from moved m where m.results is not null
+    on conflict (job_id) do update
+      set results = excluded.results, error_code = null, error_message = null, error_details = null, updated_at = v_now
+  ), woken as (
+    select upload_pipeline.wake_lanes(h.pool, h.user_ids)
+      from (select m.pool, array_agg(m.user_id) as user_ids from moved m where m.state = 'queued' group by m.pool
+             order by m.pool) h
+  )
+  -- `woken` is named here so that it runs: a CTE that only reads runs only where it is asked for
+  select m.job_id, m.stage, m.state, m.lease_expires_at from moved m cross join (select count(*) from woken) w
+  union all
+  -- The token is still the caller's and the stage is the one asked for: moved by the same call before.
+  select j.job_id, j.stage, j.state, j.lease_expires_at
+    from asked a
+   cross join lateral (
+     select u.* from upload_pipeline.upload_jobs u
+      where u.job_id = a.job_id and u.lease_token = a.token and u.stage = a.to_stage) j
+   where a.job_id not in (select f.job_id from fenced f);
+  get diagnostics v_answers = row_count;
+  if v_answers = cardinality(p_job_ids) then
+    return;
+  end if;
+
+  -- The rest is lost, or its caller has a bug: it holds the job, but names a stage that does not follow.
+  select j.stage, a.job_id, a.from_stage, a.to_stage into v_wrong
+    from unnest(p_job_ids, p_tokens, p_from_stages, p_to_stages) a (job_id, token, from_stage, to_stage)
+   cross join lateral (
+     select u.stage from upload_pipeline.upload_jobs u
+      where u.job_id = a.job_id and u.lease_token = a.token and u.lease_expires_at is not null and u.stage <> a.to_stage
+      limit 1) j
+   limit 1;
+  if found then
+    raise exception 'job % is at stage "%" and cannot go from "%" to "%"',
+        v_wrong.job_id, v_wrong.stage, v_wrong.from_stage, v_wrong.to_stage
+      using errcode = 'UP004', hint = 'Only the next stage of upload_pipeline.stages is accepted.';
+  end if;
+end
+$$;
+
+-- advance_jobs for one job: its new stage, state and lease, or UP001.
+create function upload_pipeline.advance_job(
+  p_job_id     uuid,
+  p_token      bigint,
+  p_from_stage text,
+  p_to_stage   text,
+  p_keep       boolean default true,
+  p_ttl        interval default '60 seconds',
+  p_results    jsonb default null
+)
+returns table (job_id uuid, stage text, state upload_pipeline.job_state, lease_expires_at timestamptz)
+language plpgsql
+security definer
+set search_path = ''
+as $$
+begin
+  return query
+    select * from upload_pipeline.advance_jobs(
+      array[p_job_id], array[p_token], array[p_from_stage], array[p_to_stage], array[p_keep], p_ttl, array[p_results]);
+  if not found then
+    raise exception 'the lease on job % with token % is lost', p_job_id, p_token
+      using errcode = 'UP001', hint = 'Another worker or an operator has the job. Stop, and write nothing.';
+  end if;
+end
+$$;
+
+-- sql/schema/04_queue_claims.sql
+
+-- Leases on jobs: given, renewed, checked, handed back. What each verb locks, in this order, and what it returns where
+-- the lease is lost:
+--
+--   verb             locks                                        a stale token
+--   claim_jobs       lanes, then jobs, both SKIP LOCKED           -
+--   renew_leases     jobs in id order                             that job is missing from the answer
+--   check_lease      one job                                      raises UP001: undoes the caller's transaction
+--   check_step       one job                                      raises UP001: undoes the caller's transaction
+--   record_fenced_write  one job                                  is what it notes
+--   release_jobs     jobs in id order, then lanes in user order   that job is missing from the answer
+--
+-- The fence. `lease_token` only grows: a claim and a restart raise it. Whoever writes for a job names the token it was
+-- given, and the write happens only where the row still has that token and is `working`. So at most one claimant of a
+-- job can ever write, however late, however often, and whatever it believes of the time. A fence reads `working` as
+-- "has a lease", which a constraint makes the same thing: told the state, the planner may look the job up in the partial
+-- index of working jobs and read all of them; told the lease, it has only the primary key.
 
 -- Leases up to p_limit ready jobs of a pool to a worker for p_ttl.
 --
@@ -1154,24 +1322,10 @@ begin
 end
 $$;
 
--- Moves jobs one stage on. Arrays in parallel: a worker sends what its jobs ask for within a few milliseconds as one
--- statement. A job at whose end p_keep asks for it, and whose next stage is served by the same pool, stays leased to
--- its worker (`working`); else it is handed on to the next stage's pool (`queued`), or ended at the final stage
--- (`done`), or, where a cancel was asked for, ended there (`cancelled`).
---
--- What comes back per job is its new stage, state and lease. A job is missing from the answer when its token is stale.
--- Asking the same again, because an answer was lost on the way, answers the same again and writes nothing.
--- A stage that is not the next one raises UP004 and moves none: that is an error of the program, not of the moment.
-create function upload_pipeline.advance_jobs(
-  p_job_ids     uuid[],
-  p_tokens      bigint[],
-  p_from_stages text[],
-  p_to_stages   text[],
-  p_keep        boolean[],
-  p_ttl         interval default '60 seconds',
-  p_results     jsonb[] default null
-)
-returns table (job_id uuid, stage text, state upload_pipeline.job_state, lease_expires_at timestamptz)
+-- A stopping worker hands back all that it holds, retry counts untouched; a job whose cancel was asked for ends here.
+-- Returns what was handed back; a stale token's job is missing.
+create function upload_pipeline.release_jobs(p_job_ids uuid[], p_tokens bigint[])
+returns table (job_id uuid, state upload_pipeline.job_state)
 language plpgsql
 security definer
 set search_path = ''
@@ -1183,122 +1337,174 @@ set jit = off
 as $$
 #variable_conflict use_column
 declare
-  v_now     timestamptz := upload_pipeline.now();
-  v_answers bigint;
-  v_wrong   record;
+  v_now   timestamptz := upload_pipeline.now();
+  v_back  uuid[];
+  v_lanes record;
 begin
-  return query
-  with asked as materialized (
-    -- in id order, so that two groups never lock the same jobs in opposite order
-    select a.job_id, a.token, a.from_stage, a.to_stage, a.keep, a.results
-      from unnest(p_job_ids, p_tokens, p_from_stages, p_to_stages, p_keep, p_results)
-             a (job_id, token, from_stage, to_stage, keep, results)
-     order by a.job_id
-  ), fenced as materialized (
-    select a.job_id, a.from_stage, a.to_stage, a.keep, a.results, j.pipeline, j.pool, j.cancel_requested
-      from asked a
-     cross join lateral (
-       -- the fence: one primary-key look-up a job on every plan; joined with nothing else, so that no plan changes the
-       -- order of the locks
-       select u.pipeline, u.pool, u.cancel_requested from upload_pipeline.upload_jobs u
-        where u.job_id = a.job_id and u.lease_token = a.token and u.lease_expires_at is not null and u.stage = a.from_stage
-          for no key update) j
-  ), held as materialized (
-    select c.job_id, c.to_stage, c.results, t.pool, t.final,
-           case when t.final then 'done'
-                when c.cancel_requested then 'cancelled'
-                when c.keep and t.pool = c.pool then 'working'
-                else 'queued' end::upload_pipeline.job_state as next_state
-      from fenced c
-      join upload_pipeline.stages f on f.pipeline = c.pipeline and f.stage = c.from_stage
-      join upload_pipeline.stages t on t.pipeline = c.pipeline and t.stage = c.to_stage and t.position = f.position + 1
-  ), moved as (
+  with held as materialized (
+    select j.job_id, j.worker_id from upload_pipeline.upload_jobs j
+      join unnest(p_job_ids, p_tokens) a (job_id, token) on a.job_id = j.job_id and a.token = j.lease_token
+     where j.lease_expires_at is not null
+     order by j.job_id for no key update of j
+  ), back as (
     update upload_pipeline.upload_jobs j
-       set stage = h.to_stage,
-           state = h.next_state,
-           pool = case when h.final then j.pool else h.pool end,
-           retry_count = 0,
-           worker_id = case when h.next_state = 'working' then j.worker_id end,
-           lease_expires_at = case when h.next_state = 'working' then v_now + p_ttl end,
-           updated_at = v_now,
-           finished_at = case when h.next_state in ('done', 'cancelled') then v_now end
+       set state = case when j.cancel_requested then 'cancelled' else 'queued' end::upload_pipeline.job_state,
+           finished_at = case when j.cancel_requested then v_now end,
+           worker_id = null, lease_expires_at = null, updated_at = v_now
       from held h
      where j.job_id = h.job_id
-    returning j.job_id, j.user_id, j.document_id, j.pool, j.stage, j.state, j.lease_token, j.lease_expires_at,
-              j.correlation_id, h.results
+    returning j.*, h.worker_id as holder
   ), logged as (
-    insert into upload_pipeline.events (at, code, user_id, document_id, job_id, stage, lease_token, correlation_id)
-    select v_now,
-           case m.state when 'working' then 'job_advanced' when 'queued' then 'job_handed_on'
-                        when 'done' then 'job_done' else 'job_cancelled' end::upload_pipeline.event_code,
-           m.user_id, m.document_id, m.job_id, m.stage, m.lease_token, m.correlation_id
-      from moved m
-  ), kept as (
-    insert into upload_pipeline.job_outcomes as o (job_id, user_id, results, updated_at)
-    select m.job_id, m.user_id, m.results, v_now from moved m where m.results is not null
-    on conflict (job_id) do update
-      set results = excluded.results, error_code = null, error_message = null, error_details = null, updated_at = v_now
-  ), woken as (
-    select upload_pipeline.wake_lanes(h.pool, h.user_ids)
-      from (select m.pool, array_agg(m.user_id) as user_ids from moved m where m.state = 'queued' group by m.pool
-             order by m.pool) h
+    insert into upload_pipeline.events (at, code, user_id, document_id, job_id, worker_id, stage, lease_token, correlation_id)
+    select v_now, case when b.state = 'cancelled' then 'job_cancelled' else 'job_released' end::upload_pipeline.event_code,
+           b.user_id, b.document_id, b.job_id, b.holder, b.stage, b.lease_token, b.correlation_id
+      from back b
   )
-  -- `woken` is named here so that it runs: a CTE that only reads runs only where it is asked for
-  select m.job_id, m.stage, m.state, m.lease_expires_at from moved m cross join (select count(*) from woken) w
-  union all
-  -- The token is still the caller's and the stage is the one asked for: moved by the same call before.
-  select j.job_id, j.stage, j.state, j.lease_expires_at
-    from asked a
-   cross join lateral (
-     select u.* from upload_pipeline.upload_jobs u
-      where u.job_id = a.job_id and u.lease_token = a.token and u.stage = a.to_stage) j
-   where a.job_id not in (select f.job_id from fenced f);
-  get diagnostics v_answers = row_count;
-  if v_answers = cardinality(p_job_ids) then
-    return;
-  end if;
+  select array_agg(b.job_id) into v_back from back b;
 
-  -- The rest is lost, or its caller has a bug: it holds the job, but names a stage that does not follow.
-  select j.stage, a.job_id, a.from_stage, a.to_stage into v_wrong
-    from unnest(p_job_ids, p_tokens, p_from_stages, p_to_stages) a (job_id, token, from_stage, to_stage)
-   cross join lateral (
-     select u.stage from upload_pipeline.upload_jobs u
-      where u.job_id = a.job_id and u.lease_token = a.token and u.lease_expires_at is not null and u.stage <> a.to_stage
-      limit 1) j
-   limit 1;
-  if found then
-    raise exception 'job % is at stage "%" and cannot go from "%" to "%"',
-        v_wrong.job_id, v_wrong.stage, v_wrong.from_stage, v_wrong.to_stage
-      using errcode = 'UP004', hint = 'Only the next stage of upload_pipeline.stages is accepted.';
-  end if;
+  for v_lanes in
+    select j.pool, array_agg(j.user_id) as user_ids from upload_pipeline.upload_jobs j
+     where j.job_id = any (v_back) and j.state = 'queued' group by j.pool order by j.pool
+  loop
+    perform upload_pipeline.wake_lanes(v_lanes.pool, v_lanes.user_ids);
+  end loop;
+
+  return query select j.job_id, j.state from upload_pipeline.upload_jobs j where j.job_id = any (v_back);
 end
 $$;
 
--- advance_jobs for one job: its new stage, state and lease, or UP001.
-create function upload_pipeline.advance_job(
-  p_job_id     uuid,
-  p_token      bigint,
-  p_from_stage text,
-  p_to_stage   text,
-  p_keep       boolean default true,
-  p_ttl        interval default '60 seconds',
-  p_results    jsonb default null
+-- sql/schema/04_queue_control.sql
+
+-- What an operator, or a job's owner, does to it: start it again, stop it. What each verb locks, in this order, and what
+-- it does to a holder's token:
+--
+--   verb             locks                                        a stale token
+--   retry_job        one job, then its lane                       raises the token: fences the holder off
+--   cancel_job       one job                                      -
+
+-- Starts an ended job again, at p_from_stage or where it stopped. Of `deadletter` and `cancelled`; of `done` only with
+-- a stage. With p_force also of a live job: the token is raised, so that a worker still busy with it is fenced off.
+-- What it makes anew is dropped from the buffers (prepare_restart); vectors of chunks that do not change are kept. What
+-- follows is told under `p_correlation_id` where that is given.
+create function upload_pipeline.retry_job(
+  p_job_id         uuid,
+  p_from_stage     text default null,
+  p_force          boolean default false,
+  p_correlation_id text default null
 )
-returns table (job_id uuid, stage text, state upload_pipeline.job_state, lease_expires_at timestamptz)
+returns table (job_id uuid, stage text, state upload_pipeline.job_state)
 language plpgsql
 security definer
 set search_path = ''
 as $$
+#variable_conflict use_column
+declare
+  v_now     timestamptz := upload_pipeline.now();
+  v_job     upload_pipeline.upload_jobs;
+  v_at      upload_pipeline.stages;
+  v_target  upload_pipeline.stages;
+  v_subject text;
 begin
-  return query
-    select * from upload_pipeline.advance_jobs(
-      array[p_job_id], array[p_token], array[p_from_stage], array[p_to_stage], array[p_keep], p_ttl, array[p_results]);
+  select j.* into v_job from upload_pipeline.upload_jobs j where j.job_id = p_job_id for no key update;
   if not found then
-    raise exception 'the lease on job % with token % is lost', p_job_id, p_token
-      using errcode = 'UP001', hint = 'Another worker or an operator has the job. Stop, and write nothing.';
+    raise exception 'there is no job %', p_job_id using errcode = 'UP002', hint = 'List the jobs to find its id.';
   end if;
+  if not p_force and not (v_job.state in ('deadletter', 'cancelled') or (v_job.state = 'done' and p_from_stage is not null)) then
+    raise exception 'job % is %', p_job_id, v_job.state
+      using errcode = 'UP003',
+            hint = case v_job.state when 'done' then 'A job that is done starts again only from a stage that you name.'
+                                    else 'Wait for it to end, or cancel it first.' end;
+  end if;
+  select s.* into v_at from upload_pipeline.stages s where s.pipeline = v_job.pipeline and s.stage = v_job.stage;
+  select s.* into v_target from upload_pipeline.stages s
+   where s.pipeline = v_job.pipeline and s.stage = coalesce(p_from_stage, v_job.stage);
+  if not found or v_target.final or v_target.position > v_at.position then
+    raise exception 'job % at stage "%" cannot start again at "%"', p_job_id, v_job.stage, coalesce(p_from_stage, v_job.stage)
+      using errcode = 'UP004',
+            hint = format('Stages that it can start at: %s.', (
+              select string_agg(s.stage, ', ' order by s.position) from upload_pipeline.stages s
+               where s.pipeline = v_job.pipeline and s.position <= v_at.position and not s.final));
+  end if;
+  v_subject := coalesce('document ' || v_job.document_id, 'photo ' || v_job.photo_id);
+  -- a photo has one job, ever
+  if exists (select from upload_pipeline.upload_jobs o
+              where o.document_id = v_job.document_id and o.pipeline = v_job.pipeline and o.job_id <> p_job_id
+                and o.state in ('queued', 'working', 'retryable')) then
+    raise exception '% has another job under way', v_subject
+      using errcode = 'UP003', hint = 'Wait for that job to end, or cancel it first.';
+  end if;
+  if exists (select from upload_pipeline.documents d
+              where d.document_id = v_job.document_id and d.deleted_at is not null)
+     or exists (select from upload_pipeline.photos p
+                 where p.photo_id = v_job.photo_id and p.deleted_at is not null) then
+    raise exception '% is being deleted', v_subject
+      using errcode = 'UP003', hint = 'Send the file again once it is gone.';
+  end if;
+  perform upload_pipeline.prepare_restart(v_job.pipeline, v_job.document_id, v_target.stage);
+
+  begin
+    update upload_pipeline.upload_jobs j
+       set stage = v_target.stage, pool = v_target.pool, state = 'queued', retry_count = 0, cancel_requested = false,
+           lease_token = j.lease_token + 1, worker_id = null, lease_expires_at = null, run_at = v_now, updated_at = v_now,
+           finished_at = null, correlation_id = coalesce(p_correlation_id, j.correlation_id)
+     where j.job_id = p_job_id;
+  exception when unique_violation then
+    -- one was enqueued or started again since the look above
+    raise exception '% has another job under way', v_subject
+      using errcode = 'UP003', hint = 'Wait for that job to end, or cancel it first.';
+  end;
+  delete from upload_pipeline.job_outcomes o where o.job_id = p_job_id;
+  insert into upload_pipeline.events (at, code, user_id, document_id, job_id, stage, lease_token, correlation_id, payload)
+  values (v_now, 'job_restarted', v_job.user_id, v_job.document_id, p_job_id, v_target.stage, v_job.lease_token + 1,
+          coalesce(p_correlation_id, v_job.correlation_id), jsonb_build_object('from_state', v_job.state, 'from_stage', v_job.stage));
+  perform upload_pipeline.wake_lanes(v_target.pool, array[v_job.user_id]);
+  return query select p_job_id, v_target.stage, 'queued'::upload_pipeline.job_state;
 end
 $$;
+
+-- Stops a job: at once where nobody works on it; a working one at its next step boundary or heartbeat. Of an ended
+-- job: nothing changes, and its state comes back.
+create function upload_pipeline.cancel_job(p_job_id uuid, p_correlation_id text default null)
+returns table (job_id uuid, state upload_pipeline.job_state, cancel_requested boolean)
+language plpgsql
+security definer
+set search_path = ''
+as $$
+#variable_conflict use_column
+declare
+  v_now timestamptz := upload_pipeline.now();
+  v_job upload_pipeline.upload_jobs;
+begin
+  select j.* into v_job from upload_pipeline.upload_jobs j where j.job_id = p_job_id for no key update;
+  if not found then
+    raise exception 'there is no job %', p_job_id using errcode = 'UP002', hint = 'List the jobs to find its id.';
+  end if;
+  if v_job.state in ('queued', 'retryable', 'working') and not v_job.cancel_requested then
+    update upload_pipeline.upload_jobs j
+       set cancel_requested = true, updated_at = v_now, correlation_id = coalesce(p_correlation_id, j.correlation_id),
+           state = case when j.state = 'working' then j.state else 'cancelled' end,
+           finished_at = case when j.state = 'working' then null else v_now end
+     where j.job_id = p_job_id
+    returning j.* into v_job;
+    insert into upload_pipeline.events (at, code, user_id, document_id, job_id, stage, lease_token, correlation_id)
+    values (v_now, case when v_job.state = 'working' then 'job_cancel_requested' else 'job_cancelled' end::upload_pipeline.event_code,
+            v_job.user_id, v_job.document_id, p_job_id, v_job.stage, v_job.lease_token, v_job.correlation_id);
+  end if;
+  return query select v_job.job_id, v_job.state, v_job.cancel_requested;
+end
+$$;
+
+-- sql/schema/04_queue_failures.sql
+
+-- Jobs that do not go on: they fail, wait, are tried again when that is due or what they wait for has come, and end as
+-- dead letters. What each verb locks, in this order, and what it returns where the lease is lost:
+--
+--   verb             locks                                        a stale token
+--   snooze_job       one job                                      raises UP001
+--   fail_job         one job                                      raises UP001
+--   promote_due      jobs SKIP LOCKED, then lanes in user order   -
+--   reap_expired     jobs SKIP LOCKED                             -
+--   wake_job         one job, then its lane                       -
 
 -- Gives a job back until later without counting a retry: a remote parse still runs, a file is not there yet. One that was
 -- woken while it was at work is due at once.
@@ -1436,57 +1642,6 @@ begin
 end
 $$;
 
--- A stopping worker hands back all that it holds, retry counts untouched; a job whose cancel was asked for ends here.
--- Returns what was handed back; a stale token's job is missing.
-create function upload_pipeline.release_jobs(p_job_ids uuid[], p_tokens bigint[])
-returns table (job_id uuid, state upload_pipeline.job_state)
-language plpgsql
-security definer
-set search_path = ''
-set enable_seqscan = off
-set enable_bitmapscan = off
-set enable_hashjoin = off
-set enable_mergejoin = off
-set jit = off
-as $$
-#variable_conflict use_column
-declare
-  v_now   timestamptz := upload_pipeline.now();
-  v_back  uuid[];
-  v_lanes record;
-begin
-  with held as materialized (
-    select j.job_id, j.worker_id from upload_pipeline.upload_jobs j
-      join unnest(p_job_ids, p_tokens) a (job_id, token) on a.job_id = j.job_id and a.token = j.lease_token
-     where j.lease_expires_at is not null
-     order by j.job_id for no key update of j
-  ), back as (
-    update upload_pipeline.upload_jobs j
-       set state = case when j.cancel_requested then 'cancelled' else 'queued' end::upload_pipeline.job_state,
-           finished_at = case when j.cancel_requested then v_now end,
-           worker_id = null, lease_expires_at = null, updated_at = v_now
-      from held h
-     where j.job_id = h.job_id
-    returning j.*, h.worker_id as holder
-  ), logged as (
-    insert into upload_pipeline.events (at, code, user_id, document_id, job_id, worker_id, stage, lease_token, correlation_id)
-    select v_now, case when b.state = 'cancelled' then 'job_cancelled' else 'job_released' end::upload_pipeline.event_code,
-           b.user_id, b.document_id, b.job_id, b.holder, b.stage, b.lease_token, b.correlation_id
-      from back b
-  )
-  select array_agg(b.job_id) into v_back from back b;
-
-  for v_lanes in
-    select j.pool, array_agg(j.user_id) as user_ids from upload_pipeline.upload_jobs j
-     where j.job_id = any (v_back) and j.state = 'queued' group by j.pool order by j.pool
-  loop
-    perform upload_pipeline.wake_lanes(v_lanes.pool, v_lanes.user_ids);
-  end loop;
-
-  return query select j.job_id, j.state from upload_pipeline.upload_jobs j where j.job_id = any (v_back);
-end
-$$;
-
 -- Makes due retries and snoozes ready. Any worker runs it, bounded, beside others: there is no leader.
 create function upload_pipeline.promote_due(p_limit integer default 100)
 returns integer
@@ -1569,118 +1724,6 @@ as $$
   select count(*)::integer from reaped
 $$;
 
--- Starts an ended job again, at p_from_stage or where it stopped. Of `deadletter` and `cancelled`; of `done` only with
--- a stage. With p_force also of a live job: the token is raised, so that a worker still busy with it is fenced off.
--- What it makes anew is dropped from the buffers (prepare_restart); vectors of chunks that do not change are kept. What
--- follows is told under `p_correlation_id` where that is given.
-create function upload_pipeline.retry_job(
-  p_job_id         uuid,
-  p_from_stage     text default null,
-  p_force          boolean default false,
-  p_correlation_id text default null
-)
-returns table (job_id uuid, stage text, state upload_pipeline.job_state)
-language plpgsql
-security definer
-set search_path = ''
-as $$
-#variable_conflict use_column
-declare
-  v_now     timestamptz := upload_pipeline.now();
-  v_job     upload_pipeline.upload_jobs;
-  v_at      upload_pipeline.stages;
-  v_target  upload_pipeline.stages;
-  v_subject text;
-begin
-  select j.* into v_job from upload_pipeline.upload_jobs j where j.job_id = p_job_id for no key update;
-  if not found then
-    raise exception 'there is no job %', p_job_id using errcode = 'UP002', hint = 'List the jobs to find its id.';
-  end if;
-  if not p_force and not (v_job.state in ('deadletter', 'cancelled') or (v_job.state = 'done' and p_from_stage is not null)) then
-    raise exception 'job % is %', p_job_id, v_job.state
-      using errcode = 'UP003',
-            hint = case v_job.state when 'done' then 'A job that is done starts again only from a stage that you name.'
-                                    else 'Wait for it to end, or cancel it first.' end;
-  end if;
-  select s.* into v_at from upload_pipeline.stages s where s.pipeline = v_job.pipeline and s.stage = v_job.stage;
-  select s.* into v_target from upload_pipeline.stages s
-   where s.pipeline = v_job.pipeline and s.stage = coalesce(p_from_stage, v_job.stage);
-  if not found or v_target.final or v_target.position > v_at.position then
-    raise exception 'job % at stage "%" cannot start again at "%"', p_job_id, v_job.stage, coalesce(p_from_stage, v_job.stage)
-      using errcode = 'UP004',
-            hint = format('Stages that it can start at: %s.', (
-              select string_agg(s.stage, ', ' order by s.position) from upload_pipeline.stages s
-               where s.pipeline = v_job.pipeline and s.position <= v_at.position and not s.final));
-  end if;
-  v_subject := coalesce('document ' || v_job.document_id, 'photo ' || v_job.photo_id);
-  -- a photo has one job, ever
-  if exists (select from upload_pipeline.upload_jobs o
-              where o.document_id = v_job.document_id and o.pipeline = v_job.pipeline and o.job_id <> p_job_id
-                and o.state in ('queued', 'working', 'retryable')) then
-    raise exception '% has another job under way', v_subject
-      using errcode = 'UP003', hint = 'Wait for that job to end, or cancel it first.';
-  end if;
-  if exists (select from upload_pipeline.documents d
-              where d.document_id = v_job.document_id and d.deleted_at is not null)
-     or exists (select from upload_pipeline.photos p
-                 where p.photo_id = v_job.photo_id and p.deleted_at is not null) then
-    raise exception '% is being deleted', v_subject
-      using errcode = 'UP003', hint = 'Send the file again once it is gone.';
-  end if;
-  perform upload_pipeline.prepare_restart(v_job.pipeline, v_job.document_id, v_target.stage);
-
-  begin
-    update upload_pipeline.upload_jobs j
-       set stage = v_target.stage, pool = v_target.pool, state = 'queued', retry_count = 0, cancel_requested = false,
-           lease_token = j.lease_token + 1, worker_id = null, lease_expires_at = null, run_at = v_now, updated_at = v_now,
-           finished_at = null, correlation_id = coalesce(p_correlation_id, j.correlation_id)
-     where j.job_id = p_job_id;
-  exception when unique_violation then
-    -- one was enqueued or started again since the look above
-    raise exception '% has another job under way', v_subject
-      using errcode = 'UP003', hint = 'Wait for that job to end, or cancel it first.';
-  end;
-  delete from upload_pipeline.job_outcomes o where o.job_id = p_job_id;
-  insert into upload_pipeline.events (at, code, user_id, document_id, job_id, stage, lease_token, correlation_id, payload)
-  values (v_now, 'job_restarted', v_job.user_id, v_job.document_id, p_job_id, v_target.stage, v_job.lease_token + 1,
-          coalesce(p_correlation_id, v_job.correlation_id), jsonb_build_object('from_state', v_job.state, 'from_stage', v_job.stage));
-  perform upload_pipeline.wake_lanes(v_target.pool, array[v_job.user_id]);
-  return query select p_job_id, v_target.stage, 'queued'::upload_pipeline.job_state;
-end
-$$;
-
--- Stops a job: at once where nobody works on it; a working one at its next step boundary or heartbeat. Of an ended
--- job: nothing changes, and its state comes back.
-create function upload_pipeline.cancel_job(p_job_id uuid, p_correlation_id text default null)
-returns table (job_id uuid, state upload_pipeline.job_state, cancel_requested boolean)
-language plpgsql
-security definer
-set search_path = ''
-as $$
-#variable_conflict use_column
-declare
-  v_now timestamptz := upload_pipeline.now();
-  v_job upload_pipeline.upload_jobs;
-begin
-  select j.* into v_job from upload_pipeline.upload_jobs j where j.job_id = p_job_id for no key update;
-  if not found then
-    raise exception 'there is no job %', p_job_id using errcode = 'UP002', hint = 'List the jobs to find its id.';
-  end if;
-  if v_job.state in ('queued', 'retryable', 'working') and not v_job.cancel_requested then
-    update upload_pipeline.upload_jobs j
-       set cancel_requested = true, updated_at = v_now, correlation_id = coalesce(p_correlation_id, j.correlation_id),
-           state = case when j.state = 'working' then j.state else 'cancelled' end,
-           finished_at = case when j.state = 'working' then null else v_now end
-     where j.job_id = p_job_id
-    returning j.* into v_job;
-    insert into upload_pipeline.events (at, code, user_id, document_id, job_id, stage, lease_token, correlation_id)
-    values (v_now, case when v_job.state = 'working' then 'job_cancel_requested' else 'job_cancelled' end::upload_pipeline.event_code,
-            v_job.user_id, v_job.document_id, p_job_id, v_job.stage, v_job.lease_token, v_job.correlation_id);
-  end if;
-  return query select v_job.job_id, v_job.state, v_job.cancel_requested;
-end
-$$;
-
 -- What a job waits for has come, or is said to have come: one that waits for its next try is ready now; one at work is due
 -- at once should its step end in a snooze or a failure, since what the step saw is outdated by then. Any other is left as
 -- it is. While a woken job is at work its `run_at` is later than its `updated_at`; its next transition ends that.
@@ -1709,17 +1752,10 @@ begin
 end
 $$;
 
--- Sets how many jobs of a user a pool may have at work at once. A cap that is lowered lets running jobs run, and starts
--- none until there are fewer. Makes the lane where the user has had no job in that pool yet.
-create function upload_pipeline.set_lane_cap(p_user_id uuid, p_pool text, p_max_in_flight integer)
-returns void
-language sql
-security definer
-set search_path = ''
-as $$
-  insert into upload_pipeline.lanes (pool, user_id, max_in_flight, ready) values (p_pool, p_user_id, p_max_in_flight, false)
-  on conflict (pool, user_id) do update set max_in_flight = excluded.max_in_flight
-$$;
+-- sql/schema/04_workers.sql
+
+-- The register of workers: who works, where, on which pools and on how many jobs at once. No verb of the queue reads it:
+-- what a worker holds, the leases say.
 
 -- A worker's entry in the register, and its end. renew_leases keeps it fresh.
 create function upload_pipeline.register_worker(

@@ -1,4 +1,4 @@
-"""The queue's verbs: one function for each SQL function of `sql/schema/04_queue.sql`, which tells what they do.
+"""The queue's verbs: one function for each SQL function of `sql/schema/04_*.sql`, which tell what they do.
 
 Every function takes whatever can run one statement, a pool or a connection, and is one round trip. None opens a
 transaction of its own: a verb is atomic by itself, and a caller that wants several in one opens it around them.
