@@ -1,6 +1,6 @@
 """The verbs that carry a document's job along: each writes a step's effect and the transition as one transaction.
 
-One function for each SQL function of `sql/schema/05_documents.sql`, which tells what they do. Those that take a
+One function for each SQL function of `sql/schema/05_document*.sql`, which tell what they do. Those that take a
 lease raise `asyncpg.PostgresError` with SQLSTATE UP001 where it is lost, and then nothing was written.
 """
 
