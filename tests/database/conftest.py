@@ -8,6 +8,7 @@ from typing import Any
 import psycopg
 import pytest
 from psycopg.rows import namedtuple_row
+from session_verbs import open_session
 from sessions import Connect, Connection
 from verbs import add_job, claim_one, set_clock
 
@@ -43,6 +44,20 @@ def connect(database: Any, connections: list[Connection]) -> Connect:
 def worker(connect: Connect) -> Connection:
     """Role `upload_worker`: what every verb is called as."""
     return connect()
+
+
+@pytest.fixture
+def other(connect: Connect) -> Connection:
+    """A second worker, with the same clock as the first."""
+    connection = connect()
+    set_clock(connection)
+    return connection
+
+
+@pytest.fixture
+def session(worker: Connection) -> Any:
+    """A session whose token is `t`."""
+    return open_session(worker, "t")
 
 
 @pytest.fixture
