@@ -356,8 +356,9 @@ alter table upload_pipeline.document_chunks alter column search_vector set stora
 alter table upload_pipeline.document_chunks alter column embedding set storage main;
 alter table upload_pipeline.document_chunks set (toast_tuple_target = 8160);
 
--- a document shows each place in it once
-create unique index document_chunks_place on upload_pipeline.document_chunks (document_id, ordinal) where live;
+-- a document shows each place in it once; activate_model looks at each live chunk, in here and not in its wide row
+create unique index document_chunks_place on upload_pipeline.document_chunks (document_id, ordinal)
+  include (chunk_id, embed_model) where live;
 -- the foreign key to documents, and the old set when a new one takes its place
 create index document_chunks_document on upload_pipeline.document_chunks (document_id);
 -- search_chunks: exact search over one user's rows
