@@ -10,8 +10,11 @@ from uuid import UUID
 from sample_documents import make_document
 
 from upload_pipeline.database import queue
+from upload_pipeline.database.deletion import delete_document
+from upload_pipeline.intake.accept import accept_file
 from upload_pipeline.intake.receive import receive_upload
 from upload_pipeline.intake.reserve import ReservedUpload, reserve_upload
+from upload_pipeline.storage.document_objects import remove_document_objects
 
 DATA = make_document("pdf", 1)
 WINDOW = timedelta(minutes=20)
@@ -65,3 +68,43 @@ async def claim(intake):
         intake.db, worker_id=WORKER, pool="default", limit=1, after_user=None, ttl=timedelta(seconds=60)
     )
     return job
+
+
+async def assert_arrived(traces, reserved, *, state="queued") -> None:
+    """The bytes are where they belong and nowhere else, nothing is awaited, and the job has nothing to wait for."""
+    assert await traces.keys() == {reserved.raw_key}
+    assert await traces.store.get_bytes(reserved.raw_key, len(DATA)) == DATA
+    row = await row_of(traces, reserved.document_id)
+    assert (row["upload_deadline"], row["stage"], row["state"], row["error_code"]) == (None, "queued", state, None)
+    assert await traces.jobs() == 1
+
+
+async def assert_awaited(traces, reserved) -> None:
+    """Nothing has been left of what was tried."""
+    assert await traces.keys() == set()
+    row = await row_of(traces, reserved.document_id)
+    assert (row["upload_deadline"], row["state"]) == (reserved.deadline, "queued")
+
+
+async def snoozed(intake) -> None:
+    """The job has looked, has seen nothing, and sleeps."""
+    job = await claim(intake)
+    await queue.snooze_job(intake.db, job.lease, delay=timedelta(seconds=30))
+
+
+async def expired(intake) -> None:
+    job = await claim(intake)
+    await queue.fail_job(intake.db, job.lease, code="UPLOAD_EXPIRED", message="too late", retryable=False)
+
+
+async def accept_whole(intake, user):
+    return await accept_file(
+        intake, chunks=arriving(DATA), filename="whole.pdf", user_id=user, metadata={"whole": 1}, correlation_id="whole"
+    )
+
+
+async def delete(intake, document_id) -> None:
+    async def remove(deleted) -> None:
+        await remove_document_objects(intake.store, document_id=deleted.document_id, raw_key=deleted.raw_key)
+
+    assert await delete_document(intake.db, document_id, remove)

@@ -9,6 +9,7 @@ from typing import Any
 from uuid import UUID, uuid4
 
 import pytest
+from announced import reserve
 
 from upload_pipeline.database.pools import BoundedPool, open_pool
 from upload_pipeline.intake.staging import Intake
@@ -75,3 +76,8 @@ def parser() -> Iterator[LocalParser]:
 @pytest.fixture
 def intake(db: BoundedPool, store: ObjectStore, parser: LocalParser, tmp_path: Path) -> Intake:
     return Intake(db, store, parser.inspect, MAX_BYTES, tmp_path / "scratch", retry_seconds=0.0)
+
+
+@pytest.fixture
+async def reserved(intake, user):
+    return await reserve(intake, user)
