@@ -27,6 +27,8 @@
 --   1. lock ready lanes that look open, skipping those that another claim holds
 --   2. count again under the lock, take the heads, write the leases
 --   3. park the lanes that are now empty
+-- Where all of them were empty before, since their jobs were cancelled or deleted, the next ones are looked at at once, a
+-- bounded number of times: else the jobs behind them would wait for as many looks of an idle worker.
 --
 -- Flat: rows read are bounded by p_limit and by the jobs at work, not by anybody's backlog or history. The planner is
 -- left no way to decide otherwise on stale statistics: the only plans are the partial indexes, read in order.
@@ -60,10 +62,13 @@ set jit = off
 as $$
 #variable_conflict use_column
 declare
-  v_now   timestamptz := upload_pipeline.now();
-  v_after uuid := coalesce(p_after_user, '00000000-0000-0000-0000-000000000000');
-  v_users uuid[];
-  v_more  uuid[];
+  v_rounds  constant integer := 20;
+  v_now     timestamptz := upload_pipeline.now();
+  v_after   uuid := coalesce(p_after_user, '00000000-0000-0000-0000-000000000000');
+  v_users   uuid[];
+  v_more    uuid[];
+  v_claimed integer;
+  v_parked  integer;
 begin
   if current_setting('transaction_isolation') <> 'read committed' then
     raise exception 'claim_jobs needs READ COMMITTED, this transaction is %', current_setting('transaction_isolation')
@@ -73,73 +78,76 @@ begin
     raise exception 'p_limit is %, it must be at least 1', p_limit using errcode = '22023';
   end if;
 
-  select array_agg(s.user_id) into v_users from (
-    select l.user_id from upload_pipeline.lanes l
-     where l.pool = p_pool and l.ready and l.user_id > v_after
-       and l.max_in_flight > (select count(*) from upload_pipeline.upload_jobs w
-                               where w.pool = l.pool and w.user_id = l.user_id and w.state = 'working')
-     order by l.pool, l.user_id limit p_limit
-       for no key update of l skip locked) s;
-  if p_after_user is not null and coalesce(cardinality(v_users), 0) < p_limit then
-    select array_agg(s.user_id) into v_more from (
+  for v_round in 1..v_rounds loop
+    select array_agg(s.user_id) into v_users from (
       select l.user_id from upload_pipeline.lanes l
-       where l.pool = p_pool and l.ready and l.user_id <= v_after
+       where l.pool = p_pool and l.ready and l.user_id > v_after
          and l.max_in_flight > (select count(*) from upload_pipeline.upload_jobs w
                                  where w.pool = l.pool and w.user_id = l.user_id and w.state = 'working')
-       order by l.pool, l.user_id limit p_limit - coalesce(cardinality(v_users), 0)
+       order by l.pool, l.user_id limit p_limit
          for no key update of l skip locked) s;
-    v_users := v_users || v_more;
-  end if;
-  if v_users is null then
-    return;
-  end if;
+    if p_after_user is not null and coalesce(cardinality(v_users), 0) < p_limit then
+      select array_agg(s.user_id) into v_more from (
+        select l.user_id from upload_pipeline.lanes l
+         where l.pool = p_pool and l.ready and l.user_id <= v_after
+           and l.max_in_flight > (select count(*) from upload_pipeline.upload_jobs w
+                                   where w.pool = l.pool and w.user_id = l.user_id and w.state = 'working')
+         order by l.pool, l.user_id limit p_limit - coalesce(cardinality(v_users), 0)
+           for no key update of l skip locked) s;
+      v_users := v_users || v_more;
+    end if;
+    exit when v_users is null;
 
-  return query
-  with open as materialized (
-    select l.user_id, u.turn, l.max_in_flight - w.working as slots
-      from unnest(v_users) with ordinality u (user_id, turn)
-      join upload_pipeline.lanes l on l.pool = p_pool and l.user_id = u.user_id
-     cross join lateral (
-       select count(*)::integer as working from upload_pipeline.upload_jobs j
-        where j.pool = p_pool and j.user_id = l.user_id and j.state = 'working') w
-     where l.max_in_flight > w.working
-  ), head as materialized (
-    select h.job_id, o.turn, row_number() over () as place
-      from open o
-     cross join lateral (
-       select j.job_id from upload_pipeline.upload_jobs j
-        where j.pool = p_pool and j.user_id = o.user_id and j.state = 'queued'
-        order by j.pool, j.user_id, j.priority desc, j.seq
-        -- an equal share of p_limit; the first lanes of the turn take the remainder
-        limit least(o.slots, p_limit / cardinality(v_users) + (o.turn <= p_limit % cardinality(v_users))::integer)
-          for update skip locked) h
-  ), taken as (
-    update upload_pipeline.upload_jobs j
-       set state = 'working', lease_token = j.lease_token + 1, worker_id = p_worker_id,
-           lease_expires_at = v_now + p_ttl, started_at = coalesce(j.started_at, v_now),
-           -- only of a woken job at work (wake_job) is `run_at` later than this
-           updated_at = greatest(v_now, j.run_at)
-      from head h
-     where j.job_id = h.job_id
-    returning j.job_id, j.document_id, j.photo_id, j.user_id, j.pipeline, j.stage, j.retry_count, j.lease_token,
-              j.lease_expires_at, j.correlation_id, h.turn, h.place
-  ), logged as (
-    insert into upload_pipeline.events
-      (at, code, severity, user_id, document_id, job_id, worker_id, stage, lease_token, correlation_id)
-    select v_now, 'job_claimed', 'debug', t.user_id, t.document_id, t.job_id, p_worker_id, t.stage, t.lease_token,
-           t.correlation_id
+    return query
+    with open as materialized (
+      select l.user_id, u.turn, l.max_in_flight - w.working as slots
+        from unnest(v_users) with ordinality u (user_id, turn)
+        join upload_pipeline.lanes l on l.pool = p_pool and l.user_id = u.user_id
+       cross join lateral (
+         select count(*)::integer as working from upload_pipeline.upload_jobs j
+          where j.pool = p_pool and j.user_id = l.user_id and j.state = 'working') w
+       where l.max_in_flight > w.working
+    ), head as materialized (
+      select h.job_id, o.turn, row_number() over () as place
+        from open o
+       cross join lateral (
+         select j.job_id from upload_pipeline.upload_jobs j
+          where j.pool = p_pool and j.user_id = o.user_id and j.state = 'queued'
+          order by j.pool, j.user_id, j.priority desc, j.seq
+          -- an equal share of p_limit; the first lanes of the turn take the remainder
+          limit least(o.slots, p_limit / cardinality(v_users) + (o.turn <= p_limit % cardinality(v_users))::integer)
+            for update skip locked) h
+    ), taken as (
+      update upload_pipeline.upload_jobs j
+         set state = 'working', lease_token = j.lease_token + 1, worker_id = p_worker_id,
+             lease_expires_at = v_now + p_ttl, started_at = coalesce(j.started_at, v_now),
+             -- only of a woken job at work (wake_job) is `run_at` later than this
+             updated_at = greatest(v_now, j.run_at)
+        from head h
+       where j.job_id = h.job_id
+      returning j.job_id, j.document_id, j.photo_id, j.user_id, j.pipeline, j.stage, j.retry_count, j.lease_token,
+                j.lease_expires_at, j.correlation_id, h.turn, h.place
+    ), logged as (
+      insert into upload_pipeline.events
+        (at, code, severity, user_id, document_id, job_id, worker_id, stage, lease_token, correlation_id)
+      select v_now, 'job_claimed', 'debug', t.user_id, t.document_id, t.job_id, p_worker_id, t.stage, t.lease_token,
+             t.correlation_id
+        from taken t
+    )
+    -- in the turn's order, whatever plan the update had: the last row's user is the worker's next cursor
+    select t.job_id, coalesce(t.document_id, t.photo_id), t.user_id, t.pipeline, t.stage, t.retry_count, t.lease_token,
+           t.lease_expires_at, t.correlation_id
       from taken t
-  )
-  -- in the turn's order, whatever plan the update had: the last row's user is the worker's next cursor
-  select t.job_id, coalesce(t.document_id, t.photo_id), t.user_id, t.pipeline, t.stage, t.retry_count, t.lease_token,
-         t.lease_expires_at, t.correlation_id
-    from taken t
-   order by t.turn, t.place;
+     order by t.turn, t.place;
+    get diagnostics v_claimed = row_count;
 
-  update upload_pipeline.lanes l set ready = false
-   where l.pool = p_pool and l.user_id = any (v_users)
-     and not exists (select from upload_pipeline.upload_jobs j
-                      where j.pool = p_pool and j.user_id = l.user_id and j.state = 'queued');
+    update upload_pipeline.lanes l set ready = false
+     where l.pool = p_pool and l.user_id = any (v_users)
+       and not exists (select from upload_pipeline.upload_jobs j
+                        where j.pool = p_pool and j.user_id = l.user_id and j.state = 'queued');
+    get diagnostics v_parked = row_count;
+    exit when v_claimed > 0 or v_parked = 0;
+  end loop;
 end
 $$;
 

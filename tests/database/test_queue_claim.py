@@ -11,6 +11,7 @@ from verbs import (
     add_job,
     advance_many,
     await_lock_wait,
+    cancel,
     claim,
     claim_one,
     enqueue,
@@ -204,6 +205,25 @@ def test_a_lane_parks_when_its_last_job_is_claimed_and_opens_when_one_comes_back
     assert not lane_ready(worker, user)
     release(worker, held)
     assert lane_ready(worker, user)
+
+
+def test_lanes_whose_jobs_were_cancelled_do_not_hide_the_job_behind_them(admin: Connection, worker: Connection) -> None:
+    for number in range(1, 6):
+        cancel(worker, add_job(admin, worker, user_number(number)))
+        assert lane_ready(worker, user_number(number)), "nobody looks at a lane for a cancellation"
+    job = add_job(admin, worker, user_number(9))
+    assert claim_one(worker).job_id == job
+    assert [lane_ready(worker, user_number(number)) for number in (1, 2, 3, 4, 5, 9)] == [False] * 6
+
+
+def test_a_claim_looks_behind_a_bounded_number_of_empty_lanes_and_the_next_goes_on(
+    admin: Connection, worker: Connection
+) -> None:
+    for number in range(1, 26):
+        cancel(worker, add_job(admin, worker, user_number(number)))
+    job = add_job(admin, worker, user_number(99))
+    assert claim(worker) == []
+    assert claim_one(worker).job_id == job
 
 
 def test_jobs_locked_by_another_are_passed_over(admin: Connection, worker: Connection, connect: Connect) -> None:
