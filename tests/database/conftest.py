@@ -7,6 +7,7 @@ from typing import Any
 
 import psycopg
 import pytest
+from model_verbs import OLD
 from psycopg.rows import namedtuple_row
 from session_verbs import open_session
 from sessions import Connect, Connection
@@ -66,3 +67,10 @@ def lease(admin: Connection, worker: Connection) -> Any:
     set_clock(worker)
     add_job(admin, worker)
     return claim_one(worker)
+
+
+@pytest.fixture
+def old(worker: Connection) -> None:
+    """OLD is the active model."""
+    set_clock(worker)
+    worker.execute("select upload_pipeline.register_model(%s, 'test', 3)", [OLD])

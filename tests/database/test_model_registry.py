@@ -1,0 +1,49 @@
+"""The registry of embedding models: which is the active one, and which is being filled."""
+
+from __future__ import annotations
+
+from model_verbs import NEW, add, refused, retire, statuses
+from sessions import Connect, Connection
+from verbs import await_lock_wait, in_background
+
+
+def test_the_first_model_is_the_active_one_and_a_worker_is_told_which_it_is(worker: Connection) -> None:
+    for model, dimensions in (("a", 2), ("b", 3), ("a", 2)):
+        row = worker.execute("select * from upload_pipeline.register_model(%s, 'test', %s)", [model, dimensions])
+        assert tuple(row.fetchone() or ()) == ("a", "test", 2)
+    assert statuses(worker) == {"a": "active"}
+
+
+def test_a_model_with_other_dimensions_is_refused(worker: Connection) -> None:
+    worker.execute("select upload_pipeline.register_model('a', 'test', 2)")
+    refused(worker.execute, "select upload_pipeline.register_model('a', 'test', 3)", state="UP005")
+    add(worker, "b", 2)
+    refused(add, worker, "b", 3, state="UP005")
+    retire(worker, "b")
+    refused(add, worker, "z", 0, state="23514")
+
+
+def test_two_first_models_at_once_leave_one_active(admin: Connection, worker: Connection, connect: Connect) -> None:
+    other = connect()
+    worker.execute("begin")
+    worker.execute("select upload_pipeline.register_model('a', 'test', 2)")
+    registered = in_background(other.execute, "select model::text from upload_pipeline.register_model('b', 'test', 2)")
+    await_lock_wait(admin, other)
+    worker.execute("commit")
+    assert registered.result(timeout=10).fetchone() == ("a",)
+    assert statuses(worker) == {"a": "active"}
+
+
+def test_the_first_model_of_all_has_nothing_to_fill(worker: Connection) -> None:
+    assert add(worker) == "active"
+    assert statuses(worker) == {NEW: "active"}
+    refused(add, worker, state="UP003", says="is the active one")
+
+
+def test_one_model_at_a_time_is_filled(worker: Connection, old: None) -> None:
+    assert add(worker) == "building"
+    assert add(worker) == "building"
+    error = refused(add, worker, "m5", 5, state="UP003", says='"m2" is being filled')
+    assert "models retire m2" in str(error.diag.message_hint)
+    retire(worker, NEW)
+    assert add(worker, "m5", 5) == "building"
