@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
+import asyncpg
 import psycopg
 import pytest
+from budget_verbs import at
 from model_verbs import OLD
 from psycopg.rows import namedtuple_row
 from session_verbs import open_session
 from sessions import Connect, Connection
 from verbs import add_job, claim_one, set_clock
+
+from upload_pipeline.database.connection import connect as open_connection
 
 
 def _open(url: str, opened: list[Connection]) -> Connection:
@@ -74,3 +78,12 @@ def old(worker: Connection) -> None:
     """OLD is the active model."""
     set_clock(worker)
     worker.execute("select upload_pipeline.register_model(%s, 'test', 3)", [OLD])
+
+
+@pytest.fixture
+async def budget_db(database: Any) -> AsyncIterator[asyncpg.Connection]:
+    """Role `upload_worker`, at second 0."""
+    db = await open_connection(database.worker_url)
+    await at(db, 0)
+    yield db
+    await db.close()
