@@ -172,6 +172,7 @@ TOO_LARGE = "Request too large for m in organization org-x on tokens per min (TP
 TOO_EARLY = (
     "Rate limit reached for m in organization org-x on tokens per min (TPM): Limit 10000, Used 8554, Requested 3082."
 )
+WITH_COMMAS = "Rate limit reached for m on tokens per min (TPM): Limit 1,000,000, Used 990,000, Requested {:,}. Please …"
 NONE_OF_IT = "Rate limit reached for m in organization org-x on tokens per min (TPM): Limit 0, Used 0, Requested 12000."
 
 
@@ -181,6 +182,10 @@ NONE_OF_IT = "Rate limit reached for m in organization org-x on tokens per min (
         (TOO_LARGE, "tokens", ErrorCode.REQUEST_OVER_BUDGET, Remedy.SPLIT, 40_000),
         ("Too many tokens: Limit 9, Requested 10.", "x", ErrorCode.REQUEST_OVER_BUDGET, Remedy.SPLIT, None),
         ("Use fewer tokens.", "request_too_large", ErrorCode.REQUEST_OVER_BUDGET, Remedy.SPLIT, None),
+        (WITH_COMMAS.format(2_000_000), "tokens", ErrorCode.REQUEST_OVER_BUDGET, Remedy.SPLIT, 1_000_000),
+        (WITH_COMMAS.format(20_000), "tokens", ErrorCode.EMBED_FAILED, Remedy.WAIT, None),
+        ("TPM: Limit 1.5M, Used 1.4M, Requested 200k.", "tokens", ErrorCode.EMBED_FAILED, Remedy.WAIT, None),
+        ("TPM: Limit 1.5, Used 1.4, Requested 20.", "tokens", ErrorCode.EMBED_FAILED, Remedy.WAIT, None),
         (NONE_OF_IT, "tokens", ErrorCode.EMBED_QUOTA, Remedy.PAUSE, None),
         (TOO_EARLY, "tokens", ErrorCode.EMBED_FAILED, Remedy.WAIT, None),
         ("Rate limit reached: Limit 3, Used 3, Requested 1.", "requests", ErrorCode.EMBED_FAILED, Remedy.WAIT, None),

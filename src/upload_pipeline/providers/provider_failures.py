@@ -37,7 +37,9 @@ MESSAGE_CHARS = 300
 _UNTOLD_WAIT = 2.0  # seconds, where a 429 says no time
 
 _TOO_LARGE = re.compile(r"request[ _](?:is )?too[ _]large", re.IGNORECASE)
-_LIMIT_AND_REQUESTED = re.compile(r"\blimit:? (\d{1,15})\b.*?\brequested:? (\d{1,15})\b", re.IGNORECASE | re.DOTALL)
+# With or without commas. Of `1.5M` or `20k` nothing is taken: half a number would make an ordinary wait a refusal.
+_NUMBER = r"(\d{1,3}(?:,\d{3}){1,4}|\d{1,15})(?!\w|[.,]\d)"
+_LIMIT_AND_REQUESTED = re.compile(rf"\blimit:? {_NUMBER}.*?\brequested:? {_NUMBER}", re.IGNORECASE | re.DOTALL)
 _OF_TOKENS_IN_A_MINUTE = re.compile(r"\btokens per min|\bTPM\b", re.IGNORECASE)
 
 
@@ -204,12 +206,16 @@ def _larger_than_a_minute(error: Any) -> _Large | None:
     """What a 429 tells of a request that will never be taken as it is; None of one that came too early."""
     message = str(error.message)
     told = _LIMIT_AND_REQUESTED.search(message)
-    limit, requested = (int(told[1]), int(told[2])) if told else (None, None)
+    limit, requested = (_number(told[1]), _number(told[2])) if told else (None, None)
     if limit is not None and requested is not None and requested > limit:
         return _Large(limit, requested, _OF_TOKENS_IN_A_MINUTE.search(message) is not None)
     if any(_TOO_LARGE.search(str(words)) for words in (message, error.type, error.code)):
         return _Large(None, None, of_tokens=False)
     return None
+
+
+def _number(told: str) -> int:
+    return int(told.replace(",", ""))
 
 
 def _over_minute(
