@@ -81,6 +81,7 @@ create type upload_pipeline.event_code as enum (
   'provider_paused',
   'worker_started',
   'worker_stopped',
+  'worker_left_pools',
   'embedding_model_changed'
 );
 

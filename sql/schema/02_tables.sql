@@ -421,6 +421,8 @@ create table upload_pipeline.workers (
   pid          integer not null,
   version      text not null,
   pools        text[] not null,
+  -- of these, what it leaves to others for now, since it lacks what their jobs need
+  left_pools   text[] not null default '{}',
   concurrency  integer not null,
   started_at   timestamptz not null default upload_pipeline.now(),
   last_beat_at timestamptz not null default upload_pipeline.now(),

@@ -171,7 +171,7 @@ begin
 
     -- without a worker in the register: as if there were one slot
     select greatest(1, sum(w.concurrency)) into v_slots from upload_pipeline.workers w
-     where v_pool = any (w.pools) and w.last_beat_at > v_now - interval '2 minutes';
+     where v_pool = any (w.pools) and v_pool <> all (w.left_pools) and w.last_beat_at > v_now - interval '2 minutes';
     select least(v_slots, coalesce(max(l.max_in_flight), 1)) into v_cap from upload_pipeline.lanes l
      where l.pool = v_pool and l.user_id = v_user;
 

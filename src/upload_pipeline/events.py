@@ -43,6 +43,7 @@ class EventCode(StrEnum):
     PROVIDER_PAUSED = "provider_paused"
     WORKER_STARTED = "worker_started"
     WORKER_STOPPED = "worker_stopped"
+    WORKER_LEFT_POOLS = "worker_left_pools"
     EMBEDDING_MODEL_CHANGED = "embedding_model_changed"
 
 

@@ -85,6 +85,7 @@ create type upload_pipeline.event_code as enum (
   'provider_paused',
   'worker_started',
   'worker_stopped',
+  'worker_left_pools',
   'embedding_model_changed'
 );
 
@@ -554,6 +555,8 @@ create table upload_pipeline.workers (
   pid          integer not null,
   version      text not null,
   pools        text[] not null,
+  -- of these, what it leaves to others for now, since it lacks what their jobs need
+  left_pools   text[] not null default '{}',
   concurrency  integer not null,
   started_at   timestamptz not null default upload_pipeline.now(),
   last_beat_at timestamptz not null default upload_pipeline.now(),
@@ -1790,6 +1793,34 @@ set search_path = ''
 as $$
   delete from upload_pipeline.workers w where w.worker_id = p_worker_id;
   select upload_pipeline.record_event('worker_stopped', p_worker_id => p_worker_id);
+$$;
+
+-- Says which of its pools a worker leaves to others for now, since it lacks what their jobs need: all that it leaves, in
+-- order; none where it serves all again. Each change is an event, an error where nobody heard of lately serves such a pool.
+create function upload_pipeline.leave_pools(p_worker_id uuid, p_left_pools text[])
+returns void
+language sql
+security definer
+set search_path = ''
+as $$
+  -- of two that leave at the same moment, the second sees that nobody is left
+  select pg_advisory_xact_lock(hashtextextended('upload_pipeline.leave_pools', 0));
+  with changed as (
+    update upload_pipeline.workers w set left_pools = p_left_pools
+     where w.worker_id = p_worker_id and w.left_pools <> p_left_pools
+    returning 1
+  ), unserved as (
+    select a.pool from unnest(p_left_pools) a (pool)
+     where not exists (select from upload_pipeline.workers o
+                        where o.worker_id <> p_worker_id and a.pool = any (o.pools) and a.pool <> all (o.left_pools)
+                          and o.last_beat_at > upload_pipeline.now() - interval '2 minutes')
+  )
+  select upload_pipeline.record_event('worker_left_pools',
+           case when exists (select from unserved) then 'error' when p_left_pools = '{}' then 'info'
+                else 'warning' end::upload_pipeline.event_severity,
+           p_worker_id => p_worker_id,
+           p_payload => jsonb_build_object('left_pools', p_left_pools, 'served_by_nobody', array(select pool from unserved)))
+    from changed;
 $$;
 
 -- Removes the entries of workers that have been silent for p_silence and hold nothing. Returns how many.
@@ -5697,7 +5728,7 @@ begin
 
     -- without a worker in the register: as if there were one slot
     select greatest(1, sum(w.concurrency)) into v_slots from upload_pipeline.workers w
-     where v_pool = any (w.pools) and w.last_beat_at > v_now - interval '2 minutes';
+     where v_pool = any (w.pools) and v_pool <> all (w.left_pools) and w.last_beat_at > v_now - interval '2 minutes';
     select least(v_slots, coalesce(max(l.max_in_flight), 1)) into v_cap from upload_pipeline.lanes l
      where l.pool = v_pool and l.user_id = v_user;
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from uuid import uuid4
 
 import psycopg
 import pytest
@@ -18,7 +19,7 @@ def test_a_sound_installation_has_no_problem(terminal: Terminal) -> None:
     assert report.status == 0
     checks = {check["check"]: check for check in report.object()["checks"]}
     assert list(checks) == [
-        *("settings", "database", "extension", "migrations", "rights", "model", "storage", "parser", "embedder", "api"),
+        *("settings", "database", "extension", "migrations", "rights", "model", "workers", "storage", "parser", "embedder", "api"),
     ]
     assert all(check["ok"] and check["message"] for check in checks.values())
     assert report.object()["settings"]["UPLOAD_PIPELINE_PARSER"] == "local"
@@ -39,6 +40,31 @@ def test_the_model_in_use_is_told_and_that_the_settings_name_another(terminal: T
             assert model["ok"]
             assert told in model["message"]
             assert report.status == 0
+
+
+def test_a_pool_that_all_its_workers_have_left_is_a_problem(terminal: Terminal, database: Database) -> None:
+    def workers() -> dict[str, object]:
+        checks = terminal("doctor", "--json", database_url=database.worker_url).object()["checks"]
+        (found,) = [check for check in checks if check["check"] == "workers"]
+        return found
+
+    one, other = uuid4(), uuid4()
+    with psycopg.connect(database.worker_url, autocommit=True) as worker:
+        register = "select upload_pipeline.register_worker(%s, 'h', 1, 'v', '{background,default}', 1)"
+        leave = "select upload_pipeline.leave_pools(%s, %s)"
+        assert workers() == {"check": "workers", "ok": True, "message": "none is running"}
+        worker.execute(register, [one])
+        worker.execute(register, [other])
+        worker.execute(leave, [one, ["default"]])
+        told = "2 running; some leave default to the others"
+        assert workers() == {"check": "workers", "ok": True, "message": told}
+        worker.execute(leave, [other, ["background", "default"]])
+        found = workers()
+        assert not found["ok"]
+        assert "none serves default:" in str(found["message"])
+        assert "UPLOAD_PIPELINE_OPENAI_API_KEY" in str(found["message"])
+        worker.execute(leave, [one, []])
+        assert workers()["ok"]
 
 
 def test_each_bad_setting_is_a_line_of_its_own(terminal: Terminal) -> None:

@@ -3,9 +3,13 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 from pathlib import Path
+from uuid import uuid4
 
+import psycopg
 from command_runs import Ended, Terminal
+from postgres_servers import Database
 
 KEYS = {"path", "document_id", "job_id", "state", "stage", "chunks", "duplicate", "seconds", "error"}
 
@@ -106,6 +110,21 @@ def test_no_wait_leaves_the_work_and_a_later_call_does_it(terminal: Terminal, fi
         "duplicate": True,
         "seconds": 0,
     }
+
+
+def test_it_works_itself_where_the_workers_that_run_have_left_the_work_to_others(
+    terminal: Terminal, files: Path, user: str, database: Database
+) -> None:
+    with psycopg.connect(database.worker_url, autocommit=True) as worker:
+        keyless = uuid4()
+        worker.execute(
+            "select upload_pipeline.register_worker(%s, %s, %s, 'v', '{default}', 1)",
+            [keyless, socket.gethostname(), os.getpid()],
+        )
+        worker.execute("select upload_pipeline.leave_pools(%s, '{default}')", [keyless])
+    given = {"database_url": database.worker_url, "lease_ttl": "600"}
+    ended = terminal("ingest", files / "roof.md", "--user", user, "--json", **given)
+    assert ended.object()["state"] == "done"
 
 
 def test_ctrl_c_hands_everything_back_and_the_same_command_goes_on(

@@ -160,10 +160,13 @@ def test_more_slots_shorten_the_wait_as_far_as_the_cap_lets_them(admin: Connecti
         return float((done - EPOCH).total_seconds()) - 60
 
     assert wait() == pytest.approx(240)
-    worker.execute("select upload_pipeline.register_worker(%s, 'h', 1, 'v', '{default}', 8)", [uuid4()])
+    other = uuid4()
+    worker.execute("select upload_pipeline.register_worker(%s, 'h', 1, 'v', '{default}', 8)", [other])
     assert wait() == pytest.approx(120)  # two at once is the cap
     worker.execute("select upload_pipeline.set_lane_cap(%s, 'default', 4)", [USER])
     assert wait() == pytest.approx(60)
+    worker.execute("select upload_pipeline.leave_pools(%s, '{default}')", [other])
+    assert wait() == pytest.approx(240), "what is left to others has no slots here"
 
 
 def test_ended_and_foreign_jobs_are_not_told(admin: Connection, worker: Connection) -> None:

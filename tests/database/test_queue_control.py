@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from typing import Any
-from uuid import uuid4
+from uuid import UUID, uuid4
 
 import psycopg
 import pytest
@@ -172,6 +172,34 @@ def test_a_worker_comes_into_the_register_and_leaves_it(worker: Connection) -> N
     worker.execute("select upload_pipeline.unregister_worker(%s)", [busy])
     worker.execute("select upload_pipeline.unregister_worker(%s)", [busy])
     assert value(worker, "select count(*) from upload_pipeline.workers") == 0
+
+
+def test_a_worker_that_leaves_pools_is_an_event_and_an_error_where_nobody_serves_one(worker: Connection) -> None:
+    set_clock(worker)
+    first, second, silent = uuid4(), uuid4(), uuid4()
+    told: list[tuple[str, list[str], list[str]]] = []
+
+    def leave(one: UUID, *pools: str) -> None:
+        worker.execute("select upload_pipeline.leave_pools(%s, %s)", [one, list(pools)])
+
+    worker.execute("select upload_pipeline.register_worker(%s, 'h', 1, 'v', '{default}', 4)", [silent])
+    set_clock(worker, 121)
+    for one in (first, second):
+        worker.execute("select upload_pipeline.register_worker(%s, 'h', 1, 'v', '{background,default}', 4)", [one])
+    leave(first, "default")
+    leave(first, "default")
+    leave(second, "background", "default")
+    leave(first)
+    leave(uuid4(), "default")
+    for row in worker.execute(
+        "select severity::text, payload from upload_pipeline.events where code = 'worker_left_pools' order by event_id"
+    ).fetchall():
+        told.append((row.severity, row.payload["left_pools"], row.payload["served_by_nobody"]))
+    assert told == [
+        ("warning", ["default"], []),
+        ("error", ["background", "default"], ["default"]),
+        ("info", [], []),
+    ]
 
 
 def test_a_silent_worker_that_still_holds_a_lease_is_not_forgotten(admin: Connection, worker: Connection) -> None:

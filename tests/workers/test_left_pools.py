@@ -28,6 +28,16 @@ class Keyless:
         return self.lacks
 
 
+async def until_told(world: ProbeWorld, *left: list[str]) -> None:
+    """Returns once the register says of the workers, the oldest first, that they leave these pools."""
+
+    async def told() -> bool:
+        rows = await world.admin.fetch("select left_pools from upload_pipeline.workers order by started_at")
+        return [row["left_pools"] for row in rows] == list(left)
+
+    await until(told, f"the register to tell of {left}")
+
+
 async def until_all_ready(world: ProbeWorld, stage: str, count: int) -> None:
     """Returns once so many jobs are queued at a stage, and nothing is at work or put off."""
 
@@ -46,9 +56,11 @@ async def test_a_job_is_claimed_once_by_a_worker_that_cannot_serve_it_and_done_b
     async with world.worker(steps_of(keyless), concurrency=1) as unable:
         await until_true(lambda: unable.left_pools == ["default"], "the pool to be left")
         await until_all_ready(world, "first", 3)
+        await until_told(world, ["default"])
         async with world.worker(steps_of(advance)) as able:
             await world.until_all("done")
             assert able.left_pools == []
+            await until_told(world, ["default"], [])
             assert able.claimed == 3
         assert unable.claimed == len(keyless.asked) == 1
     assert await world.admin.fetchval("select sum(retry_count) from upload_pipeline.upload_jobs") == 0
@@ -62,7 +74,12 @@ async def test_it_comes_back_when_it_lacks_nothing_any_more(world: ProbeWorld) -
         keyless.lacks = False
         await world.until_all("done")
         assert worker.left_pools == []
+        await until_told(world, [])
     assert len(keyless.asked) == 4
+    events = await world.admin.fetch(
+        "select severity::text from upload_pipeline.events where code = 'worker_left_pools' order by event_id"
+    )
+    assert [row["severity"] for row in events] == ["error", "info"]
 
 
 async def test_it_looks_again_after_a_while(world: ProbeWorld, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -80,6 +80,7 @@ async def test_claims_steps_and_calls_are_counted_and_told_over_http(world: Prob
     assert counts["worker_steps_total outcome=PARSE_EMPTY pipeline=probe stage=second"] == 1
     assert counts["worker_step_seconds_count pipeline=probe stage=first"] == 1
     assert counts["worker_held_jobs"] == 0
+    assert counts["worker_left_pools"] == 0
     assert counts["worker_fenced_writes_total"] == 0
     assert counts["provider_calls_total operation=parse outcome=ok provider=local"] == 1
     assert counts["provider_calls_total operation=inspect outcome=ok provider=local"] == 1

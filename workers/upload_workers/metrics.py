@@ -36,6 +36,11 @@ class WorkerMetrics:
         )
         self._claimed = Counter(f"{_PREFIX}claimed_jobs", "Jobs that claims gave.", ("pool",), registry=self.registry)
         self._held = Gauge(f"{_PREFIX}held_jobs", "Jobs that are being led now.", registry=self.registry)
+        self._left = Gauge(
+            f"{_PREFIX}left_pools",
+            "Pools that are left to other workers, since this one lacks what their jobs need.",
+            registry=self.registry,
+        )
         self._steps = Counter(
             f"{_PREFIX}steps",
             "Steps by outcome: advance, commit, snooze, an error code, lost, cancelled, timed_out or released.",
@@ -63,6 +68,10 @@ class WorkerMetrics:
     def show_held(self, held: Callable[[], int]) -> None:
         """Says where to read how many jobs are being led."""
         self._held.set_function(held)
+
+    def show_left(self, left: Callable[[], int]) -> None:
+        """Says where to read how many pools are left to others."""
+        self._left.set_function(left)
 
     def claimed(self, pool: str, jobs: int | None) -> None:
         """A claim was answered with so many jobs; None where it failed."""

@@ -127,6 +127,7 @@ async def running_worker(
             metrics=WorkerMetrics(calls),
         )
         runner.metrics.show_held(lambda: runner.at_work)
+        runner.metrics.show_left(lambda: len(runner.left_pools))
         memory = MemoryWatch(settings.worker_memory_bytes, freed=runner.wake.set)
         runner.has_room = lambda: not memory.over
         await queue.register_worker(

@@ -91,6 +91,7 @@ class Runner:
     _tasks: set[asyncio.Task[Lacking | None]] = field(default_factory=set)
     _background: set[asyncio.Task[Lacking | None]] = field(default_factory=set)
     _left: dict[str, tuple[Lacking, float]] = field(default_factory=dict)  # and until when, by the monotonic clock
+    _told_left: list[str] = field(default_factory=list)  # what the register says of that
     _cursors: dict[str, UUID] = field(default_factory=dict)
     _rounds: int = 0
     _claiming: asyncio.Task[None] | None = None
@@ -160,6 +161,7 @@ class Runner:
         while not self.stopping:
             # Cleared before the look and not after, so that a wake-up during the look is not lost.
             self.wake.clear()
+            await self._tell_left()
             try:
                 found = await self._claim_round(leader, ttl)
                 outage = 0.5
@@ -261,6 +263,18 @@ class Runner:
         if time.monotonic() >= until or not await lacking():
             del self._left[pool]
             log.info("pool_served_again", pool=pool)
+
+    async def _tell_left(self) -> None:
+        """Has the register say what is left to others: who looks for a standstill looks there, and at its events."""
+        left = self.left_pools
+        if left == self._told_left:
+            return
+        try:
+            await queue.leave_pools(self.db, worker_id=self.worker_id, left_pools=left)
+        except Exception as error:  # noqa: BLE001 - told in the next round
+            log.warning("left_pools_not_told", error=str(error) or type(error).__name__)
+        else:
+            self._told_left = left
 
     async def _idle(self) -> None:
         if await self._sleep(self.poll.next_wait()):

@@ -119,7 +119,7 @@ def _check_database(settings: Settings) -> list[Finding]:
                 _check_rights(connection),
             ]
             if all(finding.ok for finding in findings):
-                findings.append(_check_model(connection, settings))
+                findings += [_check_model(connection, settings), _check_workers(connection)]
             return findings
     except Exception as error:  # noqa: BLE001 - whatever the database answers, it is a finding
         return [Finding("database", False, _explained(error))]
@@ -210,6 +210,28 @@ def _check_model(connection: Connection[Any], settings: Settings) -> Finding:
     active = EmbeddingModel(*row)
     differs = other_than_set(active, settings)
     return Finding("model", True, differs or f"{active.name} is the active one, {active.dimensions} dimensions")
+
+
+def _check_workers(connection: Connection[Any]) -> Finding:
+    """Well where none runs: that is seen at once, while one that takes nothing looks alive."""
+    workers = connection.execute(
+        "select pools, left_pools from upload_pipeline.workers where last_beat_at > upload_pipeline.now() - interval '2 minutes'"
+    ).fetchall()
+    left = {pool for _, left_pools in workers for pool in left_pools}
+    served = {pool for pools, left_pools in workers for pool in pools if pool not in left_pools}
+    if left - served:
+        pools = ", ".join(sorted(left - served))
+        return Finding(
+            "workers",
+            False,
+            f"none serves {pools}: each that could has left it to others, since it lacks the key or the package of an "
+            "embedding model. Set UPLOAD_PIPELINE_OPENAI_API_KEY for the workers and start them again; they log "
+            "model_not_here.",
+        )
+    message = f"{len(workers)} running" if workers else "none is running"
+    if left:
+        message += f"; some leave {', '.join(sorted(left))} to the others"
+    return Finding("workers", True, message)
 
 
 async def _check_storage(settings: Settings) -> str:

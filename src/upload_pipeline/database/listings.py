@@ -125,7 +125,7 @@ class JobProgress:
 
 @dataclass(frozen=True, slots=True)
 class LiveWorker:
-    """A worker process that the register has heard of lately."""
+    """A worker process that the register has heard of lately, with the pools that it serves now."""
 
     worker_id: UUID
     host: str
@@ -241,7 +241,8 @@ async def live_workers(db: Executor, *, silence: timedelta) -> tuple[list[LiveWo
     """The workers heard of within `silence`, and the pools of the stages that users wait for."""
     rows = await db.fetch(
         """
-        select worker_id, host, pid, pools from upload_pipeline.workers
+        select worker_id, host, pid, array(select unnest(pools) except select unnest(left_pools)) as pools
+          from upload_pipeline.workers
          where last_beat_at > upload_pipeline.now() - $1::interval
         """,
         silence,

@@ -312,6 +312,11 @@ async def register_worker(
     )
 
 
+async def leave_pools(db: Executor, *, worker_id: UUID, left_pools: Sequence[str]) -> None:
+    """Tells which of its pools a worker leaves to others for now."""
+    await db.fetchval("select upload_pipeline.leave_pools($1, $2)", worker_id, list(left_pools))
+
+
 async def unregister_worker(db: Executor, *, worker_id: UUID) -> None:
     """Removes a worker process from the register."""
     await db.fetchval("select upload_pipeline.unregister_worker($1)", worker_id)
