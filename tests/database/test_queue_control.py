@@ -177,7 +177,6 @@ def test_a_worker_comes_into_the_register_and_leaves_it(worker: Connection) -> N
 def test_a_worker_that_leaves_pools_is_an_event_and_an_error_where_nobody_serves_one(worker: Connection) -> None:
     set_clock(worker)
     first, second, silent = uuid4(), uuid4(), uuid4()
-    told: list[tuple[str, list[str], list[str]]] = []
 
     def leave(one: UUID, *pools: str) -> None:
         worker.execute("select upload_pipeline.leave_pools(%s, %s)", [one, list(pools)])
@@ -191,11 +190,10 @@ def test_a_worker_that_leaves_pools_is_an_event_and_an_error_where_nobody_serves
     leave(second, "background", "default")
     leave(first)
     leave(uuid4(), "default")
-    for row in worker.execute(
+    told = worker.execute(
         "select severity::text, payload from upload_pipeline.events where code = 'worker_left_pools' order by event_id"
-    ).fetchall():
-        told.append((row.severity, row.payload["left_pools"], row.payload["served_by_nobody"]))
-    assert told == [
+    ).fetchall()
+    assert [(row.severity, row.payload["left_pools"], row.payload["served_by_nobody"]) for row in told] == [
         ("warning", ["default"], []),
         ("error", ["background", "default"], ["default"]),
         ("info", [], []),

@@ -210,6 +210,7 @@ CALLERS = {
             "refresh_stage_durations",
             "register_model",
             "register_worker",
+            "leave_pools",
             "release_admission",
             "release_jobs",
             "remove_member",

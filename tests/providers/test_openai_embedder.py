@@ -172,7 +172,7 @@ TOO_LARGE = "Request too large for m in organization org-x on tokens per min (TP
 TOO_EARLY = (
     "Rate limit reached for m in organization org-x on tokens per min (TPM): Limit 10000, Used 8554, Requested 3082."
 )
-WITH_COMMAS = "Rate limit reached for m on tokens per min (TPM): Limit 1,000,000, Used 990,000, Requested {:,}. Please …"
+WITH_COMMAS = "Rate limit reached for m on tokens per min (TPM): Limit 1,000,000, Used 990,000, Requested {:,}."
 NONE_OF_IT = "Rate limit reached for m in organization org-x on tokens per min (TPM): Limit 0, Used 0, Requested 12000."
 
 

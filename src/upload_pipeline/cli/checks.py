@@ -215,7 +215,10 @@ def _check_model(connection: Connection[Any], settings: Settings) -> Finding:
 def _check_workers(connection: Connection[Any]) -> Finding:
     """Well where none runs: that is seen at once, while one that takes nothing looks alive."""
     workers = connection.execute(
-        "select pools, left_pools from upload_pipeline.workers where last_beat_at > upload_pipeline.now() - interval '2 minutes'"
+        """
+        select pools, left_pools from upload_pipeline.workers
+         where last_beat_at > upload_pipeline.now() - interval '2 minutes'
+        """
     ).fetchall()
     left = {pool for _, left_pools in workers for pool in left_pools}
     served = {pool for pools, left_pools in workers for pool in pools if pool not in left_pools}
