@@ -127,8 +127,10 @@ begin
   for v_pool, v_jobs in
     select j.pool, array_agg(j.job_id) from unnest(p_job_ids) a (job_id)
      cross join lateral (
-       select u.job_id, u.pool from upload_pipeline.upload_jobs u
-        where u.job_id = a.job_id and u.user_id = v_user and u.finished_at is null) j
+       -- `offset 0`: by their ids, and never by reading all that the user has had, which looks cheap of an average user
+       select u.job_id, u.pool, u.user_id, u.finished_at from upload_pipeline.upload_jobs u
+        where u.job_id = a.job_id offset 0) j
+     where j.user_id = v_user and j.finished_at is null
      group by j.pool
   loop
     -- places in the caller's own lane, in the order of v_jobs: null for a job at work; one that waits for its next try

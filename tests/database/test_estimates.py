@@ -29,6 +29,13 @@ insert into upload_pipeline.lanes (pool, user_id)
 select 'default', user_id from upload_pipeline.documents group by user_id;
 """
 
+HISTORY = """
+insert into upload_pipeline.upload_jobs (job_id, document_id, user_id, pipeline, stage, pool, state, finished_at)
+select gen_random_uuid(), gen_random_uuid(), case when i <= 20000 then %s else gen_random_uuid() end, 'document',
+       'embedded', 'default', 'done', now()
+  from generate_series(1, 30000) i
+"""
+
 
 def become(db: Connection, user: UUID) -> None:
     """Makes the rest of the transaction the user's."""
@@ -209,3 +216,20 @@ def test_the_cost_is_bounded_over_a_hundred_thousand_jobs(admin: Connection, wor
             assert plan["Shared Hit Blocks"] + plan["Shared Read Blocks"] < bound
     told = estimate(worker, [jobs[0], jobs[10], jobs[-1]], user)
     assert [told[job].queued_ahead for job in (jobs[0], jobs[10], jobs[-1])] == [0, 10 * 200, 10_000]
+
+
+def test_the_history_of_a_user_is_not_read_where_others_have_little(admin: Connection, worker: Connection) -> None:
+    """A plan for whomsoever takes each user for an average one, whose jobs are soon read: this one has 20,000."""
+    admin.execute("set session_replication_role = replica")
+    admin.execute(HISTORY, [USER])
+    admin.execute("set session_replication_role = origin")
+    job = job_of(admin, worker)
+    admin.execute("analyze upload_pipeline.upload_jobs")
+    estimate(worker, [job])  # a session's first call reads the catalog
+    with worker.transaction():
+        become(worker, USER)
+        plan = value(
+            worker, "explain (analyze, buffers, format json) select * from upload_pipeline.estimate_jobs(%s)", [job]
+        )[0]["Plan"]
+    assert plan["Actual Rows"] == 1
+    assert plan["Shared Hit Blocks"] + plan["Shared Read Blocks"] < 200
