@@ -226,7 +226,7 @@ class EmbeddingBatcher:
             await self._send_halves(part)
             return
         try:
-            answer = await self._requests.send(part)
+            paid = await self._requests.send(part)
         except EmbeddingError as error:
             if error.broken:
                 await keep_books(self._db, self._used(part, error.tokens), self._prices)
@@ -241,11 +241,12 @@ class EmbeddingBatcher:
         except Exception as error:  # noqa: BLE001 - of the database, or a mistake: the jobs tell
             self._line.fail(part, error)
         else:
-            used = self._used(part, answer.tokens)
+            used = self._used(part, paid.answer.tokens)
             self._writing += not more_to_come
             self._more.set()
             try:
-                await self._hand_out(part, answer)
+                # Not behind the budget: until the vectors are written, a worker that dies loses what they cost.
+                await asyncio.gather(self._hand_out(part, paid.answer), self._requests.settle(paid))
                 await keep_books(self._db, used, self._prices)
             finally:
                 self._writing -= not more_to_come

@@ -108,6 +108,7 @@ class Line:
     def __init__(self) -> None:
         self._waiting: deque[Item] = deque()
         self._items: dict[tuple[UUID, UUID | None, str], Item] = {}
+        self._under_way: dict[tuple[UUID, str], Item] = {}  # whatever the company that they were sent in
         self._lately: dict[tuple[UUID, bytes], float] = {}  # what was done of late, and when, in order
 
     def __len__(self) -> int:
@@ -131,17 +132,17 @@ class Line:
                 there now, is not sent again, and is left to its next look.
         """
         ticket = Ticket(job, len(texts), chunk_ids)
-        company = job.job_id if job.retry_count else None
+        company = _company(job)
         for position, text in enumerate(texts):
             key = (job.user_id, company, text)
-            item = self._items.get(key)
+            item = self._items.get(key) or self._under_way.get((job.user_id, text))
             if item is None and looked_at is not None and self._lately.get(_mark(key), looked_at) > looked_at:
                 ticket.left -= 1
                 continue
             if item is None:
-                item = self._items[key] = Item(key, bound_tokens(text), [], job.job_id)
-                self._waiting.append(item)
-            item.waiting.append((ticket, position))
+                self._stand(ticket, position, key)
+            else:
+                item.waiting.append((ticket, position))
         return ticket
 
     def take(self, most: int, limit: int) -> list[Item]:
@@ -161,6 +162,7 @@ class Line:
             else:
                 part.append(item)
                 tokens += item.tokens
+                self._under_way[item.user_id, item.text] = item
         self._waiting.extendleft(reversed(kept))
         return part
 
@@ -171,12 +173,21 @@ class Line:
         return taken
 
     def put_back(self, part: list[Item]) -> None:
-        """To the front, in order."""
+        """To the front, in order. A job that goes by itself and waited for a request of others stands in line now."""
+        for item in part:
+            self._landed(item)
         self._waiting.extendleft(reversed(part))
+        for item in part:
+            for ticket, position in [*item.waiting]:
+                company = _company(ticket.job)
+                if company not in (None, item.company):
+                    item.waiting.remove((ticket, position))
+                    self._stand(ticket, position, (item.user_id, company, item.text))
 
     def forget(self, item: Item) -> None:
         """It is done: the same text stands in line anew."""
         self._items.pop(item.key, None)
+        self._landed(item)
         now, mark = time.monotonic(), _mark(item.key)
         self._lately.pop(mark, None)
         self._lately[mark] = now
@@ -212,8 +223,24 @@ class Line:
         """They bring nothing."""
         for item in part:
             self._items.pop(item.key, None)
+            self._landed(item)
             for ticket, _ in item.waiting:
                 ticket.fail(1, error)
+
+    def _stand(self, ticket: Ticket, position: int, key: tuple[UUID, UUID | None, str]) -> None:
+        item = self._items.get(key)
+        if item is None:
+            item = self._items[key] = Item(key, bound_tokens(key[2]), [], ticket.job.job_id)
+            self._waiting.append(item)
+        item.waiting.append((ticket, position))
+
+    def _landed(self, item: Item) -> None:
+        if self._under_way.get((item.user_id, item.text)) is item:
+            del self._under_way[item.user_id, item.text]
+
+
+def _company(job: ClaimedJob) -> UUID | None:
+    return job.job_id if job.retry_count else None
 
 
 def _mark(key: tuple[UUID, UUID | None, str]) -> tuple[UUID, bytes]:

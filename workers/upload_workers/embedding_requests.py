@@ -49,6 +49,14 @@ TOLD_SECONDS = 600.0
 _LIFE_SLACK = timedelta(seconds=10)  # between a request's timeout and the end of its reservation
 
 
+@dataclass(frozen=True, slots=True)
+class Paid:
+    """An answer, and what was reserved for it."""
+
+    answer: EmbeddingAnswer
+    reservation_id: UUID
+
+
 @dataclass(kw_only=True)
 class EmbeddingRequests:
     """Those of one worker, by one model.
@@ -90,8 +98,8 @@ class EmbeddingRequests:
         told = self._told if time.monotonic() < self._told_until else MAX_REQUEST_TOKENS
         return min(MAX_REQUEST_TOKENS, self.token_limit or MAX_REQUEST_TOKENS, told)
 
-    async def send(self, part: Sequence[Item]) -> EmbeddingAnswer:
-        """Reserves, asks, settles.
+    async def send(self, part: Sequence[Item]) -> Paid:
+        """Reserves and asks. What failed is settled; an answer is to be, beside keeping what it brought.
 
         Raises:
             EmbeddingError: as the embedder.
@@ -108,9 +116,12 @@ class EmbeddingRequests:
             await provider_budget.release(self.db, reservation_id)
             if time.monotonic() < self.open_at:
                 raise PutOff(self.open_at - time.monotonic())
-        await self._settle(reservation_id, answer.tokens, read_rate_limits(answer.headers))
         self.calls.worked(PROVIDER, "embed", "texts", len(part))
-        return answer
+        return Paid(answer, reservation_id)
+
+    async def settle(self, paid: Paid) -> None:
+        """Tells the budget what an answer said of tokens and limits; never raises but for cancellation."""
+        await self._settle(paid.reservation_id, paid.answer.tokens, read_rate_limits(paid.answer.headers))
 
     async def pause(self, error: EmbeddingError) -> None:
         """Stops the provider for all workers, with one alarm."""

@@ -15,7 +15,7 @@ from tests.simulators.openai_embeddings import OpenAISimulator
 from upload_pipeline.errors import PipelineError
 from upload_pipeline.settings import load_settings
 from upload_workers import vector_keeping
-from upload_workers.embedding_line import PutOff
+from upload_workers.embedding_line import Line, PutOff
 
 
 async def test_texts_of_all_jobs_share_requests_and_each_job_gets_its_own(bench: Bench) -> None:
@@ -52,6 +52,34 @@ async def test_the_same_text_of_a_user_is_paid_once_and_another_users_apart(benc
         bench.embed(["same", "same", "own"]), bench.embed(["same"]), bench.embed(["same"], a_job(other))
     )
     assert bench.simulator.books.paid == {"same": 2, "own": 1}
+
+
+async def test_a_text_that_is_under_way_is_not_sent_again_for_a_job_that_goes_by_itself(open_bench: OpenBench) -> None:
+    async with OpenAISimulator(latency=0.3) as simulator:
+        bench = open_bench(simulator)
+        first = asyncio.create_task(bench.embed(["slow"]))
+        while not simulator._in_flight:
+            await asyncio.sleep(0.01)
+        again = a_job(retries=1)
+        assert await bench.embed(["slow", "own"], again) == ["slow", "own"]
+        assert await first == ["slow"]
+        assert simulator.books.paid == {"slow": 1, "own": 1}
+
+
+def test_a_job_that_goes_by_itself_does_so_also_where_the_request_that_it_waited_for_is_sent_again() -> None:
+    line, again = Line(), a_job(retries=1)
+    line.join(a_job(), ["text", "other"])
+    sent = line.take(10, 1000)
+    line.join(again, ["text"])
+    assert line.take(10, 1000) == []
+    line.put_back(sent)
+    parts = [line.take(10, 1000), line.take(10, 1000), line.take(10, 1000)]
+    assert [[(item.text, item.company) for item in part] for part in parts] == [
+        [("text", None), ("other", None)],
+        [("text", again.job_id)],
+        [],
+    ]
+    assert [len(item.waiting) for part in parts for item in part] == [1, 1, 1]
 
 
 async def test_each_job_has_its_share_of_what_was_used(bench: Bench, admin: asyncpg.Connection) -> None:
