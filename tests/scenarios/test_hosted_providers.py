@@ -7,9 +7,11 @@ import random
 import signal
 import time
 from collections import Counter, defaultdict
+from dataclasses import dataclass
 from typing import Any
 
 import asyncpg
+import psutil
 import pytest
 from aiohttp import web
 
@@ -33,8 +35,12 @@ BAD_DAY = {"rate_limited": 0.10, "server_error": 0.05, "dropped": 0.02, "hang": 
 
 FREQUENT = ("rate_limited", "server_error")
 
-ON_ITS_WAY = 1.0
-"""Seconds that an answer may be on its way into the database. A worker that is killed in them has it paid for again."""
+ON_ITS_WAY = 5.0
+"""Seconds that an answer may be on its way into the database, on a busy machine. What a worker was answered that is
+killed in them is paid for again."""
+
+DYING = 1.0
+"""Seconds for which the system may take a killed worker's connections for open."""
 
 AT_WORK = """
     select distinct w.pid
@@ -48,20 +54,29 @@ STATED = {ErrorCode.PARSE_UNAVAILABLE, ErrorCode.EMBED_FAILED, ErrorCode.WORKER_
 """Why a document may end in the dead letters: a provider failed four tries of a step, or their workers died."""
 
 
+@dataclass(frozen=True)
+class Killed:
+    """A worker: when it was killed, by the monotonic clock, and the ports at which it was answered."""
+
+    at: float
+    ports: frozenset[int]
+
+
 class TimedOpenAI(OpenAISimulator):
-    """Notes when each request came and when each text was answered."""
+    """Notes when each request came, and when and at which port of a worker each text was answered."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
         self.asked_at: list[float] = []
-        self.answered_at: defaultdict[str, list[float]] = defaultdict(list)
+        self.answered_at: defaultdict[str, list[tuple[float, int]]] = defaultdict(list)
 
     async def answer(self, request: web.Request, body: dict[str, Any]) -> web.StreamResponse:
         self.asked_at.append(time.monotonic())
         response = await super().answer(request, body)
-        if response.status == 200:
+        if response.status == 200 and request.transport is not None:
+            port = request.transport.get_extra_info("peername")[1]
             for text in body["input"]:
-                self.answered_at[text].append(time.monotonic())
+                self.answered_at[text].append((time.monotonic(), port))
         return response
 
 
@@ -103,14 +118,14 @@ async def test_documents_on_a_bad_day_are_paid_for_once(world: World, documents:
             name = await admin.fetchval("select current_database()")
             await admin.execute(f"""alter database "{name}" set upload_pipeline.backoff_base = '300 milliseconds'""")
             await _take_in(world, documents)
-            killed_at = await _kill_workers_until_ended(world, admin, seconds=600)
+            killed = await _kill_workers_until_ended(world, admin, seconds=600)
             await _check_outcomes(admin, documents)
-            await _check_books(admin, parses, embeddings, killed_at)
+            await _check_books(admin, parses, embeddings, killed)
             if documents == 200:
                 limit, asked = EMBEDDINGS_PER_MINUTE[documents], embeddings.asked_at
                 busiest = max(sum(at <= other < at + 60 for other in asked) for at in asked)
                 assert busiest > 0.8 * limit, "nobody came near the limit"
-                assert len(asked) > 1.5 * limit
+                assert len(asked) > limit, "a minute was enough"
         finally:
             await admin.close()
             world.kill_all()
@@ -128,23 +143,24 @@ async def _take_in(world: World, documents: int) -> None:
     await world.ingest(spread_over_users(paths, users=USERS))
 
 
-async def _kill_workers_until_ended(world: World, admin: asyncpg.Connection, *, seconds: float) -> list[float]:
+async def _kill_workers_until_ended(world: World, admin: asyncpg.Connection, *, seconds: float) -> list[Killed]:
     choose = random.Random(11)
     running = {worker.pid: worker for worker in (world.start_worker() for _ in range(WORKERS))}
-    killed_at: list[float] = []
+    killed: list[Killed] = []
     async with asyncio.timeout(seconds):
         while await live_jobs(admin):
             await asyncio.sleep(choose.uniform(1.0, 3.0))
             busy = [row["pid"] for row in await admin.fetch(AT_WORK) if row["pid"] in running]
-            if busy and len(killed_at) < KILLS:
+            if busy and len(killed) < KILLS:
                 victim = running.pop(choose.choice(busy))
+                ports = frozenset(c.laddr.port for c in psutil.Process(victim.pid).net_connections("tcp"))
                 victim.send_signal(signal.SIGKILL)
-                killed_at.append(time.monotonic())
+                killed.append(Killed(time.monotonic(), ports))
                 await asyncio.to_thread(victim.wait)
                 successor = world.start_worker()
                 running[successor.pid] = successor
-    assert len(killed_at) >= KILLS // 2, "the documents were through before workers could be killed"
-    return killed_at
+    assert len(killed) >= KILLS // 2, "the documents were through before workers could be killed"
+    return killed
 
 
 async def _check_outcomes(admin: asyncpg.Connection, documents: int) -> None:
@@ -167,7 +183,7 @@ async def _check_outcomes(admin: asyncpg.Connection, documents: int) -> None:
 
 
 async def _check_books(
-    admin: asyncpg.Connection, parses: LlamaCloudSimulator, embeddings: TimedOpenAI, killed_at: list[float]
+    admin: asyncpg.Connection, parses: LlamaCloudSimulator, embeddings: TimedOpenAI, killed: list[Killed]
 ) -> None:
     # A job whose answer was dropped is found again by listing, so even lost answers cost nothing.
     assert parses.books.paid_again() == {}
@@ -185,9 +201,13 @@ async def _check_books(
     excused = {
         text
         for text in again
-        if any(at - ON_ITS_WAY <= answered <= at for answered in embeddings.answered_at[text] for at in killed_at)
+        if any(
+            worker.at - ON_ITS_WAY <= answered <= worker.at + DYING and port in worker.ports
+            for answered, port in embeddings.answered_at[text]
+            for worker in killed
+        )
     }
-    assert set(again) == excused
+    assert {text: embeddings.answered_at[text] for text in set(again) - excused} == {}, killed
     assert len(excused) <= KILLS * 8 * 4, "more than the requests that a killed worker had under way"
     assert embeddings.books.over_limit == 0
     assert embeddings.books.faults["rate_limited"] > 0
