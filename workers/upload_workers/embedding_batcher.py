@@ -279,6 +279,8 @@ class EmbeddingBatcher:
 
     async def _hand_out(self, part: list[Item], answer: EmbeddingAnswer) -> None:
         """Keeps what came, then tells the jobs; nobody is told of what could not be written."""
+        # The next request first, which the slot is free for: it is put together in this thread, as this writing is.
+        await asyncio.sleep(LINGER)
         unusable = [part[position] for position in answer.unusable]
         if unusable:
             refused = PipelineError(
