@@ -25,10 +25,12 @@ async def test_faults_and_a_killed_worker_leave_every_vector_and_nothing_paid_tw
     world.environment["UPLOAD_PIPELINE_OPENAI_CONCURRENCY"] = "2"
     victim = world.start_worker()
     async with asyncio.timeout(60):
-        while simulator.books.answered < 2 or not simulator._in_flight:
+        while True:
+            (kept,) = await rows(world, "select count(*) as n from upload_pipeline.embedding_cache")
+            # Something is under way, and all that was paid for is stored; nothing is answered before the kill.
+            if simulator._in_flight and kept["n"] == len(simulator.books.paid) > 0:
+                break
             await asyncio.sleep(0.005)
-    # What is under way was just begun: what came before is stored.
-    await asyncio.sleep(0.15)
     victim.send_signal(signal.SIGKILL)
     world.start_worker()
     assert await asyncio.to_thread(victim.wait) != 0
