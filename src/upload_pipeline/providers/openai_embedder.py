@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import asyncio
 import binascii
-import json
-from base64 import b64decode
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -160,14 +158,17 @@ class OpenAIEmbedder:
             EmbeddingError: `EMBED_FAILED`, `EMBED_QUOTA`, `EMBED_DENIED`, `EMBED_REJECTED` or `REQUEST_OVER_BUDGET`.
         """
         import openai
+        from pydantic_core import from_json
 
         asked: dict[str, Any] = {} if self._asked_dimensions is None else {"dimensions": self._asked_dimensions}
         try:
             async with asyncio.timeout(self._timeout):
                 raw = await self._client.embeddings.with_raw_response.create(
                     model=self.api_model,
-                    input=[sendable(text) for text in texts],
+                    input="",
                     encoding_format="base64",
+                    # here and not as an argument, of which the client looks at each text by its declared type
+                    extra_body={"input": [sendable(text) for text in texts]},
                     **asked,
                 )
         except openai.APIStatusError as error:
@@ -178,7 +179,7 @@ class OpenAIEmbedder:
         tokens: int | None = None
         try:
             # not by the client's models: making one of each row takes as long as all else together
-            answer = json.loads(raw.content)
+            answer = from_json(raw.content, cache_strings="keys")
             tokens = _count((answer.get("usage") or {}).get("prompt_tokens"))
             rows = [(row["index"], row["embedding"]) for row in answer["data"]]
             vectors = self._ordered(rows, len(texts))
@@ -246,6 +247,7 @@ class OpenAIEmbedder:
 
     def _ordered(self, rows: Sequence[tuple[int, Any]], count: int) -> NDArray[np.float32]:
         import numpy as np
+        from pybase64 import b64decode
 
         if sorted(index for index, _ in rows) != list(range(count)):
             raise ValueError(f"{len(rows)} vectors came for {count} texts, or twice for one of them")
@@ -299,7 +301,8 @@ def _to_unit_length(vectors: NDArray[np.float32]) -> tuple[int, ...]:
     """Scales each row in place; the positions of those that cannot be."""
     import numpy as np
 
-    lengths = np.linalg.norm(vectors.astype(np.float64), axis=1)
+    lengths = np.sqrt(np.einsum("ij,ij->i", vectors, vectors, dtype=np.float64))
     usable = np.isfinite(lengths) & (lengths > 0)
-    np.divide(vectors, lengths[:, None], out=vectors, where=usable[:, None], casting="unsafe")
+    with np.errstate(over="ignore", invalid="ignore"):  # of rows that are not to be used
+        np.divide(vectors, lengths.astype(np.float32)[:, None], out=vectors, where=usable[:, None])
     return tuple(int(position) for position in np.flatnonzero(~usable))
