@@ -175,6 +175,11 @@ class EmbeddingBatcher:
             self._calls.spared(PROVIDER, "embed", filled.found)
         return filled
 
+    def send_no_more(self) -> None:
+        """The worker stops: what is in line, or comes now, is put off; what is under way has its time to come."""
+        self._requests.stopping = True
+        self._more.set()
+
     async def close(self) -> None:
         """Gives up what is in line; what is under way, and perhaps paid for, has a moment to come.
 
@@ -197,7 +202,7 @@ class EmbeddingBatcher:
             self._more.clear()
             if len(self._line) < self._most:
                 await asyncio.sleep(LINGER)
-            if time.monotonic() < self._requests.open_at:
+            if self._requests.stopping or time.monotonic() < self._requests.open_at:
                 self._put_off(self._line.take_all())
             # One more than may be sent: it has its budget when a slot is free. What is being written holds no slot, but
             # stops further requests, so that no more answers are held than the database takes.
@@ -246,8 +251,7 @@ class EmbeddingBatcher:
             self._more.set()
             try:
                 # Not behind the budget: until the vectors are written, a worker that dies loses what they cost.
-                await asyncio.gather(self._hand_out(part, paid.answer), self._requests.settle(paid))
-                await keep_books(self._db, used, self._prices)
+                await asyncio.gather(self._keep(part, paid.answer, used), self._requests.settle(paid))
             finally:
                 self._writing -= not more_to_come
 
@@ -276,6 +280,10 @@ class EmbeddingBatcher:
         middle = len(part) // 2
         await self._send(part[:middle], more_to_come=True)
         await self._send(part[middle:], more_to_come=True)
+
+    async def _keep(self, part: list[Item], answer: EmbeddingAnswer, used: list[Usage]) -> None:
+        await self._hand_out(part, answer)
+        await keep_books(self._db, used, self._prices)
 
     async def _hand_out(self, part: list[Item], answer: EmbeddingAnswer) -> None:
         """Keeps what came, then tells the jobs; nobody is told of what could not be written."""

@@ -146,14 +146,22 @@ class Line:
         return ticket
 
     def take(self, most: int, limit: int) -> list[Item]:
-        """The next request's texts: from the front, those that may share it with the first, at most so many tokens."""
+        """The next request's texts: from the front, those that may share it with the first, at most so many tokens.
+
+        A text that has gone out in other company is not sent a second time, unless it has failed there before: who
+        waits for it here waits for that one.
+        """
         part: list[Item] = []
         kept: list[Item] = []
         tokens = 0
         while self._waiting and len(part) < most:
             item = self._waiting.popleft()
+            sent = self._under_way.get((item.user_id, item.text))
             if not item.waiting:
                 self._items.pop(item.key, None)
+            elif sent is not None and not sent.tries:
+                self._items.pop(item.key, None)
+                sent.waiting += item.waiting
             elif part and item.company != part[0].company:
                 kept.append(item)
             elif part and tokens + item.tokens > limit:

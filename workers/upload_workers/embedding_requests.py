@@ -70,6 +70,7 @@ class EmbeddingRequests:
         request_limit: in a minute, where that is less than the provider allows.
         token_limit: the same for tokens.
         open_at: by the monotonic clock; until then everything is put off.
+        stopping: nothing is sent any more.
     """
 
     embedder: OpenAIEmbedder
@@ -80,6 +81,7 @@ class EmbeddingRequests:
     request_limit: int | None = None
     token_limit: int | None = None
     open_at: float = 0.0
+    stopping: bool = False
     _told: int = 0  # tokens of a minute, as a refusal said
     _told_until: float = 0.0
     _slots: asyncio.Semaphore = field(init=False)
@@ -110,10 +112,12 @@ class EmbeddingRequests:
             refusals = self._refusals
             reservation_id = await self._reserve(part)
             async with self._slots:
-                if refusals == self._refusals:
+                if refusals == self._refusals and not self.stopping:
                     answer = await self._ask(part, reservation_id)
                     break
             await provider_budget.release(self.db, reservation_id)
+            if self.stopping:
+                raise PutOff(0.0)
             if time.monotonic() < self.open_at:
                 raise PutOff(self.open_at - time.monotonic())
         self.calls.worked(PROVIDER, "embed", "texts", len(part))

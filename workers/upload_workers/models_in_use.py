@@ -107,6 +107,12 @@ class ModelsInUse:
         """The view is outdated: the next question is asked of the database."""
         self._view = None
 
+    def send_no_more(self) -> None:
+        """The worker stops: nothing more is sent to a provider that is paid, what is under way goes on."""
+        for model in self._opened.values():
+            if model.batcher is not None:
+                model.batcher.send_no_more()
+
     async def close(self) -> None:
         """Closes all that was opened. A second call does nothing."""
         opened = list(self._opened.values())

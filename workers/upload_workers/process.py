@@ -168,8 +168,13 @@ async def running_worker(
         stack.enter_context(seldom_collected())
         log.info("worker_started", worker_id=str(worker_id), pools=pools, concurrency=concurrency)
         runner.start()
-        stack.push_async_callback(runner.drain, settings.shutdown_grace)
+        stack.push_async_callback(_drain, runner, models, settings.shutdown_grace)
         yield runner
+
+
+async def _drain(runner: Runner, models: ModelsInUse, grace: float) -> None:
+    models.send_no_more()
+    await runner.drain(grace)
 
 
 async def _end(tasks: Sequence[asyncio.Task[None]]) -> None:

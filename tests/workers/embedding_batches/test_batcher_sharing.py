@@ -12,6 +12,7 @@ import pytest
 from embedding_bench import USER, Bench, OpenBench, a_job, texts
 
 from tests.simulators.openai_embeddings import OpenAISimulator
+from upload_pipeline.database import provider_budget
 from upload_pipeline.errors import PipelineError
 from upload_pipeline.settings import load_settings
 from upload_workers import vector_keeping
@@ -72,6 +73,8 @@ def test_a_job_that_goes_by_itself_does_so_also_where_the_request_that_it_waited
     sent = line.take(10, 1000)
     line.join(again, ["text"])
     assert line.take(10, 1000) == []
+    for item in sent:
+        item.tries += 1
     line.put_back(sent)
     parts = [line.take(10, 1000), line.take(10, 1000), line.take(10, 1000)]
     assert [[(item.text, item.company) for item in part] for part in parts] == [
@@ -169,6 +172,72 @@ async def test_what_is_being_written_holds_no_place_among_the_requests_but_bound
         gate.set()
         assert await asked == texts(100)
         assert simulator.books.most_in_flight <= 2
+
+
+@pytest.mark.parametrize("retries", [(1, 0), (0, 1), (1, 1)])
+async def test_a_text_of_jobs_that_keep_apart_is_paid_once_where_both_stand_in_line(
+    open_bench: OpenBench, retries: tuple[int, int]
+) -> None:
+    """As after a crash: two documents of a user share a page, and one of them, or each, was at work before."""
+    async with OpenAISimulator(latency=0.2) as simulator:
+        bench = open_bench(simulator, concurrency=1)
+        await bench.embed(["warm"])
+        holding = asyncio.create_task(bench.embed(["first"]))
+        while not simulator._in_flight:
+            await asyncio.sleep(0.01)
+        jobs = [a_job(retries=count) for count in retries]
+        others = [Bench(simulator, bench.batcher) for _ in jobs]
+        asked = [
+            asyncio.create_task(other.embed(["shared", f"own {number}"], job))
+            for number, (other, job) in enumerate(zip(others, jobs, strict=True))
+        ]
+        assert await asyncio.gather(*asked) == [["shared", "own 0"], ["shared", "own 1"]]
+        assert await holding == ["first"]
+        assert simulator.books.paid == {"warm": 1, "first": 1, "shared": 1, "own 0": 1, "own 1": 1}
+
+
+async def test_a_worker_that_stops_sends_no_more_and_waits_for_what_is_under_way(
+    open_bench: OpenBench, admin: asyncpg.Connection
+) -> None:
+    await admin.execute("insert into upload_pipeline.lanes (pool, user_id) values ('default', $1)", USER)
+    async with OpenAISimulator(latency=0.3) as simulator:
+        bench = open_bench(simulator, most=10, concurrency=1)
+        await bench.embed(["warm"])
+        asked = asyncio.create_task(bench.embed(texts(50)))
+        while not simulator._in_flight:
+            await asyncio.sleep(0.01)
+        bench.batcher.send_no_more()
+        with pytest.raises(PutOff):
+            await asked
+        assert len(bench.got) == 10
+        with pytest.raises(PutOff):
+            await bench.embed(["late"])
+        bench.batcher.send_no_more()
+        await bench.batcher.close()
+        assert len(simulator.books.paid) == 1 + 10
+        assert await admin.fetchval("select count(*) from upload_pipeline.embedding_cache") == 1 + 10
+
+
+async def test_the_books_do_not_wait_for_the_budget(
+    open_bench: OpenBench, admin: asyncpg.Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told = asyncio.Event()
+
+    async def never(*_arguments: Any, **_options: Any) -> None:
+        await told.wait()
+
+    async with OpenAISimulator() as simulator:
+        bench = open_bench(simulator)
+        monkeypatch.setattr(provider_budget, "settle", never)
+        asked = asyncio.create_task(bench.embed(["paid"]))
+        for _ in range(200):
+            if await admin.fetchval("select count(*) from upload_pipeline.usage_records"):
+                break
+            await asyncio.sleep(0.01)
+        else:
+            pytest.fail("what was paid for is not in the books while the budget is away")
+        told.set()
+        assert await asked == ["paid"]
 
 
 async def test_nothing_to_embed_is_nothing_to_wait_for(bench: Bench) -> None:
