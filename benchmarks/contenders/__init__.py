@@ -12,10 +12,10 @@ from collections.abc import Callable
 import asyncpg
 
 
-async def until_drained(connection: asyncpg.Connection, unfinished: str) -> None:
-    """Waits until `unfinished`, a query for one boolean, says false."""
+async def until_drained(connection: asyncpg.Connection, unfinished: str, *, pause: float = 0.01) -> None:
+    """Waits until `unfinished`, a query for one boolean, says false; asks again every `pause` seconds."""
     while await connection.fetchval(unfinished):
-        await asyncio.sleep(0.01)
+        await asyncio.sleep(pause)
 
 
 class Counter:

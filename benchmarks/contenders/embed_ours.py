@@ -19,6 +19,8 @@ from upload_workers.process import running_worker
 USERS = 8
 """As many as jobs at work, so that no cap holds anybody back."""
 
+_LOOK = 0.03  # seconds between looks whether all is done, which take of the same processors
+
 CHUNKS = 320
 """Of a document: some 150 pages."""
 
@@ -81,7 +83,7 @@ async def lead(race: Race, stage: str) -> Lap:
             await until_drained(admin, UNFINISHED)
             with measured() as lap:
                 await _start(admin, stage, documents)
-                await until_drained(admin, UNFINISHED)
+                await until_drained(admin, UNFINISHED, pause=_LOOK)
     assert await admin.fetchval(_LIVE) - before == race.texts + 1
     await admin.close()
     return lap
