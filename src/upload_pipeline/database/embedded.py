@@ -302,6 +302,10 @@ def _config(sockets: Path, options: EmbeddedOptions) -> list[str]:
         f"cluster_name = '{DATABASE}'",
         f"max_connections = {options.max_connections}",
         f"shared_buffers = '{options.shared_buffers}'",
+        # Whoever needs a new segment of the log fills it with zeros first; kept ones are used again. Some hundred
+        # documents with their vectors make as much log.
+        "min_wal_size = '512MB'",
+        "max_wal_size = '2GB'",
         "jit = off",
         "timezone = 'UTC'",
         "log_timezone = 'UTC'",
