@@ -2,7 +2,8 @@
 -- the new one. Each verb is a step's effect and its transition in one transaction, as 05_documents tells.
 
 -- chunking -> chunks_buffered: p_chunks is the document's whole new set, an array of objects with the columns of
--- `document_chunk_buffer` from ordinal to section_ids. It replaces what an earlier try had buffered.
+-- `document_chunk_buffer` from ordinal to section_ids, numbered from 0 without a gap. It replaces what an earlier try had
+-- buffered.
 --
 -- Rows travel as one parameter and not by COPY: COPY is refused on a table with row-level security for any role that
 -- does not bypass it, and one call is one round trip with the fence inside.
@@ -37,6 +38,9 @@ begin
     from jsonb_to_recordset(p_chunks) as c (
            ordinal integer, chunk_id uuid, text text, chunk_sha256 text, chunker text, start_offset integer,
            end_offset integer, page_from integer, page_to integer, heading_path text[], section_ids uuid[]);
+  if jsonb_array_length(p_chunks) <= (select max(b.ordinal) from upload_pipeline.document_chunk_buffer b where b.document_id = v_job.document_id) then
+    raise exception 'the chunks of document % are not numbered from 0 without a gap', v_job.document_id using errcode = 'UP005';
+  end if;
   return query select * from upload_pipeline.advance_job(p_job_id, p_token, 'chunking', 'chunks_buffered', p_keep, p_ttl);
 end
 $$;
@@ -107,6 +111,7 @@ set enable_hashjoin = off
 set enable_mergejoin = off
 set enable_material = off
 set jit = off
+set plan_cache_mode = force_generic_plan
 as $$
 declare
   v_now      timestamptz := upload_pipeline.now();
@@ -117,6 +122,7 @@ declare
   v_building text;
   v_chunks   integer;
   v_missing  integer;
+  v_placed   integer;
   v_lacking  integer;
   v_nodes    integer;
   v_edges    integer;
@@ -157,74 +163,71 @@ begin
    where b.document_id = v_document and c.chunk_id = b.chunk_id
      and (c.start_offset, c.end_offset, c.page_from, c.page_to, c.heading_path, c.section_ids)
          is distinct from (b.start_offset, b.end_offset, b.page_from, b.page_to, b.heading_path, b.section_ids);
-  update upload_pipeline.document_chunks c
-     set embedding = coalesce(c.embedding, v.embedding, e.embedding), embed_model = coalesce(c.embed_model, p_model), live = true
-    from upload_pipeline.document_chunk_buffer b
-    left join upload_pipeline.document_vector_buffer v on v.chunk_id = b.chunk_id and v.embed_model = p_model
-    left join lateral (
-      select k.embedding, k.text_sha256 from upload_pipeline.embedding_cache k
-       where k.user_id = v_job.user_id and k.model = p_model and k.dimensions = v_dimensions and k.text_sha256 = v.text_sha256
-      offset 0) e on true
-   where b.document_id = v_document and c.chunk_id = b.chunk_id and not c.live
-     and coalesce(c.embed_model, v.embed_model) is not null
-     and (c.embedding is not null or v.text_sha256 is null or e.text_sha256 is not null);
+  with placed as (
+    update upload_pipeline.document_chunks c
+       set embedding = coalesce(c.embedding, v.embedding, e.embedding), embed_model = coalesce(c.embed_model, p_model), live = true
+      from upload_pipeline.document_chunk_buffer b
+      left join upload_pipeline.document_vector_buffer v on v.chunk_id = b.chunk_id and v.embed_model = p_model
+      left join lateral (
+        select k.embedding, k.text_sha256 from upload_pipeline.embedding_cache k
+         where k.user_id = v_job.user_id and k.model = p_model and k.dimensions = v_dimensions and k.text_sha256 = v.text_sha256
+        offset 0) e on true
+     where b.document_id = v_document and c.chunk_id = b.chunk_id and not c.live
+       and coalesce(c.embed_model, v.embed_model) is not null
+       and (c.embedding is not null or v.text_sha256 is null or e.text_sha256 is not null)
+    returning c.embed_model
+  )
+  select count(*) into v_placed from placed p where p.embed_model = p_model;
 
-  insert into upload_pipeline.chunk_vectors (chunk_id, embed_model, document_id, embedding, created_at)
-  select c.chunk_id, v.embed_model, v_document, coalesce(v.embedding, e.embedding), v_now
-    from upload_pipeline.document_chunk_buffer b
-    join upload_pipeline.document_chunks c on c.chunk_id = b.chunk_id
-    join upload_pipeline.document_vector_buffer v on v.chunk_id = b.chunk_id and v.embed_model <> c.embed_model
-    join upload_pipeline.embedding_models m on m.model = v.embed_model and m.status <> 'retired'
-    left join lateral (
-      select k.embedding, k.text_sha256 from upload_pipeline.embedding_cache k
-       where k.user_id = v_job.user_id and k.model = m.model and k.dimensions = m.dimensions and k.text_sha256 = v.text_sha256
-      offset 0) e on true
-   where b.document_id = v_document and (v.text_sha256 is null or e.text_sha256 is not null)
-  on conflict (chunk_id, embed_model) do nothing;
+  -- vectors of other models than their chunk's: none but while a model changes
+  if v_placed < v_chunks
+     or exists (select from upload_pipeline.document_vector_buffer v where v.document_id = v_document and v.embed_model <> p_model) then
+    insert into upload_pipeline.chunk_vectors (chunk_id, embed_model, document_id, embedding, created_at)
+    select c.chunk_id, v.embed_model, v_document, coalesce(v.embedding, e.embedding), v_now
+      from upload_pipeline.document_vector_buffer v
+      join upload_pipeline.document_chunk_buffer b on b.chunk_id = v.chunk_id
+      join upload_pipeline.document_chunks c on c.chunk_id = v.chunk_id and c.embed_model <> v.embed_model
+      join upload_pipeline.embedding_models m on m.model = v.embed_model and m.status <> 'retired'
+      left join lateral (
+        select k.embedding, k.text_sha256 from upload_pipeline.embedding_cache k
+         where k.user_id = v_job.user_id and k.model = m.model and k.dimensions = m.dimensions and k.text_sha256 = v.text_sha256
+        offset 0) e on true
+     where v.document_id = v_document and (v.text_sha256 is null or e.text_sha256 is not null)
+    on conflict (chunk_id, embed_model) do nothing;
 
-  -- asked of what is written: a vector that was buffered by name may have been forgotten until a moment ago. By outer joins,
-  -- so that it begins with the buffer and goes by keys: whatever the planner takes for rare, it looks for in whole tables.
-  select count(*) filter (where c.live is not true or c.embed_model <> p_model and s.chunk_id is null) into v_lacking
-    from upload_pipeline.document_chunk_buffer b
-    left join upload_pipeline.document_chunks c on c.chunk_id = b.chunk_id
-    left join upload_pipeline.chunk_vectors s on s.chunk_id = b.chunk_id and s.embed_model = p_model
-   where b.document_id = v_document;
-  if v_lacking > 0 then
-    raise exception 'document %: % of % buffered chunks lack a vector of "%"', v_document, v_lacking, v_chunks, p_model
-      using errcode = 'UP007', hint = 'Embed them, then commit again.';
+    -- asked of what is written: a vector that was buffered by name may have been forgotten until a moment ago. By outer joins,
+    -- so that it begins with the buffer and goes by keys: whatever the planner takes for rare, it looks for in whole tables.
+    select count(*) filter (where c.live is not true or c.embed_model <> p_model and s.chunk_id is null) into v_lacking
+      from upload_pipeline.document_chunk_buffer b
+      left join upload_pipeline.document_chunks c on c.chunk_id = b.chunk_id
+      left join upload_pipeline.chunk_vectors s on s.chunk_id = b.chunk_id and s.embed_model = p_model
+     where b.document_id = v_document;
+    if v_lacking > 0 then
+      raise exception 'document %: % of % buffered chunks lack a vector of "%"', v_document, v_lacking, v_chunks, p_model
+        using errcode = 'UP007', hint = 'Embed them, then commit again.';
+    end if;
   end if;
 
   delete from upload_pipeline.document_nodes n where n.document_id = v_document;
-  insert into upload_pipeline.document_nodes (node_id, document_id, user_id, kind, title, level, ordinal)
-  select d.document_id, d.document_id, d.user_id, 'document'::upload_pipeline.node_kind, d.filename, 0, 0
+  insert into upload_pipeline.document_nodes (node_id, document_id, user_id, kind, title, level, ordinal, parent_id)
+  select d.document_id, d.document_id, d.user_id, 'document'::upload_pipeline.node_kind, d.filename, 0, 0, null
     from upload_pipeline.documents d where d.document_id = v_document
   union all
   -- a section stands where its first chunk stands
-  (select distinct on (s.section_id) s.section_id, v_document, b.user_id, 'section', b.heading_path[s.level], s.level, b.ordinal
+  (select distinct on (s.section_id) s.section_id, v_document, b.user_id, 'section', b.heading_path[s.level], s.level, b.ordinal,
+          coalesce(b.section_ids[s.level - 1], v_document)
      from upload_pipeline.document_chunk_buffer b
     cross join lateral unnest(b.section_ids) with ordinality s (section_id, level)
     where b.document_id = v_document
     order by s.section_id, b.ordinal);
   get diagnostics v_nodes = row_count;
-  insert into upload_pipeline.document_nodes (node_id, document_id, user_id, kind, title, level, ordinal)
-  select b.chunk_id, v_document, b.user_id, 'chunk', '', cardinality(b.section_ids) + 1, b.ordinal
+  insert into upload_pipeline.document_nodes (node_id, document_id, user_id, kind, title, level, ordinal, parent_id)
+  select b.chunk_id, v_document, b.user_id, 'chunk', '', cardinality(b.section_ids) + 1, b.ordinal,
+         coalesce(b.section_ids[cardinality(b.section_ids)], v_document)
     from upload_pipeline.document_chunk_buffer b where b.document_id = v_document;
   v_nodes := v_nodes + v_chunks;
-
-  insert into upload_pipeline.document_edges (source_id, target_id, kind, document_id, user_id)
-  select distinct coalesce(b.section_ids[s.level - 1], v_document), s.section_id, 'contains'::upload_pipeline.edge_kind, v_document, v_job.user_id
-    from upload_pipeline.document_chunk_buffer b
-   cross join lateral unnest(b.section_ids) with ordinality s (section_id, level)
-   where b.document_id = v_document
-  union all
-  select coalesce(b.section_ids[cardinality(b.section_ids)], v_document), b.chunk_id, 'contains', v_document, v_job.user_id
-    from upload_pipeline.document_chunk_buffer b where b.document_id = v_document
-  union all
-  select b.chunk_id, n.chunk_id, 'next', v_document, v_job.user_id
-    from upload_pipeline.document_chunk_buffer b
-    join upload_pipeline.document_chunk_buffer n on n.document_id = b.document_id and n.ordinal = b.ordinal + 1
-   where b.document_id = v_document;
-  get diagnostics v_edges = row_count;
+  -- each node but the document is contained in one, and each chunk but the last is followed by one
+  v_edges := v_nodes - 1 + v_chunks - 1;
 
   update upload_pipeline.documents d
      set chunk_count = v_chunks, embed_model = p_model, searchable_at = coalesce(d.searchable_at, v_now), updated_at = v_now,

@@ -26,7 +26,7 @@ as $$
                                            and e.dimensions = (select m.dimensions from upload_pipeline.embedding_models m
                                                                 where m.model = p_model))))
      and not exists (select from upload_pipeline.document_chunks c
-                      where c.chunk_id = b.chunk_id and c.embed_model = p_model)
+                      where c.chunk_id = b.chunk_id and c.embed_model || '' = p_model)  -- by the chunk's key
      and not exists (select from upload_pipeline.chunk_vectors s
                       where s.chunk_id = b.chunk_id and s.embed_model = p_model)
    order by b.ordinal
@@ -50,7 +50,9 @@ begin
     raise exception 'there is no embedding model "%"', p_model
       using errcode = 'UP002', hint = 'Add it with `upload-pipeline models add`.';
   end if;
-  select extensions.vector_dims(e) into v_wrong from unnest(p_embeddings) e where extensions.vector_dims(e) <> v_dimensions limit 1;
+  -- by their places: as rows they would all be copied
+  select extensions.vector_dims(p_embeddings[place]) into v_wrong from generate_subscripts(p_embeddings, 1) place
+   where extensions.vector_dims(p_embeddings[place]) <> v_dimensions limit 1;
   if found then
     raise exception 'a vector of % dimensions came for model "%", which has %', v_wrong, p_model, v_dimensions using errcode = 'UP005';
   end if;
@@ -76,6 +78,7 @@ set enable_hashjoin = off
 set enable_mergejoin = off
 set enable_material = off
 set jit = off
+set plan_cache_mode = force_generic_plan
 as $$
 declare
   v_refills uuid[] := array(select j.job_id from upload_pipeline.upload_jobs j

@@ -134,6 +134,7 @@ set enable_hashjoin = off
 set enable_mergejoin = off
 set enable_material = off
 set jit = off
+set plan_cache_mode = force_generic_plan
 as $$
 declare
   v_dimensions integer := upload_pipeline.check_vectors(p_model, p_embeddings);
@@ -142,6 +143,7 @@ declare
   v_held       uuid[];
   v_holders    uuid[];
   v_refilled   boolean;
+  v_today      date := upload_pipeline.today();
 begin
   if cardinality(p_user_ids) <> cardinality(p_embeddings) or cardinality(p_texts) <> cardinality(p_embeddings) then
     raise exception '% vectors came for % texts of % users', cardinality(p_embeddings), cardinality(p_texts),
@@ -166,10 +168,12 @@ begin
              for share of j) h;
 
   insert into upload_pipeline.embedding_cache as c (user_id, model, dimensions, text_sha256, last_used_on, embedding)
-  select distinct on (o.owner, t.text_sha256) o.owner, p_model, v_dimensions, t.text_sha256, upload_pipeline.today(), t.embedding
-    from unnest(p_user_ids, p_texts, p_embeddings) t (user_id, text_sha256, embedding)
-    join unnest(v_told, v_owners) o (told, owner) on o.told = t.user_id
-   order by o.owner, t.text_sha256
+  select k.owner, p_model, v_dimensions, k.text_sha256, v_today, p_embeddings[k.place]
+    -- sorted by their keys alone, so that no vector is copied for it
+    from (select distinct on (o.owner, t.text_sha256) o.owner, t.text_sha256, t.place
+            from unnest(p_user_ids, p_texts) with ordinality t (user_id, text_sha256, place)
+            join unnest(v_told, v_owners) o (told, owner) on o.told = t.user_id
+           order by o.owner, t.text_sha256, t.place) k
   -- the first stands; it counts as used
   on conflict (user_id, model, dimensions, text_sha256) do update set last_used_on = excluded.last_used_on
      where c.last_used_on < excluded.last_used_on;

@@ -76,23 +76,15 @@ async def whole_document(admin: asyncpg.Connection, service: LiveService, user: 
           insert into upload_pipeline.document_vector_buffer (chunk_id, embed_model, document_id, embedding)
           select b.chunk_id, c.embed_model, $1, c.embedding from buffered b, chunk c
         ), node as (
-          insert into upload_pipeline.document_nodes (node_id, document_id, user_id, kind, title, level, ordinal)
-          select n.id, $1, c.user_id, n.kind::upload_pipeline.node_kind, '', 0, 0
-            from chunk c, (values ($1::uuid, 'document'), ($2::uuid, 'chunk')) n (id, kind)
+          insert into upload_pipeline.document_nodes
+            (node_id, document_id, user_id, kind, title, level, ordinal, parent_id)
+          select n.id, $1, c.user_id, n.kind::upload_pipeline.node_kind, '', 0, 0, n.parent
+            from chunk c, (values ($1::uuid, 'document', null::uuid), ($2::uuid, 'chunk', $1)) n (id, kind, parent)
         )
         select 1
         """,
         added.document_id,
         added.job_id,
-    )
-    await admin.execute(
-        """
-        insert into upload_pipeline.document_edges (source_id, target_id, kind, document_id, user_id)
-        values ($1, $2, 'contains', $1, $3)
-        """,
-        added.document_id,
-        added.job_id,
-        user,
     )
     return added
 

@@ -340,14 +340,11 @@ def filled(admin: Connection, worker: Connection) -> Connection:
         admin.execute(
             "insert into upload_pipeline.document_vector_buffer values (%s, 'm3', %s, '[1,0,0]')", [chunk, document]
         )
-        for one in (node, chunk):
+        for one, kind, parent in ((node, "document", None), (chunk, "chunk", node)):
             admin.execute(
-                "insert into upload_pipeline.document_nodes values (%s, %s, %s, 'section', '', 0, 0)",
-                [one, document, user],
+                "insert into upload_pipeline.document_nodes values (%s, %s, %s, %s, '', 0, 0, %s)",
+                [one, document, user, kind, parent],
             )
-        admin.execute(
-            "insert into upload_pipeline.document_edges values (%s, %s, 'next', %s, %s)", [node, chunk, document, user]
-        )
     for user in (OWNER, STRANGER):
         enqueue(worker, add_document(admin, user), user)
         members = '[{"ordinal": 0, "filename": "a.txt", "error_code": "EMPTY_FILE", "error_message": "It is empty."}]'

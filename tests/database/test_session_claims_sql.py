@@ -48,13 +48,11 @@ def processed(admin: Connection, worker: Connection, user: UUID, content: str) -
             """,
             [document, chunk, user],
         )
-    for one in (node, chunk):
+    for one, kind, parent in ((node, "document", None), (chunk, "chunk", node)):
         admin.execute(
-            "insert into upload_pipeline.document_nodes values (%s, %s, %s, 'section', '', 0, 0)", [one, document, user]
+            "insert into upload_pipeline.document_nodes values (%s, %s, %s, %s, '', 0, 0, %s)",
+            [one, document, user, kind, parent],
         )
-    admin.execute(
-        "insert into upload_pipeline.document_edges values (%s, %s, 'next', %s, %s)", [node, chunk, document, user]
-    )
     admin.execute(
         "insert into upload_pipeline.policies values (%s, %s, 'insurer', 'product', '2026-01-01')", [document, user]
     )

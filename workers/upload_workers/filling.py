@@ -75,6 +75,9 @@ async def _fill_in_company(job: ClaimedJob, context: StepContext, batcher: Embed
         chunk_ids = [chunk_id for chunk_id, _ in filled.pending]
         texts = [text for _, text in filled.pending]
         asked = batcher.embed(job, texts, until=until, chunk_ids=chunk_ids, looked_at=looked_at)
+        given = 0
         async with aclosing(asked) as arriving:
-            async for _ in arriving:
-                pass
+            async for positions, _ in arriving:
+                given += len(positions)
+        if given == len(texts) and filled.found + len(texts) < limit:
+            return
