@@ -57,10 +57,14 @@ create table upload_pipeline.embedding_models (
   -- how far enqueue_refills has walked through the documents, and when it may walk again
   fill_after     uuid,
   next_fill_at   timestamptz not null default upload_pipeline.now(),
+  -- of one that is being filled: when and how its provider failed last
+  failed_at      timestamptz,
+  failure        text,
   constraint embedding_models_dimensions check (dimensions between 1 and 16000),
   constraint embedding_models_building check (status <> 'building' or building_since is not null),
   constraint embedding_models_grace check ((status = 'retiring') = (retire_at is not null)),
-  constraint embedding_models_paused check (status = 'building' or not paused)
+  constraint embedding_models_paused check (status = 'building' or not paused),
+  constraint embedding_models_failure check ((failure is null) = (failed_at is null))
 );
 
 create unique index embedding_models_active on upload_pipeline.embedding_models (status) where status = 'active';

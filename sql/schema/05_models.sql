@@ -175,6 +175,18 @@ begin
 end
 $$;
 
+-- Why a model is filled no further: its provider fails, and a worker leaves it alone for a while. The jobs lose no retry
+-- by it and are no dead letters, so model_overview tells operators. Of a model that is not being filled nothing is kept.
+create function upload_pipeline.note_model_failure(p_model text, p_failure text)
+returns void
+language sql
+security definer
+set search_path = ''
+as $$
+  update upload_pipeline.embedding_models m set failed_at = upload_pipeline.now(), failure = left(p_failure, 500)
+   where m.model = p_model and m.status = 'building'
+$$;
+
 -- Makes a filled model the active one, in one transaction: searches that begin after it use it, and what was active is
 -- kept for p_grace. Of the active one: nothing changes. UP003 where live chunks lack a vector of it, telling how many, up to
 -- a thousand: counted once without the lock, so that a refusal makes nobody wait, and again under it. Returns what was

@@ -47,14 +47,15 @@ select d.document_id, d.user_id, d.filename, d.file_bytes, d.media_type, d.creat
   left join upload_pipeline.job_outcomes o on o.job_id = j.job_id;
 
 -- The embedding models, and how far the one is that is being filled. `chunks_per_second` is the rate of the last five
--- minutes; the time left follows from it. `failed_documents` are those whose job has failed for good since it was added.
+-- minutes; the time left follows from it. `failed_documents` are those whose job has failed for good since it was added;
+-- `failure` is what its provider said in the last ten minutes, twice as long as a worker leaves it alone at most.
 create view upload_pipeline.model_overview with (security_invoker = true) as
 select m.model, m.provider, m.dimensions, m.status, m.paused, m.created_at, m.building_since, m.activated_at, m.retire_at,
        live.chunks, live.chunks - lacking.chunks as filled_chunks, lacking.chunks as lacking_chunks, lacking.documents as lacking_documents,
        stored.vectors, rate.chunks_per_second,
        case when m.status = 'building' and not m.paused and rate.chunks_per_second > 0
             then make_interval(secs => lacking.chunks / rate.chunks_per_second) end as time_left,
-       jobs.open_jobs, jobs.failed_documents
+       jobs.open_jobs, jobs.failed_documents, fault.failed_at, fault.failure
   from upload_pipeline.embedding_models m
  cross join lateral (
    select count(*) as chunks from upload_pipeline.document_chunks c
@@ -78,4 +79,7 @@ select m.model, m.provider, m.dimensions, m.status, m.paused, m.created_at, m.bu
    select count(*) filter (where j.finished_at is null) as open_jobs,
           count(distinct j.document_id) filter (where j.state = 'deadletter' and j.finished_at >= m.building_since) as failed_documents
      from upload_pipeline.upload_jobs j
-    where j.pipeline = 'reembed' and m.status = 'building') jobs;
+    where j.pipeline = 'reembed' and m.status = 'building') jobs
+  left join lateral (
+   select m.failed_at, m.failure
+    where m.status = 'building' and m.failed_at >= greatest(m.building_since, upload_pipeline.now() - interval '10 minutes')) fault on true;

@@ -191,10 +191,14 @@ create table upload_pipeline.embedding_models (
   -- how far enqueue_refills has walked through the documents, and when it may walk again
   fill_after     uuid,
   next_fill_at   timestamptz not null default upload_pipeline.now(),
+  -- of one that is being filled: when and how its provider failed last
+  failed_at      timestamptz,
+  failure        text,
   constraint embedding_models_dimensions check (dimensions between 1 and 16000),
   constraint embedding_models_building check (status <> 'building' or building_since is not null),
   constraint embedding_models_grace check ((status = 'retiring') = (retire_at is not null)),
-  constraint embedding_models_paused check (status = 'building' or not paused)
+  constraint embedding_models_paused check (status = 'building' or not paused),
+  constraint embedding_models_failure check ((failure is null) = (failed_at is null))
 );
 
 create unique index embedding_models_active on upload_pipeline.embedding_models (status) where status = 'active';
@@ -3016,6 +3020,18 @@ begin
      where j.state = 'retryable' and j.pipeline = 'reembed' and j.run_at > v_now and j.retry_count = 0;
   end if;
 end
+$$;
+
+-- Why a model is filled no further: its provider fails, and a worker leaves it alone for a while. The jobs lose no retry
+-- by it and are no dead letters, so model_overview tells operators. Of a model that is not being filled nothing is kept.
+create function upload_pipeline.note_model_failure(p_model text, p_failure text)
+returns void
+language sql
+security definer
+set search_path = ''
+as $$
+  update upload_pipeline.embedding_models m set failed_at = upload_pipeline.now(), failure = left(p_failure, 500)
+   where m.model = p_model and m.status = 'building'
 $$;
 
 -- Makes a filled model the active one, in one transaction: searches that begin after it use it, and what was active is
@@ -6941,14 +6957,15 @@ select d.document_id, d.user_id, d.filename, d.file_bytes, d.media_type, d.creat
   left join upload_pipeline.job_outcomes o on o.job_id = j.job_id;
 
 -- The embedding models, and how far the one is that is being filled. `chunks_per_second` is the rate of the last five
--- minutes; the time left follows from it. `failed_documents` are those whose job has failed for good since it was added.
+-- minutes; the time left follows from it. `failed_documents` are those whose job has failed for good since it was added;
+-- `failure` is what its provider said in the last ten minutes, twice as long as a worker leaves it alone at most.
 create view upload_pipeline.model_overview with (security_invoker = true) as
 select m.model, m.provider, m.dimensions, m.status, m.paused, m.created_at, m.building_since, m.activated_at, m.retire_at,
        live.chunks, live.chunks - lacking.chunks as filled_chunks, lacking.chunks as lacking_chunks, lacking.documents as lacking_documents,
        stored.vectors, rate.chunks_per_second,
        case when m.status = 'building' and not m.paused and rate.chunks_per_second > 0
             then make_interval(secs => lacking.chunks / rate.chunks_per_second) end as time_left,
-       jobs.open_jobs, jobs.failed_documents
+       jobs.open_jobs, jobs.failed_documents, fault.failed_at, fault.failure
   from upload_pipeline.embedding_models m
  cross join lateral (
    select count(*) as chunks from upload_pipeline.document_chunks c
@@ -6972,7 +6989,10 @@ select m.model, m.provider, m.dimensions, m.status, m.paused, m.created_at, m.bu
    select count(*) filter (where j.finished_at is null) as open_jobs,
           count(distinct j.document_id) filter (where j.state = 'deadletter' and j.finished_at >= m.building_since) as failed_documents
      from upload_pipeline.upload_jobs j
-    where j.pipeline = 'reembed' and m.status = 'building') jobs;
+    where j.pipeline = 'reembed' and m.status = 'building') jobs
+  left join lateral (
+   select m.failed_at, m.failure
+    where m.status = 'building' and m.failed_at >= greatest(m.building_since, upload_pipeline.now() - interval '10 minutes')) fault on true;
 
 -- sql/schema/08_policies.sql
 

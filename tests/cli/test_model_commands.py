@@ -199,3 +199,14 @@ def test_jobs_of_a_filling_are_listed_where_they_are_asked_for(terminal: Termina
     assert UUID(document["document_id"])
     assert document["job_id"] is None
     assert "1 job of its filling is cancelled" in terminal("models", "retire", NEW).out
+
+
+def test_the_status_tells_that_the_provider_fails(terminal: Terminal, admin: Any) -> None:
+    terminal("models", "add", NEW)
+    admin.execute("select upload_pipeline.note_model_failure(%s, 'The embedder failed (500): busy.')", [NEW])
+    told = terminal("models", "status")
+    assert re.search(r"its provider failed at \d\d:\d\d", table(told)[NEW])
+    assert f"The filling of {NEW} waits for its provider: The embedder failed (500): busy." in told.err
+    terminal("models", "retire", NEW)
+    terminal("models", "add", NEW)
+    assert "waits for" not in terminal("models", "status").err

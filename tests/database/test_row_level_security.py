@@ -125,6 +125,7 @@ CALLERS = {
         (
             "accept_document",
             "settle_models",
+            "note_model_failure",
             "retire_model",
             "pending_refill",
             "pause_model",

@@ -21,6 +21,7 @@ from upload_pipeline.providers.embedding import Embedder, EmbeddingModel, open_e
 from upload_pipeline.providers.registered_models import open_model, other_than_set
 from upload_workers.embedding_batcher import open_batcher
 from upload_workers.embedding_line import PutOff
+from upload_workers.resting import Rest
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -38,6 +39,12 @@ LOOK_SECONDS = 2.0
 NOT_HERE_SECONDS = 1.0
 """Until others may claim a job whose model this worker cannot open, as it has no key; it leaves its pool to them."""
 
+FIRST_REST = 15.0
+"""Seconds for which a worker fills a model no further once its provider fails; twice as long each further time."""
+
+LONGEST_REST = 300.0
+"""Most of these, and so about how long a filling stands still after an outage."""
+
 
 @dataclass(frozen=True, slots=True)
 class ModelInUse:
@@ -45,10 +52,12 @@ class ModelInUse:
 
     Attributes:
         batcher: embeds texts that are paid for; None where the embedder is our own.
+        rest: of its filling, while its provider fails.
     """
 
     embedder: Embedder
     batcher: EmbeddingBatcher | None
+    rest: Rest
 
     @property
     def facts(self) -> EmbeddingModel:
@@ -59,11 +68,21 @@ class ModelInUse:
 class ModelsInUse:
     """One for each worker process."""
 
-    def __init__(self, db: Executor, calls: ProviderCalls, settings: Settings) -> None:
-        """Opens nothing yet."""
+    def __init__(
+        self, db: Executor, calls: ProviderCalls, settings: Settings, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        """Opens nothing yet.
+
+        Args:
+            db: has the registry.
+            calls: counts what is asked of providers.
+            settings: of the worker.
+            clock: seconds that only grow; by it providers that fail are left alone.
+        """
         self._db = db
         self._calls = calls
         self._settings = settings
+        self._clock = clock
         self._opened: dict[str, ModelInUse] = {}
         self._view: ModelRegistry | None = None
         self._viewed = 0.0
@@ -153,5 +172,6 @@ class ModelsInUse:
         if opened is None:
             own = open_model(EmbeddingModel(model.model, model.provider, model.dimensions), self._settings)
             batcher = open_batcher(own, self._db, self._calls, self._settings)
-            opened = self._opened[model.model] = ModelInUse(MeasuredEmbedder(own, self._calls), batcher)
+            rest = Rest(FIRST_REST, LONGEST_REST, self._clock)
+            opened = self._opened[model.model] = ModelInUse(MeasuredEmbedder(own, self._calls), batcher, rest)
         return opened

@@ -15,8 +15,6 @@ if TYPE_CHECKING:
     from upload_pipeline.providers.embedding import EmbeddingModel
     from upload_pipeline.settings import Settings
 
-_TRIAL = "A text to try the model with."
-
 ModelArgument = Annotated[
     str, typer.Argument(metavar="MODEL", help="The model's name, as `models status` shows it.", show_default=False)
 ]
@@ -69,6 +67,9 @@ def status_command(as_json: JsonOption = False) -> None:
         for model in found
     ]
     print_table(table(("MODEL", "STATUS", "PROVIDER", "DIMENSIONS", "CHUNKS", ""), rows, spare=("PROVIDER",)))
+    for model in found:
+        if model.failure is not None:
+            note(f"The filling of {model.model} waits for its provider: {model.failure}")
 
 
 def add_command(
@@ -208,6 +209,7 @@ async def _tried(
 
     from upload_pipeline.database.usage import Usage
     from upload_pipeline.prices import LOCAL
+    from upload_pipeline.providers.embedding import TRIAL_TEXT
     from upload_pipeline.providers.openai_embedder import PROVIDER, OpenAIEmbedder
     from upload_pipeline.providers.registered_models import open_named
     from upload_pipeline.providers.request_packing import bound_tokens
@@ -218,12 +220,12 @@ async def _tried(
             api_model = embedder.api_model
 
             def paid(tokens: int | None) -> None:
-                counted = bound_tokens(_TRIAL) if tokens is None else tokens
+                counted = bound_tokens(TRIAL_TEXT) if tokens is None else tokens
                 used.append(Usage(uuid4(), PROVIDER, api_model, "trial", requests=1, tokens=counted))
 
-            await embedder.embed([_TRIAL], paid=paid)
+            await embedder.embed([TRIAL_TEXT], paid=paid)
         else:
-            await embedder.embed([_TRIAL])
+            await embedder.embed([TRIAL_TEXT])
             if settings.record_local_usage:
                 used.append(Usage(uuid4(), LOCAL, embedder.facts.name, "trial", requests=1))
         return embedder.facts
@@ -242,6 +244,8 @@ def _remark(model: ModelStatus) -> str:
             parts.append(f"about {_duration(model.time_left)} left")
         if model.failed_documents:
             parts.append(f"{counted(model.failed_documents, 'document')} failed")
+        if model.failed_at is not None:
+            parts.append(f"its provider failed at {model.failed_at:%H:%M}")
         return ", ".join(parts)
     if model.status == "retiring" and model.retire_at is not None:
         return f"kept until {model.retire_at:%Y-%m-%d %H:%M}"

@@ -99,6 +99,11 @@ async def commit_refill(db: Executor, lease: Lease, *, ttl: timedelta) -> Transi
     return Transition(**row)
 
 
+async def note_model_failure(db: Executor, *, model: str, failure: str) -> None:
+    """Keeps for operators why a model is filled no further; of one that is not being filled nothing."""
+    await db.fetchval("select upload_pipeline.note_model_failure($1, $2)", model, failure)
+
+
 async def enqueue_refills(db: Executor) -> tuple[int, bool]:
     """Makes jobs for a page of documents; how many, and whether there may be more to do at once."""
     row: Any = await db.fetchrow("select jobs, more from upload_pipeline.enqueue_refills()")

@@ -38,6 +38,8 @@ class ModelStatus:
         time_left: until it is filled, at that rate; None where nothing tells.
         open_jobs: jobs of its filling that have not ended.
         failed_documents: whose job has failed for good since the model was added.
+        failed_at: when the provider of a model that is being filled failed last, if that is not long ago.
+        failure: what it said then.
     """
 
     model: str
@@ -58,6 +60,8 @@ class ModelStatus:
     time_left: timedelta | None
     open_jobs: int
     failed_documents: int
+    failed_at: datetime | None
+    failure: str | None
 
 
 def add_model(connection: Connection[Any], *, model: str, provider: str, dimensions: int, paused: bool) -> str:
@@ -116,7 +120,7 @@ def list_models(connection: Connection[Any]) -> list[ModelStatus]:
             """
             select model, provider, dimensions, status::text as status, paused, created_at, building_since,
                    activated_at, retire_at, chunks, filled_chunks, lacking_chunks, lacking_documents, vectors,
-                   chunks_per_second, time_left, open_jobs, failed_documents
+                   chunks_per_second, time_left, open_jobs, failed_documents, failed_at, failure
               from upload_pipeline.model_overview
              order by array_position(array['active', 'building', 'retiring', 'retired'], status::text), created_at
             """

@@ -24,6 +24,9 @@ EMBEDDERS: tuple[str, ...] = ("local", "openai")
 MAX_BATCH = 256
 """Most texts that an embedder works on in one go; longer lists are taken in parts of this size."""
 
+TRIAL_TEXT = "A text to try the model with."
+"""One that no provider objects to: what fails with it is no text's fault."""
+
 
 @dataclass(frozen=True, slots=True)
 class EmbeddingModel:
