@@ -173,7 +173,7 @@ create index upload_jobs_ready on upload_pipeline.upload_jobs (pool, user_id, pr
 create index upload_jobs_working on upload_pipeline.upload_jobs (pool, user_id) where state = 'working';
 -- promote_due: what is due
 create index upload_jobs_retryable on upload_pipeline.upload_jobs (run_at) where state = 'retryable';
--- enqueue_jobs: at most one live job for a document and pipeline
+-- enqueue_jobs: at most one live job for a document and pipeline; enqueue_refills: how many of a pipeline there are
 create unique index upload_jobs_live on upload_pipeline.upload_jobs (document_id, pipeline)
   where state in ('queued', 'working', 'retryable') and document_id is not null;
 -- a document's jobs, newest last; the foreign key to documents

@@ -307,7 +307,7 @@ create index upload_jobs_ready on upload_pipeline.upload_jobs (pool, user_id, pr
 create index upload_jobs_working on upload_pipeline.upload_jobs (pool, user_id) where state = 'working';
 -- promote_due: what is due
 create index upload_jobs_retryable on upload_pipeline.upload_jobs (run_at) where state = 'retryable';
--- enqueue_jobs: at most one live job for a document and pipeline
+-- enqueue_jobs: at most one live job for a document and pipeline; enqueue_refills: how many of a pipeline there are
 create unique index upload_jobs_live on upload_pipeline.upload_jobs (document_id, pipeline)
   where state in ('queued', 'working', 'retryable') and document_id is not null;
 -- a document's jobs, newest last; the foreign key to documents
@@ -2861,7 +2861,7 @@ $$;
 -- one update, however many vectors there are. `chunk_vectors` has no user of its own: whose a vector is, its chunk says.
 --
 -- How a new model is filled. `enqueue_refills` walks through the documents in pages and makes a job of pipeline `reembed`
--- for each that lacks vectors, never more than a bounded number at once. The jobs have a pool of their own, `background`:
+-- for each that lacks vectors, never more than a bounded number at once, put off or not. The jobs have a pool of their own, `background`:
 -- a lane is a user in a pool, so they take no slot of the user's uploads, and a worker gives that pool at most half of its
 -- slots. Documents that are processed meanwhile are embedded for both models; where that did not work out,
 -- commit_embeddings makes the job. Nothing remembers what is filled: it is read from the vectors.
@@ -3151,7 +3151,8 @@ begin
 end
 $$;
 
--- Makes jobs for a page of documents that lack vectors of the model that is being filled, while fewer than p_open wait.
+-- Makes jobs for a page of documents that lack vectors of the model that is being filled, while fewer than p_open have not
+-- ended: those that are put off count too, or a provider that is paused would get a job for every document there is.
 -- Behind the last document it begins again, after a rest: that finds what was missed, and costs little when there is
 -- nothing. A document whose job has failed for good is left out until the model is added anew. Any worker runs it, one at
 -- a time. Returns how many jobs it made, and whether there may be more to do at once.
@@ -3167,7 +3168,7 @@ as $$
 declare
   v_now       timestamptz := upload_pipeline.now();
   v_model     upload_pipeline.embedding_models;
-  v_waiting   integer;
+  v_open      integer;
   v_seen      integer;
   v_last      uuid;
   v_documents uuid[];
@@ -3183,12 +3184,12 @@ begin
     return query select 0, false;
     return;
   end if;
-  select count(*) into v_waiting
+  -- in upload_jobs_live, which has the pipeline; of 50,000 jobs that have not ended it reads 400 blocks
+  select count(*) into v_open
     from (select from upload_pipeline.upload_jobs j
-           where j.state = 'queued' and j.pipeline = 'reembed'
-             and j.pool = (select s.pool from upload_pipeline.stages s where s.pipeline = 'reembed' and s.position = 0)
+           where j.pipeline = 'reembed' and j.document_id is not null and j.state in ('queued', 'working', 'retryable')
            limit p_open) w;
-  if v_waiting >= p_open then
+  if v_open >= p_open then
     return query select 0, false;
     return;
   end if;

@@ -64,6 +64,28 @@ def test_the_walk_goes_page_by_page_and_stops_while_enough_wait(
     assert value(worker, "select count(distinct document_id) from upload_pipeline.upload_jobs") == 5
 
 
+def test_jobs_that_are_put_off_or_at_work_count_among_those_that_are_enough(
+    admin: Connection, worker: Connection, old: None
+) -> None:
+    for _ in range(6):
+        add_chunks(admin, uuid4())
+    add(worker)
+    assert enqueue_refills(worker, limit=2, most_open=2) == (2, True)
+    first, second = claim(worker, limit=2, pool="background")
+    assert enqueue_refills(worker, limit=2, most_open=2) == (0, False)
+    snooze(worker, first, "600 seconds")
+    snooze(worker, second, "600 seconds")
+    # a provider that is paused, or a budget that is used up: as often as it looks
+    for seconds in (31, 62, 93):
+        set_clock(worker, seconds)
+        assert enqueue_refills(worker, limit=2, most_open=2) == (0, False)
+    assert enqueue_refills(worker, limit=2, most_open=3) == (2, True)
+    set_clock(worker, 700)
+    assert promote(worker) == 2
+    assert enqueue_refills(worker, limit=2, most_open=4) == (0, False)
+    assert value(worker, "select count(*) from upload_pipeline.upload_jobs") == 4
+
+
 def test_one_walk_at_a_time(admin: Connection, worker: Connection, connect: Connect, old: None) -> None:
     add_chunks(admin)
     add(worker)
