@@ -2867,10 +2867,10 @@ $$;
 -- commit_embeddings makes the job. Nothing remembers what is filled: it is read from the vectors.
 --
 -- Why nothing slips through. commit_embeddings, the one verb that makes chunks live, holds the registry shared
--- (hold_models) from before it reads it until its commit; add_model and activate_model hold it alone. So a document is
--- live before an activation counts what is lacking, or it is committed by the new active model. Commits wait as long as the
--- count under the lock takes, one look at each live chunk; searches do not. Each chunk and its vector are looked up
--- in indexes alone: of 500,000 chunks 28,000 blocks are read, while their rows, of 1,536 dimensions, stand in 500,000.
+-- (hold_models) from before it reads it until its commit; add_model, activate_model and retire_model hold it alone. So a
+-- document is live before an activation counts what is lacking, or it is committed by the new active model. Commits wait as
+-- long as the count under the lock takes, one look at each live chunk; searches do not. Each chunk and its vector are looked
+-- up in indexes alone: of 500,000 chunks 28,000 blocks are read, while their rows, of 1,536 dimensions, stand in 500,000.
 --
 -- Locks, in this order: a job, the registry, a document, its chunks, their vectors; lanes last. Each verb that writes
 -- chunks or vectors of a document locks the document first, so two of them never lock chunks in opposite orders.
@@ -3108,7 +3108,9 @@ end
 $$;
 
 -- Gives up a model: one that is being filled, with its jobs, or, with p_now, one whose grace time is not over. Its
--- vectors are removed by settle_models. Of a retired one nothing changes. Returns how many jobs were cancelled.
+-- vectors are removed by settle_models. Of a retired one nothing changes. Holds the registry alone, so that no activation
+-- that has counted its vectors overrules it; jobs are locked after it, and none is waited for. Returns how many jobs were
+-- cancelled.
 create function upload_pipeline.retire_model(p_model text, p_now boolean default false)
 returns integer
 language plpgsql
@@ -3119,6 +3121,7 @@ declare
   v_model upload_pipeline.embedding_models;
   v_jobs  integer := 0;
 begin
+  perform upload_pipeline.hold_models(p_alone => true);
   select m.* into v_model from upload_pipeline.embedding_models m where m.model = p_model for no key update;
   if not found then
     raise exception 'there is no embedding model "%"', p_model

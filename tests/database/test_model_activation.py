@@ -20,6 +20,7 @@ from model_verbs import (
     hits,
     pending_refill,
     refused,
+    retire,
     settle,
     statuses,
     store,
@@ -123,6 +124,41 @@ def test_a_document_that_commits_after_the_activation_is_embedded_by_the_new_mod
     assert len(hits(admin, "[1,0]", NEW)) == 4
     # what was embedded before is not lost: going back needs nothing
     assert activate(worker, OLD) == NEW
+
+
+def test_a_model_that_is_given_up_while_it_is_activated_stays_given_up(
+    admin: Connection, worker: Connection, connect: Connect, old: None
+) -> None:
+    add_chunks(admin)
+    add(worker)
+    fill(worker)
+    operator = connect()
+    worker.execute("begin")
+    assert retire(worker, NEW) == 0
+    activation = in_background(activate, operator)
+    await_lock_wait(admin, operator)
+    worker.execute("commit")
+    with pytest.raises(psycopg.Error, match='embedding model "m2" is retired') as error:
+        activation.result(timeout=10)
+    assert error.value.sqlstate == "UP003"
+    assert statuses(worker) == {OLD: "active", NEW: "retired"}
+
+
+def test_a_model_that_is_activated_while_it_is_given_up_stays_active(
+    admin: Connection, worker: Connection, connect: Connect, old: None
+) -> None:
+    add_chunks(admin)
+    add(worker)
+    fill(worker)
+    operator = connect()
+    worker.execute("begin")
+    assert activate(worker) == OLD
+    giving_up = in_background(retire, operator, NEW)
+    await_lock_wait(admin, operator)
+    worker.execute("commit")
+    with pytest.raises(psycopg.Error, match='embedding model "m2" is the active one'):
+        giving_up.result(timeout=10)
+    assert statuses(worker) == {OLD: "retiring", NEW: "active"}
 
 
 def test_a_document_that_becomes_live_while_a_model_is_filled_has_vectors_of_both_or_a_job(
