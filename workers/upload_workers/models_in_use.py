@@ -45,6 +45,9 @@ FIRST_REST = 15.0
 LONGEST_REST = 300.0
 """Most of these, and so about how long a filling stands still after an outage."""
 
+AHEAD_REST = 300.0
+"""Seconds for which no document of a worker is embedded ahead, after one for which the model did nothing in time."""
+
 
 @dataclass(frozen=True, slots=True)
 class ModelInUse:
@@ -53,11 +56,13 @@ class ModelInUse:
     Attributes:
         batcher: embeds texts that are paid for; None where the embedder is our own.
         rest: of its filling, while its provider fails.
+        rest_ahead: of embedding by it what somebody waits for. A text may be at fault: the filling finds out.
     """
 
     embedder: Embedder
     batcher: EmbeddingBatcher | None
     rest: Rest
+    rest_ahead: Rest
 
     @property
     def facts(self) -> EmbeddingModel:
@@ -172,6 +177,10 @@ class ModelsInUse:
         if opened is None:
             own = open_model(EmbeddingModel(model.model, model.provider, model.dimensions), self._settings)
             batcher = open_batcher(own, self._db, self._calls, self._settings)
-            rest = Rest(FIRST_REST, LONGEST_REST, self._clock)
-            opened = self._opened[model.model] = ModelInUse(MeasuredEmbedder(own, self._calls), batcher, rest)
+            opened = self._opened[model.model] = ModelInUse(
+                MeasuredEmbedder(own, self._calls),
+                batcher,
+                Rest(FIRST_REST, LONGEST_REST, self._clock),
+                Rest(AHEAD_REST, AHEAD_REST, self._clock),
+            )
         return opened

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, replace
 from typing import Any
 from uuid import UUID, uuid4
@@ -18,9 +18,9 @@ from upload_pipeline.database import queue
 from upload_pipeline.errors import PipelineError
 from upload_pipeline.providers.calls import ProviderCalls
 from upload_workers import embedding_batcher
-from upload_workers.models_in_use import LONGEST_REST, ModelsInUse
+from upload_workers.models_in_use import AHEAD_REST, LONGEST_REST, ModelsInUse
 from upload_workers.pipelines import STEPS
-from upload_workers.stages import refill
+from upload_workers.stages import embed, refill
 from upload_workers.steps import Commit, Snooze
 
 MODEL = "text-embedding-3-small@16"
@@ -161,3 +161,52 @@ async def test_a_provider_that_does_not_answer_is_an_outage_too(
     await asyncio.sleep(1.2)  # what is under way ends by itself
     filling.seconds += LONGEST_REST
     assert await filling.turn() == ["done", "done"]
+
+
+Upload = Callable[[str], Awaitable[int]]
+
+
+@pytest.fixture
+def upload(filling: Filling, open_line: OpenLine, monkeypatch: pytest.MonkeyPatch) -> Upload:
+    """Leads a document to its end while the model is filled; how many requests its provider got by it."""
+    monkeypatch.setattr(embed, "AHEAD_SECONDS", 0.5)
+
+    async def lead(name: str) -> int:
+        before = filling.simulator.books.requests
+        line = await open_line("md", f"# {name}\n\n{name} {'word ' * 300}".encode())
+        line = replace(line, context=filling.line.context)
+        await line.run_to(await line.claim(), "embedded")
+        return filling.simulator.books.requests - before
+
+    return lead
+
+
+@pytest.mark.parametrize("fault", [Fault.HANG, Fault.SERVER_ERROR])
+async def test_one_document_waits_for_a_provider_that_is_away_and_those_behind_it_do_not(
+    filling: Filling, upload: Upload, fault: Fault
+) -> None:
+    filling.simulator.faults = {fault: 1.0}
+    assert await upload("first") > 0
+    assert await upload("second") == 0
+    assert await upload("third") == 0
+    filling.seconds += AHEAD_REST + 1
+    assert await upload("fourth") > 0
+    filling.simulator.behave()
+    await asyncio.sleep(1.2)  # what is under way ends by itself
+    assert await upload("fifth") == 0
+    filling.seconds += AHEAD_REST + 1
+    assert [await upload(name) for name in ("sixth", "seventh")] == [1, 1]
+
+
+async def test_documents_are_not_embedded_ahead_while_the_filling_rests(filling: Filling, upload: Upload) -> None:
+    filling.simulator.faults = {Fault.SERVER_ERROR: 1.0}
+    assert "snoozed" in await filling.turn()
+    assert await upload("first") == 0
+
+
+async def test_a_text_that_is_refused_stops_no_other_document_from_being_embedded_ahead(
+    filling: Filling, upload: Upload
+) -> None:
+    filling.simulator.poison = {"poison": Fault.REJECTED}
+    assert await upload("poison") > 0
+    assert await upload("well") == 1

@@ -2,7 +2,8 @@
 
 Where another model is being filled it gets one of that as well, if that is quickly done: what becomes live then lacks
 nothing, and the filling comes to its end however many documents arrive. The user does not wait for it to work out; what
-is left is the filling's own.
+is left is the filling's own. Where the new model's provider fails, or does not answer in time, a worker does not try it
+again for some minutes: each document would wait as long.
 """
 
 from __future__ import annotations
@@ -38,7 +39,16 @@ async def _embed_ahead(job: ClaimedJob, context: StepContext) -> None:
         building = await context.models.building()
         if building is None or building[1]:
             return
-        async with asyncio.timeout(AHEAD_SECONDS):
-            await fill(job, context, building[0], seconds=AHEAD_SECONDS / 2)
+        model = building[0]
+        if model.rest.left or model.rest_ahead.left:
+            return
+        try:
+            async with asyncio.timeout(AHEAD_SECONDS):
+                await fill(job, context, model, seconds=AHEAD_SECONDS / 2)
+        except (PipelineError, TimeoutError) as error:
+            # a text that is refused is the document's own
+            if not isinstance(error, PipelineError) or error.retryable:
+                model.rest_ahead.begin()
+            raise
     except (PutOff, PipelineError, TimeoutError) as error:
         log.info("not_embedded_ahead", error=str(error) or type(error).__name__)
