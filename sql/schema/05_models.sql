@@ -9,14 +9,15 @@
 -- Where vectors stand. A chunk's first vector is in its row; vectors of other models are in `chunk_vectors`. All vectors
 -- in a table of their own would be simpler, and would cost every search a join with as many rows as the user has chunks.
 -- As it is, a search of a user's 20,000 chunks reads 10,195 blocks; with no model to change it read 10,190. So the active
--- model's vectors come home: after an activation `settle_models` exchanges them with the ones in the rows, document by
--- document; both stay for the grace time. A search reads either place, so that it does not matter how far that is. Activation itself moves nothing: it is
--- one update, however many vectors there are. `chunk_vectors` has no user of its own: whose a vector is, its chunk says.
+-- model's vectors come home: after an activation `settle_models` exchanges them with the ones in the rows, bit by bit;
+-- both stay for the grace time. A search reads either place, so that it does not matter how far that is. Activation
+-- itself moves nothing: it is one update, however many vectors there are. `chunk_vectors` has no user of its own: whose a
+-- vector is, its chunk says.
 --
 -- How a new model is filled. `enqueue_refills` walks through the documents in pages and makes a job of pipeline `reembed`
--- for each that lacks vectors, never more than a bounded number at once, put off or not. The jobs have a pool of their own, `background`:
--- a lane is a user in a pool, so they take no slot of the user's uploads, and a worker gives that pool at most half of its
--- slots. Documents that are processed meanwhile are embedded for both models; where that did not work out,
+-- for each that lacks vectors, never more than a bounded number at once, put off or not. The jobs have a pool of their own,
+-- `background`: a lane is a user in a pool, so they take no slot of the user's uploads, and a worker gives that pool at most
+-- half of its slots. Documents that are processed meanwhile are embedded for both models; where that did not work out,
 -- commit_embeddings makes the job. Nothing remembers what is filled: it is read from the vectors.
 --
 -- Why nothing slips through. commit_embeddings, the one verb that makes chunks live, holds the registry shared
@@ -449,25 +450,31 @@ $$;
 
 -- What follows a change of models, bit by bit: the active model's vectors come into the chunks' rows, and the ones there
 -- take their place beside, for as long as their model may be activated again; models whose grace time is over are retired;
--- vectors of retired ones go. About p_limit vectors of each kind. Any worker runs it; a document that is being written
--- is left for the next time. Returns how many vectors came home, and how many were removed.
+-- vectors of retired ones go. At most p_limit vectors of each kind, so a large document comes in parts; a search finds the
+-- vector of each chunk in one place or the other, whatever became of the chunks around it. Any worker runs it; a document
+-- that is being written is left for the next time, and holds up no other. Returns how many vectors came home, and how many
+-- were removed.
 create function upload_pipeline.settle_models(p_limit integer default 1000)
 returns table (moved integer, removed integer)
 language plpgsql
 security definer
 set search_path = ''
 set enable_seqscan = off
+set enable_bitmapscan = off
+set enable_hashjoin = off
+set enable_mergejoin = off
 set jit = off
 as $$
 #variable_conflict use_column
 declare
-  v_now      timestamptz := upload_pipeline.now();
-  v_active   text;
-  v_retired  text;
-  v_document uuid;
-  v_part     integer;
-  v_moved    integer := 0;
-  v_removed  integer := 0;
+  v_now       timestamptz := upload_pipeline.now();
+  v_active    text;
+  v_retired   text;
+  v_chunks    uuid[];
+  v_documents uuid[];
+  v_part      integer;
+  v_moved     integer := 0;
+  v_removed   integer := 0;
 begin
   perform upload_pipeline.hold_models();
   for v_retired in
@@ -479,16 +486,21 @@ begin
   end loop;
 
   select m.model into v_active from upload_pipeline.embedding_models m where m.status = 'active';
-  for v_document in
-    select distinct p.document_id
-      from (select s.document_id from upload_pipeline.chunk_vectors s where s.embed_model = v_active limit p_limit) p
-     order by 1
-  loop
-    perform from upload_pipeline.documents d where d.document_id = v_document for no key update skip locked;
-    continue when not found;
+  -- The limit counts what is locked, so vectors of a document that is not are passed over, however many there are. They are
+  -- read behind `offset 0`, that is, first: otherwise a plan may look for vectors of each document there is.
+  select array_agg(p.chunk_id), array_agg(distinct p.document_id) into v_chunks, v_documents
+    from (select v.chunk_id, d.document_id
+            from (select s.chunk_id, s.document_id from upload_pipeline.chunk_vectors s
+                   where s.embed_model = v_active
+                   order by s.document_id offset 0) v
+            join upload_pipeline.documents d on d.document_id = v.document_id
+           order by v.document_id limit p_limit
+             for no key update of d skip locked) p;
+  if v_chunks is not null then
+    -- what was seen before the documents were locked is looked for anew; by `|| ''`, in the primary key (activate_model)
     with home as (
       delete from upload_pipeline.chunk_vectors s
-       where s.document_id = v_document and s.embed_model = v_active
+       where s.chunk_id = any (v_chunks) and s.embed_model || '' = v_active
       returning s.chunk_id, s.embedding
     ), kept as (
       insert into upload_pipeline.chunk_vectors (chunk_id, embed_model, document_id, embedding, created_at)
@@ -500,12 +512,12 @@ begin
     )
     update upload_pipeline.document_chunks c set embedding = h.embedding, embed_model = v_active
       from home h where c.chunk_id = h.chunk_id;
-    get diagnostics v_part = row_count;
-    v_moved := v_moved + v_part;
+    get diagnostics v_moved = row_count;
     update upload_pipeline.documents d set embed_model = v_active
-     where d.document_id = v_document and d.embed_model <> v_active;
-    exit when v_moved >= p_limit;
-  end loop;
+     where d.document_id = any (v_documents) and d.embed_model <> v_active
+       and not exists (select from upload_pipeline.chunk_vectors s
+                        where s.document_id = d.document_id and s.embed_model = v_active);
+  end if;
 
   for v_retired in select m.model from upload_pipeline.embedding_models m where m.status = 'retired' loop
     delete from upload_pipeline.chunk_vectors s

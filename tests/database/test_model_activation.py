@@ -209,9 +209,9 @@ def test_a_job_about_to_end_is_told_of_chunks_that_came_meanwhile(
     activate(worker)
 
 
-@pytest.mark.parametrize("settled", [False, True])
+@pytest.mark.parametrize("settled", [0, 2, 1000])
 def test_a_document_processed_again_after_a_change_keeps_the_vectors_of_chunks_that_stay(
-    admin: Connection, worker: Connection, old: None, settled: bool
+    admin: Connection, worker: Connection, old: None, settled: int
 ) -> None:
     lease = to_commit(worker)
     commit_embeddings(worker, lease)
@@ -219,7 +219,7 @@ def test_a_document_processed_again_after_a_change_keeps_the_vectors_of_chunks_t
     fill(worker)
     activate(worker)
     if settled:
-        settle(worker)
+        settle(worker, settled)
     retry(worker, lease.job_id, "chunking")
     again = claim_one(worker)
     lead(worker, again, ("one", "new", "three", "four"), until="embedding", model=NEW)

@@ -34,10 +34,19 @@ def test_the_new_vectors_come_home_and_the_old_ones_stay_for_the_grace_time(
     assert settle(worker) == (0, 0)
     activate(worker, grace="1 day")
     before = hits(admin, "[0,1]", NEW)
-    assert settle(worker, 4) == (6, 0)  # two documents: as many as it takes
-    assert hits(admin, "[0,1]", NEW) == before
-    assert settle(worker, 4) == (3, 0)
-    assert settle(worker) == (0, 0)
+    # the second document in two parts: of each chunk a search finds the vector in one place or the other
+    for moved in (4, 4, 1, 0):
+        assert settle(worker, 4) == (moved, 0)
+        assert hits(admin, "[0,1]", NEW) == before
+        assert len(hits(admin, "[1,0,0]", OLD)) == 9
+        half = value(
+            worker,
+            "select count(*) from upload_pipeline.chunk_vectors s join upload_pipeline.documents d using (document_id)"
+            " where s.embed_model = %s and d.embed_model = %s",
+            NEW,
+            NEW,
+        )
+        assert half == 0, "a document is of the new model once all its vectors are"
     assert hits(admin, "[0,1]", NEW) == before
     rows = admin.execute(
         "select distinct c.embed_model, s.embed_model as beside, s.embedding::text as vector"
@@ -96,6 +105,24 @@ def test_a_document_that_is_being_written_is_settled_later(
     admin.execute("commit")
     assert settle(writer) == (3, 0)
     assert second
+
+
+def test_a_document_that_is_written_for_long_holds_up_no_other_and_no_removal(
+    admin: Connection, worker: Connection, connect: Connect, old: None
+) -> None:
+    first, _ = sorted(add_chunks(admin, count=6) for _ in range(2))
+    add(worker)
+    fill(worker)
+    activate(worker, grace="1 day")
+    set_clock(worker, 86_401)
+    admin.execute("begin")
+    admin.execute("select from upload_pipeline.documents where document_id = %s for update", [first])
+    # of the first one alone there are more vectors than a call moves
+    assert [settle(worker, 4) for _ in range(3)] == [(4, 0), (2, 0), (0, 0)]
+    assert statuses(worker)[OLD] == "retired"
+    admin.execute("commit")
+    assert [settle(worker, 4) for _ in range(3)] == [(4, 0), (2, 0), (0, 0)]
+    assert value(worker, "select count(*) from upload_pipeline.chunk_vectors") == 0
 
 
 def test_a_model_that_is_given_up_takes_its_jobs_and_vectors_along(
