@@ -6974,10 +6974,15 @@ select d.document_id, d.user_id, d.filename, d.file_bytes, d.media_type, d.creat
 
 -- The embedding models, and how far the one is that is being filled. `chunks_per_second` is the rate of the last five
 -- minutes; the time left follows from it. `failed_documents` are those whose job has failed for good since it was added;
--- `failure` is what its provider said in the last ten minutes, twice as long as a worker leaves it alone at most.
+-- `failure` is what its provider said in the last ten minutes, twice as long as a worker leaves it alone at most. What a
+-- retired model lacks nobody asks, and is not counted. The others' is counted by joins over all chunks: by `|| ''` and
+-- `offset 0` the planner does not take what differs for rare, and looks up no vector and no document for each chunk: with
+-- 320,000 chunks and a model that is half filled 0.9 s instead of 1.8, and each retired model took 1.3 more.
 create view upload_pipeline.model_overview with (security_invoker = true) as
 select m.model, m.provider, m.dimensions, m.status, m.paused, m.created_at, m.building_since, m.activated_at, m.retire_at,
-       live.chunks, live.chunks - lacking.chunks as filled_chunks, lacking.chunks as lacking_chunks, lacking.documents as lacking_documents,
+       live.chunks, case when m.status <> 'retired' then live.chunks - lacking.chunks end as filled_chunks,
+       case when m.status <> 'retired' then lacking.chunks end as lacking_chunks,
+       case when m.status <> 'retired' then lacking.documents end as lacking_documents,
        stored.vectors, rate.chunks_per_second,
        case when m.status = 'building' and not m.paused and rate.chunks_per_second > 0
             then make_interval(secs => lacking.chunks / rate.chunks_per_second) end as time_left,
@@ -6988,10 +6993,15 @@ select m.model, m.provider, m.dimensions, m.status, m.paused, m.created_at, m.bu
      join upload_pipeline.documents d on d.document_id = c.document_id
     where c.live and d.deleted_at is null) live
  cross join lateral (
-   select count(*) as chunks, count(distinct c.document_id) as documents from upload_pipeline.document_chunks c
+   select count(*) as chunks, count(distinct c.document_id) as documents
+     from (select c.document_id
+             from upload_pipeline.document_chunks c
+            where m.status <> 'retired' and c.live and c.embed_model || '' <> m.model
+              and not exists (select from upload_pipeline.chunk_vectors s
+                               where s.chunk_id = c.chunk_id and s.embed_model || '' = m.model)
+           offset 0) c
      join upload_pipeline.documents d on d.document_id = c.document_id
-    where c.live and d.deleted_at is null and c.embed_model <> m.model
-      and not exists (select from upload_pipeline.chunk_vectors s where s.chunk_id = c.chunk_id and s.embed_model = m.model)) lacking
+    where d.deleted_at is null) lacking
  cross join lateral (
    select (select count(*) from upload_pipeline.document_chunks c where c.embed_model = m.model)
           + (select count(*) from upload_pipeline.chunk_vectors s where s.embed_model = m.model) as vectors) stored

@@ -244,3 +244,19 @@ def test_the_overview_tells_how_far_it_is_and_how_long_it_takes(
     assert (old_one.chunks_per_second, old_one.time_left) == (None, None)
     worker.execute("select upload_pipeline.pause_model(%s, true)", [NEW])
     assert overview(NEW).time_left is None
+
+
+def test_of_a_retired_model_only_what_is_to_be_removed_is_counted(
+    admin: Connection, worker: Connection, old: None
+) -> None:
+    add_chunks(admin)
+    add(worker)
+    fill(worker)
+    retire(worker, NEW)
+    found = worker.execute(
+        "select filled_chunks, lacking_chunks, lacking_documents, vectors from upload_pipeline.model_overview"
+        " where model = %s",
+        [NEW],
+    ).fetchone()
+    assert found is not None
+    assert tuple(found) == (None, None, None, 3)

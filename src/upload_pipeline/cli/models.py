@@ -61,7 +61,7 @@ def status_command(as_json: JsonOption = False) -> None:
             "paused" if model.paused else model.status,
             model.provider,
             str(model.dimensions),
-            f"{model.filled_chunks} of {model.chunks}",
+            "" if model.filled_chunks is None else f"{model.filled_chunks} of {model.chunks}",
             _remark(model),
         )
         for model in found
@@ -237,7 +237,7 @@ def _remark(model: ModelStatus) -> str:
     from upload_pipeline.cli.output import counted
 
     if model.status == "building":
-        parts = [f"{100 * model.filled_chunks // model.chunks} %"] if model.chunks else []
+        parts = [f"{100 * (model.filled_chunks or 0) // model.chunks} %"] if model.chunks else []
         if model.lacking_chunks == 0:
             parts.append("filled: it can be activated")
         elif model.time_left is not None:

@@ -31,8 +31,9 @@ class ModelStatus:
         status: `building`, `active`, `retiring` or `retired`.
         retire_at: when the vectors of a retiring model may go.
         chunks: live chunks of all users.
-        filled_chunks: those that have a vector of this model.
-        lacking_documents: documents with chunks that have none.
+        filled_chunks: those that have a vector of this model; None of a retired one, as the two below.
+        lacking_chunks: those that have none.
+        lacking_documents: documents with such chunks.
         vectors: of this model, wherever they stand.
         chunks_per_second: of the last five minutes; None of a model that is not being filled.
         time_left: until it is filled, at that rate; None where nothing tells.
@@ -52,9 +53,9 @@ class ModelStatus:
     activated_at: datetime | None
     retire_at: datetime | None
     chunks: int
-    filled_chunks: int
-    lacking_chunks: int
-    lacking_documents: int
+    filled_chunks: int | None
+    lacking_chunks: int | None
+    lacking_documents: int | None
     vectors: int
     chunks_per_second: float | None
     time_left: timedelta | None
