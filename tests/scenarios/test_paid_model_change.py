@@ -15,6 +15,7 @@ from tests.scenarios.paid_world import DIMENSIONS, rows, run_command
 from tests.scenarios.test_embedding_cache import long_document
 from tests.scenarios.world import World
 from tests.simulators.openai_embeddings import Fault, OpenAISimulator, vector_of
+from upload_pipeline.providers.embedding import TRIAL_TEXT
 
 PAID = "text-embedding-3-small"
 MODEL = f"{PAID}@{DIMENSIONS}"
@@ -160,3 +161,27 @@ async def test_a_paid_model_that_is_given_up_costs_no_more_and_taken_up_again_no
     await until(world, LACKING, 0)
     assert simulator.books.paid == await needed(world)
     assert owner in {row["user_id"] for row in await rows(world, "select user_id from upload_pipeline.usage_records")}
+
+
+async def test_a_provider_that_is_away_for_a_while_costs_the_filling_no_document_and_uploads_no_wait(
+    world: World, simulator: OpenAISimulator, owner: UUID
+) -> None:
+    simulator.faults = {Fault.SERVER_ERROR: 1.0}
+    await rows(world, f"select upload_pipeline.add_model('{MODEL}', 'openai', {DIMENSIONS})")
+    async with asyncio.timeout(60):
+        while not (told := await rows(world, "select failure from upload_pipeline.model_overview where failure <> ''")):
+            await asyncio.sleep(0.05)
+    assert "failed (500)" in told[0]["failure"]
+    status = await run_command(world, "models", "status")
+    assert "its provider failed at" in status.stdout + status.stderr
+
+    await world.ingest([(long_document(world.home / "files" / "c.md", sections=3, first=100), owner)])
+    await until(world, "select count(*) from upload_pipeline.documents where searchable_at is not null", 4)
+
+    simulator.behave()
+    await until(world, LACKING, 0)
+    assert (await world.until_ended(120)).keys() == {"done"}
+    assert await rows(world, "select from upload_pipeline.events where code = 'job_deadlettered'") == []
+    paid = simulator.books.paid.copy()
+    del paid[TRIAL_TEXT]  # where the provider comes back between a text that failed and the trial
+    assert paid == await needed(world)

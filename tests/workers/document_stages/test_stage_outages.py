@@ -169,7 +169,7 @@ Upload = Callable[[str], Awaitable[int]]
 @pytest.fixture
 def upload(filling: Filling, open_line: OpenLine, monkeypatch: pytest.MonkeyPatch) -> Upload:
     """Leads a document to its end while the model is filled; how many requests its provider got by it."""
-    monkeypatch.setattr(embed, "AHEAD_SECONDS", 0.5)
+    monkeypatch.setattr(embed, "AHEAD_SECONDS", 2.5)
 
     async def lead(name: str) -> int:
         before = filling.simulator.books.requests
