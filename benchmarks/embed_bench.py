@@ -2,7 +2,8 @@
 
 The embedder is a simulator in a process of its own, which answers after 50 ms and spends next to nothing on the vectors
 (`tests/simulators/swift_embeddings.py`). The ceiling makes the requests that our worker makes, by the same client, as
-many at once, and throws the vectors away.
+many at once, and throws the vectors away. `latency alone` is no contender but a sum: what there would be if sending,
+reading and decoding took no time.
 
 `ours` is embedding alone: from stored chunks to searchable ones, on a durable Postgres, with budget, usage and cache.
 `ours+chunks` begins one step earlier and stores the chunks too, their words for full-text search included; LlamaIndex
@@ -27,7 +28,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from benchmarks.contenders.embed_texts import Race
+from benchmarks.contenders.embed_texts import BATCH, Race
 from benchmarks.contenders.lap import Lap
 from tests.simulators.openai_server import KEY
 from upload_pipeline.database.embedded import ensure_embedded, stop_embedded
@@ -49,7 +50,7 @@ def main(arguments: list[str]) -> None:
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
     parser.add_argument("--texts", type=int, default=10_240)
-    parser.add_argument("--concurrency", type=int, nargs="+", default=[1, 4], help="requests at once; several in turn")
+    parser.add_argument("--concurrency", type=int, nargs="+", default=[1, 2, 4], help="requests at once; several in turn")
     parser.add_argument("--latency", type=float, default=0.05, help="seconds that the embedder takes")
     parser.add_argument("--repetitions", type=int, default=3)
     parser.add_argument("--only", choices=sorted(CONTENDERS), nargs="+", default=list(CONTENDERS))
@@ -62,7 +63,7 @@ def main(arguments: list[str]) -> None:
             apply_migrations(database.admin_url)
             for concurrency in options.concurrency:
                 race = Race(database.admin_url, api_url, KEY, options.texts, concurrency)
-                levels.append(_report(race, _measure(race, options.only, options.repetitions)))
+                levels.append(_report(race, options.latency, _measure(race, options.only, options.repetitions)))
         finally:
             stop_embedded(home)
     if options.json:
@@ -97,7 +98,7 @@ def _measure(race: Race, names: list[str], repetitions: int) -> dict[str, list[L
     return {name: sorted(each, key=lambda lap: lap.seconds) for name, each in laps.items()}
 
 
-def _report(race: Race, laps: dict[str, list[Lap]]) -> dict[str, Any]:
+def _report(race: Race, latency: float, laps: dict[str, list[Lap]]) -> dict[str, Any]:
     """Prints a level, and gives it for `--json`: of each contender the repetition in the middle."""
     middle = {name: each[len(each) // 2] for name, each in laps.items()}
     median = {name: race.texts / lap.seconds for name, lap in middle.items()}
@@ -106,17 +107,20 @@ def _report(race: Race, laps: dict[str, list[Lap]]) -> dict[str, Any]:
         for mine, other in (("ours", "ceiling"), ("ours+chunks", "ceiling"), ("ours+chunks", "llamaindex"))
         if mine in median and other in median
     }
+    alone = race.concurrency * BATCH / latency
     print(f"\n{race.concurrency} at once{'vectors/s, median (least-most)':>40}{'processors busy':>18}")
+    print(f"{'latency alone':14}{f'{alone:,.0f}':>35}")
     for name, each in laps.items():
         spread = f"{median[name]:,.0f} ({race.texts / each[-1].seconds:,.0f}-{race.texts / each[0].seconds:,.0f})"
         busy = middle[name].busy
-        print(f"{name:12}{spread:>37}{'unknown' if busy is None else f'{busy:.0%}':>18}")
+        print(f"{name:14}{spread:>35}{'unknown' if busy is None else f'{busy:.0%}':>18}")
     print()
     for pair, ratio in ratios.items():
         print(f"{pair:28}{ratio:>8}")
     print(flush=True)
     return {
         "concurrency": race.concurrency,
+        "latency_alone": round(alone),
         "ratios": ratios,
         "vectors_per_s": {name: round(rate) for name, rate in median.items()},
         "processors_busy": {name: lap.busy and round(lap.busy, 2) for name, lap in middle.items()},
