@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Collection
 from dataclasses import replace
 from typing import TypeVar
 from uuid import uuid4
@@ -22,6 +22,7 @@ from upload_pipeline.database.documents import AcceptedDocument
 from upload_pipeline.database.failures import DATABASE_FAILURES, translate
 from upload_pipeline.errors import ErrorCode, PipelineError
 from upload_pipeline.intake.staging import Intake, StagedFile, discard, removed_on_failure, store_local
+from upload_pipeline.storage.aside import withdraw as remove_unwanted
 from upload_pipeline.storage.keys import incoming_key
 
 log = structlog.get_logger(__name__)
@@ -69,26 +70,12 @@ async def withdraw_object(intake: Intake, key: str) -> None:
 
     Never raises: what cannot be removed is left for maintenance.
     """
+
+    async def wanted(keys: Collection[str]) -> set[str]:
+        return {key for key in keys if await _is_wanted(intake, key)}
+
     try:
-        if await _is_wanted(intake, key):
-            return
-        # Moved and not removed, so that it can come back though nobody here has a copy.
-        aside = incoming_key(uuid4())
-        try:
-            await intake.store.move(key, aside)
-        except PipelineError as error:
-            if error.code is ErrorCode.OBJECT_MISSING:
-                return
-            raise
-        try:
-            wanted = await _is_wanted(intake, key)
-        except BaseException:
-            await intake.store.move(aside, key)
-            raise
-        if wanted:
-            await intake.store.move(aside, key)
-        else:
-            await intake.store.delete([aside])
+        await remove_unwanted(intake.store, [key], wanted)
     except Exception as error:  # noqa: BLE001 - the failure that led here is the one to report; maintenance sweeps
         log.warning("object_left_for_maintenance", key=key, error=str(error) or type(error).__name__)
 

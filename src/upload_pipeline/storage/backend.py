@@ -27,7 +27,7 @@ class Backend(Protocol):
         """Size and time of an object, `None` where there is none."""
 
     async def move(self, source: str, target: str) -> None:
-        """Gives an object another key, replacing what stands there; raises `OBJECT_MISSING`."""
+        """Gives an object another key and the present time, replacing what stands there; raises `OBJECT_MISSING`."""
 
     async def delete(self, keys: Sequence[str]) -> None:
         """Removes objects; missing ones are fine."""

@@ -118,13 +118,15 @@ class LocalTree:
     def move(self, source: str, target: str) -> bool:
         """Renames an object in one step, replacing what stands at `target`; false where `source` is missing.
 
-        Returns after the new name, and the end of the old one, are on the disk.
+        Its time becomes now, as where a move is a copy. Returns after the new name, and the end of the old one, are on
+        the disk.
         """
         if self.info(source) is None:
             return False
         source_folders, source_name = _split(source)
         try:
             with self.directory(source_folders, durable=True) as parent:
+                os.utime(source_name, dir_fd=parent, follow_symlinks=False)
                 self.rename_into(parent, source_name, target)
         except FileNotFoundError:
             if self.info(source) is None:

@@ -1,17 +1,19 @@
 """What a crash leaves in the store: objects without a document or a photo, uploads that never ended, writes cut short.
 
 An object is written before its row, so a process that dies in between leaves an object that nothing names. It
-is left alone for a grace time, in which its row may still come.
+is left alone for a grace time, in which its row may still come. It may come much later too: the same user's same bytes
+have the same key whenever they are sent. So an orphan is removed as everything is that may come into use (`aside`).
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from uuid import UUID
 
+from upload_pipeline.storage.aside import HELD, key_of_aside, settle, withdraw
 from upload_pipeline.storage.keys import is_incoming_key, parse_key
 from upload_pipeline.storage.objects import ObjectInfo
 from upload_pipeline.storage.photo_keys import parse_photo_key
@@ -21,8 +23,7 @@ LOOKUP_BATCH = 500
 """Ids that one lookup asks for, and the most objects held in memory."""
 
 REMOVED_AT_ONCE = 32
-"""Orphans that are looked at once more at the same time and then go in one request: few, so that no upload comes in
-between the two."""
+"""Orphans that are removed at the same time."""
 
 KnownSubjects = Callable[[list[UUID]], Awaitable[set[UUID]]]
 """Which of these ids of documents and photos (distinct, at most `LOOKUP_BATCH`) have a row."""
@@ -76,9 +77,7 @@ async def find_orphans(
 async def sweep(store: ObjectStore, known: KnownSubjects, *, now: datetime, grace: timedelta) -> Swept:
     """Removes the orphans of a store and the files of writes that were cut short.
 
-    Safe to repeat and to run twice at once.
-    Each object is looked at again just before it goes: where the same file was uploaded anew meanwhile, its
-    time is new and it stays.
+    Safe to repeat, to break off and to run twice at once.
 
     Args:
         store: the store.
@@ -91,25 +90,56 @@ async def sweep(store: ObjectStore, known: KnownSubjects, *, now: datetime, grac
     """
     removed: list[int] = []
     batch: list[ObjectInfo] = []
-    async for orphan in find_orphans(store.list(), known, now=now, grace=grace):
+    left_aside: list[ObjectInfo] = []
+
+    async def listing() -> AsyncIterator[ObjectInfo]:
+        async for info in store.list():
+            if key_of_aside(info.key) is None:
+                yield info
+            elif info.modified_at < now - min(grace, HELD):
+                left_aside.append(info)
+
+    async for orphan in find_orphans(listing(), known, now=now, grace=grace):
         batch.append(orphan)
         if len(batch) == REMOVED_AT_ONCE:
-            removed += await _remove(store, batch, before=now - grace)
+            removed += await _remove(store, batch, known, before=now - grace)
             batch.clear()
-    removed += await _remove(store, batch, before=now - grace)
+    removed += await _remove(store, batch, known, before=now - grace)
+    for start in range(0, len(left_aside), REMOVED_AT_ONCE):
+        removed += await _settle(store, left_aside[start : start + REMOVED_AT_ONCE], known)
     return Swept(len(removed), sum(removed), await store.remove_unfinished(now - grace))
 
 
-async def _remove(store: ObjectStore, orphans: list[ObjectInfo], *, before: datetime) -> list[int]:
-    """Removes those that are still as old; the sizes of what went."""
+async def _remove(
+    store: ObjectStore, orphans: list[ObjectInfo], known: KnownSubjects, *, before: datetime
+) -> list[int]:
+    """Removes those that nobody wants and that are still as old; the sizes of what went."""
     looked_at = await asyncio.gather(*(store.head(orphan.key) for orphan in orphans))
-    gone = [
-        orphan
+    # What was uploaded anew since the listing is spared a move, which is no more than a courtesy.
+    sizes = {
+        orphan.key: orphan.size
         for orphan, current in zip(orphans, looked_at, strict=True)
         if current is not None and current.modified_at < before
-    ]
-    await store.delete([orphan.key for orphan in gone])
-    return [orphan.size for orphan in gone]
+    }
+    uploads = {key for key in sizes if is_incoming_key(key)}
+    await store.delete(uploads)
+    gone = await withdraw(store, sizes.keys() - uploads, _wanted(known))
+    return [sizes[key] for key in uploads | gone]
+
+
+async def _settle(store: ObjectStore, left: list[ObjectInfo], known: KnownSubjects) -> list[int]:
+    sizes = {info.key: info.size for info in left}
+    return [sizes[aside] for aside in await settle(store, sizes.keys(), _wanted(known))]
+
+
+def _wanted(known: KnownSubjects) -> Callable[[Collection[str]], Awaitable[set[str]]]:
+    async def wanted(keys: Collection[str]) -> set[str]:
+        subjects = {key: _subject_of(key) for key in keys}
+        asked = {subject for subject in subjects.values() if subject is not None}
+        rows = await known(list(asked)) if asked else set()
+        return {key for key, subject in subjects.items() if subject in rows}
+
+    return wanted
 
 
 def _subject_of(key: str) -> UUID | None:

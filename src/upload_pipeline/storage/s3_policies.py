@@ -29,10 +29,11 @@ RIGHTS: Mapping[Process, Mapping[str, tuple[str, ...]]] = {
         "parsed": (GET, DELETE),
         _PHOTOS: (GET, PUT, DELETE),
     },
-    # Read what was uploaded, keep what is made of it, remove what is deleted, refused or orphaned.
+    # Read what was uploaded, keep what is made of it, remove what is deleted, refused or orphaned; put back what came
+    # into use on its way out.
     "workers": {
         "incoming": (GET, PUT, DELETE),
-        "raw": (GET, DELETE),
+        "raw": (GET, PUT, DELETE),
         "parsed": (GET, PUT, DELETE, ABORT),
         _PHOTOS: (GET, PUT, DELETE, ABORT),
     },

@@ -220,6 +220,8 @@ class ObjectStore:
     async def move(self, source: str, target: str) -> None:
         """Gives an object another key, replacing what stands at `target`; one step in the local store.
 
+        Its time is then that of the move.
+
         Raises:
             PipelineError: `OBJECT_MISSING` where `source` is not there (also at a second call), and as the
                 class says.
