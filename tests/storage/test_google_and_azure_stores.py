@@ -224,7 +224,11 @@ async def test_a_put_to_google_binds_length_and_type_and_no_content(google):
     store = open_store("gs://files/some/prefix")
     signed = await sign_put(store)
     assert signed is not None
-    assert signed.headers == {"content-type": "text/plain", "x-goog-content-length-range": "5,5"}
+    assert signed.headers == {
+        "content-type": "text/plain",
+        "x-goog-content-length-range": "5,5",
+        "x-goog-if-generation-match": "0",
+    }
     assert await put(signed, b"1234") == 400
     assert await put(signed, b"123456") == 400
     assert await put(signed, b"12345", content_type="text/html") == 403
@@ -233,18 +237,30 @@ async def test_a_put_to_google_binds_length_and_type_and_no_content(google):
     assert await put(unbound, b"123456") == 403
     assert google.keys("files") == set()
     assert await put(signed, b"12345") == 200
-    assert await put(signed, b"again") == 200
-    assert await store.get_bytes(DOCUMENT, 5) == b"again"
+    assert await put(signed, b"again") == 412
+    assert await store.get_bytes(DOCUMENT, 5) == b"12345"
 
 
-async def test_bytes_that_nobody_named_beforehand_are_never_replaced(google):
+@pytest.mark.parametrize("file_sha256", [None, "0" * 64])
+async def test_what_was_sent_to_google_is_replaced_by_nobody_but_the_service(google, file_sha256):
     store = open_store("gs://files")
-    signed = await store.sign_put(DOCUMENT, media_type="text/plain", file_bytes=5, expires_in=MINUTE)
+
+    async def sign() -> SignedUrl | None:
+        return await store.sign_put(
+            DOCUMENT, media_type="text/plain", file_bytes=5, file_sha256=file_sha256, expires_in=MINUTE
+        )
+
+    signed = await sign()
     assert signed is not None
     assert await put(signed, b"first") == 200
     assert await put(signed, b"again") == 412
     assert await put(signed, b"again", x_goog_if_generation_match="1") == 403
+    unbound = {name: value for name, value in signed.headers.items() if name != "x-goog-if-generation-match"}
+    assert await put(SignedUrl(signed.url, unbound), b"again") == 403
     assert await store.get_bytes(DOCUMENT, 5) == b"first"
+    assert await sign() is None
+    await store.delete([DOCUMENT])
+    assert await sign() is not None
 
 
 async def test_azure_signs_no_put_as_it_could_bind_nothing(azure):

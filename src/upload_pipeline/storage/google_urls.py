@@ -2,8 +2,12 @@
 
 obstore binds the host and the expiry only; see `presigned`. Here its URL is signed again with more in it, by the
 service account's own key. An account without one (of a machine, or by workload identity) could sign only by asking
-Google for each URL, which is not done: such stores sign none. The content's sha256 cannot be bound, as of sums Google
-knows MD5 and CRC32C.
+Google for each URL, which is not done: such stores sign none.
+
+The content's sha256 cannot be bound, as of sums Google knows MD5 and CRC32C. So a PUT makes an object and replaces
+none: what a job and a scanner have looked at is what stays, though the URL is good for minutes yet. Where an object
+stands already no URL is signed, as it could only be refused: this service's own takes its place, which looks at what
+comes before it replaces anything.
 Source: Cloud Storage, "V4 signing process with Cloud Storage tools" and "Extension headers".
 """
 
@@ -29,6 +33,7 @@ from upload_pipeline.storage.objects import SignedUrl
 from upload_pipeline.storage.sigv4 import canonical_query, string_to_sign
 
 LENGTH_HEADER = "x-goog-content-length-range"
+GENERATION_HEADER = "x-goog-if-generation-match"
 
 # As obstore reads them: the first that is set wins. The first is the key itself, the others name its file.
 _KEY_VARIABLE = "GOOGLE_SERVICE_ACCOUNT_KEY"
@@ -70,11 +75,17 @@ class GoogleUrls:
         expires_in: timedelta,
         caller_token: str | None,
     ) -> SignedUrl | None:
-        """A PUT of just this many bytes as that type; `None` where obstore works as another account."""
-        headers = {"content-type": media_type, LENGTH_HEADER: f"{file_bytes},{file_bytes}"}
-        if file_sha256 is None:
-            # As on S3: nobody has said which bytes are to come, so the first that come stay.
-            headers["x-goog-if-generation-match"] = "0"
+        """A PUT of just this many bytes as that type, as long as nothing stands there.
+
+        `None` where something does, or where obstore works as another account.
+        """
+        if await self._stands(key):
+            return None
+        headers = {
+            "content-type": media_type,
+            LENGTH_HEADER: f"{file_bytes},{file_bytes}",
+            GENERATION_HEADER: "0",
+        }
         url = await self._sign("PUT", key, expires_in, headers=headers, query={})
         return None if url is None else SignedUrl(url, headers)
 
@@ -94,6 +105,13 @@ class GoogleUrls:
 
     async def close(self) -> None:
         """Nothing is open between calls."""
+
+    async def _stands(self, key: str) -> bool:
+        try:
+            await obstore.head_async(self.place, key)
+        except FileNotFoundError:
+            return False
+        return True
 
     async def _sign(
         self,

@@ -286,8 +286,8 @@ class ObjectStore:
 
         How much of it is bound is the store's: S3 refuses a body of another length or type, or other bytes than those
         of the sha256, Google one of another length or type, Supabase nothing. So what arrives by a URL has to be
-        looked at in any case. Until it expires, a URL of S3 or Google may be used again: with a sha256 it replaces what
-        stands under the key, without one it is refused while anything does. That of Supabase replaces nothing.
+        looked at in any case. Until it expires, a URL of S3 with a sha256 may be used again, and then replaces what
+        stands under the key by the same bytes. All others are refused while anything stands there.
 
         Args:
             key: where to.
