@@ -77,6 +77,7 @@ create type upload_pipeline.event_code as enum (
   'batch_completed',
   'write_fenced',
   'orphan_removed',
+  'upkeep_refused',
   'capacity_warning',
   'provider_paused',
   'worker_started',

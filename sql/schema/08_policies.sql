@@ -18,7 +18,7 @@ begin
     'document_vector_buffer', 'document_chunks', 'document_nodes', 'workers',
     'stage_durations', 'policies', 'batches', 'batch_members', 'processing_records', 'provider_budgets',
     'provider_reservations', 'usage_records', 'organizations', 'organization_members', 'projects', 'photos', 'parse_submissions',
-    'photo_detection_requests', 'chunk_vectors']
+    'photo_detection_requests', 'chunk_vectors', 'upkeep_rounds']
   loop
     execute format('create policy %I on upload_pipeline.%I for select to upload_worker using (true)', v_table || '_worker', v_table);
     execute format('grant select on upload_pipeline.%I to upload_worker, service_role', v_table);

@@ -39,6 +39,7 @@ class EventCode(StrEnum):
     BATCH_COMPLETED = "batch_completed"
     WRITE_FENCED = "write_fenced"
     ORPHAN_REMOVED = "orphan_removed"
+    UPKEEP_REFUSED = "upkeep_refused"
     CAPACITY_WARNING = "capacity_warning"
     PROVIDER_PAUSED = "provider_paused"
     WORKER_STARTED = "worker_started"

@@ -23,6 +23,7 @@ from upload_pipeline.storage.configured import configured_store
 from upload_pipeline.storage.keys import incoming_key, parser_output_key
 from upload_pipeline.storage.orphans import sweep
 from upload_pipeline.storage.photo_keys import photo_key
+from upload_pipeline.storage.store_mark import Mark, read_mark, write_mark
 from upload_pipeline.storage.store_setup import look_at_store, store_policies
 from upload_workers.process import running_worker
 
@@ -159,6 +160,8 @@ async def test_the_service_and_a_worker_do_all_they_do_with_the_printed_policies
         async def nobody(document_ids: list[Any]) -> set[Any]:
             return set()
 
+        await write_mark(other, mark := uuid4())
+        assert await read_mark(other) == Mark(mark)
         asked = 0
 
         async def somebody_at_last(document_ids: list[Any]) -> set[Any]:

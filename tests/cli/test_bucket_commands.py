@@ -16,6 +16,7 @@ from s3_servers import S3Server
 
 from upload_pipeline.storage.keys import incoming_key, raw_key
 from upload_pipeline.storage.store import open_store
+from upload_pipeline.storage.store_mark import MARK_KEY, write_mark
 
 
 @pytest.fixture
@@ -74,15 +75,36 @@ def test_maintenance_removes_orphans_of_a_bucket_and_nothing_that_is_not_ours(
         await store.put_bytes("somebody/elses", b"not ours")
         await whole.put_bytes(raw_key(uuid4(), uuid4()), b"outside the prefix")
 
+    assert terminal("maintenance", **settings).status == 0
+    assert keys(s3_server, s3_bucket) == [f"claims/2026/{MARK_KEY}"]
     asyncio.run(leave_things())
     assert terminal("maintenance", **settings).status == 0
-    assert len(keys(s3_server, s3_bucket)) == 4
+    assert len(keys(s3_server, s3_bucket)) == 5
     time.sleep(2)  # S3's times are whole seconds
     ended = terminal("maintenance", orphan_grace="1", **settings)
     assert ended.status == 0
     left = keys(s3_server, s3_bucket)
-    assert len(left) == 2
-    assert "claims/2026/somebody/elses" in left
+    assert len(left) == 3
+    assert {"claims/2026/somebody/elses", f"claims/2026/{MARK_KEY}"} < set(left)
+
+
+def test_maintenance_does_not_touch_the_files_of_another_database_until_it_is_told_to(
+    terminal: Terminal, settings: dict[str, str], s3_server: S3Server, s3_bucket: str
+) -> None:
+    async def leave_things() -> None:
+        store = open_store(settings["storage_url"])
+        await store.put_bytes(raw_key(uuid4(), uuid4()), b"of another database")
+        await write_mark(store, uuid4())
+
+    asyncio.run(leave_things())
+    time.sleep(2)  # S3's times are whole seconds
+    refused = terminal("maintenance", orphan_grace="1", **settings)
+    assert refused.status == 1
+    assert "The store was not swept: the store bears the mark of another database" in refused.out
+    assert len(keys(s3_server, s3_bucket)) == 2
+    assert terminal("maintenance", "--adopt-store", "--json", orphan_grace="1", **settings).status == 0
+    assert keys(s3_server, s3_bucket) == [f"claims/2026/{MARK_KEY}"]
+    assert terminal("maintenance", **settings).status == 0
 
 
 def test_a_store_that_is_none_stops_the_command_before_anything_else(bare_terminal: Terminal) -> None:

@@ -19,7 +19,7 @@ def test_a_sound_installation_has_no_problem(terminal: Terminal) -> None:
     assert report.status == 0
     checks = {check["check"]: check for check in report.object()["checks"]}
     assert list(checks) == [
-        *("settings", "database", "extension", "migrations", "rights", "model", "workers"),
+        *("settings", "database", "extension", "migrations", "rights", "model", "workers", "sweep"),
         *("storage", "parser", "embedder", "api"),
     ]
     assert all(check["ok"] and check["message"] for check in checks.values())
@@ -66,6 +66,17 @@ def test_a_pool_that_all_its_workers_have_left_is_a_problem(terminal: Terminal, 
         assert "UPLOAD_PIPELINE_OPENAI_API_KEY" in str(found["message"])
         worker.execute(leave, [one, []])
         assert workers()["ok"]
+
+
+def test_a_store_that_is_another_databases_is_a_problem(terminal: Terminal, database: Database) -> None:
+    with psycopg.connect(database.worker_url, autocommit=True) as worker:
+        worker.execute("select upload_pipeline.note_upkeep('sweep', 'the mark of another database. Adopt it.')")
+        report = terminal("doctor", "--json", database_url=database.worker_url)
+        (found,) = [check for check in report.object()["checks"] if check["check"] == "sweep"]
+        assert found == {"check": "sweep", "ok": False, "message": "the mark of another database. Adopt it."}
+        assert report.status == 1
+        worker.execute("select upload_pipeline.note_upkeep('sweep', null)")
+        assert terminal("doctor", "--json", database_url=database.worker_url).status == 0
 
 
 def test_each_bad_setting_is_a_line_of_its_own(terminal: Terminal) -> None:

@@ -70,6 +70,8 @@ READERS = {
     "projects": {"authenticated", "upload_worker", "service_role"},
     "photos": {"authenticated", "upload_worker", "service_role"},
     "photo_detection_requests": {"upload_worker", "service_role"},
+    "upkeep_rounds": {"upload_worker", "service_role"},
+    "store_marks": set(),
 }
 """Who may read each table and view; the partitions of `events` that a month has made are nobody's."""
 
@@ -149,6 +151,10 @@ CALLERS = {
             "begin_submission",
             "buffer_chunks",
             "buffer_vectors",
+            "claim_upkeep",
+            "is_store_mark",
+            "mark_store",
+            "note_upkeep",
             "bytes_at_work",
             "cached_vector",
             "cancel_batch",
@@ -286,6 +292,7 @@ def filled(admin: Connection, worker: Connection) -> Connection:
     """Every table has rows of OWNER and, where a row has a user, of STRANGER."""
     admin.execute("select upload_pipeline.register_model('m3', 'test', 3), upload_pipeline.add_model('m2', 'test', 2)")
     worker.execute("select upload_pipeline.register_worker(%s, 'h', 1, 'v', '{default}', 1)", [uuid4()])
+    worker.execute("select upload_pipeline.claim_upkeep('sweep', interval '1 hour'), upload_pipeline.mark_store(null)")
     admin.execute("insert into upload_pipeline.events_default (at, code) values ('1999-01-01', 'worker_started')")
     admin.execute("insert into upload_pipeline.stage_durations values ('document', 'parsing', 0, 1.5, 3)")
     admin.execute(

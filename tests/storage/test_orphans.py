@@ -8,9 +8,9 @@ from uuid import UUID, uuid4, uuid5
 
 import pytest
 
-from upload_pipeline.storage import keys
+from upload_pipeline.storage import keys, orphans
 from upload_pipeline.storage.objects import ObjectInfo
-from upload_pipeline.storage.orphans import LOOKUP_BATCH, find_orphans, sweep
+from upload_pipeline.storage.orphans import LOOKUP_BATCH, survey, sweep
 from upload_pipeline.storage.store import open_store
 
 USER = uuid4()
@@ -35,7 +35,7 @@ async def listing(*infos: ObjectInfo) -> AsyncIterator[ObjectInfo]:
 
 
 async def found(*infos: ObjectInfo, known=nothing) -> list[str]:
-    return [info.key async for info in find_orphans(listing(*infos), known, now=NOW, grace=GRACE)]
+    return [info.key for info in (await survey(listing(*infos), known, now=NOW, grace=GRACE)).orphans]
 
 
 @pytest.mark.parametrize("make", [keys.raw_key, keys.parser_output_key, text_key])
@@ -84,9 +84,38 @@ async def test_lookups_are_bounded_and_the_listing_is_never_held_whole():
         assert read <= sum(asked)
         return known_documents & set(ids)
 
-    orphans = {info.key async for info in find_orphans(many(), known, now=NOW, grace=GRACE)}
-    assert orphans == {keys.raw_key(USER, uuid5(USER, str(number))) for number in range(1, 2600, 2)}
+    seen = await survey(many(), known, now=NOW, grace=GRACE)
+    assert {info.key for info in seen.orphans} == {
+        keys.raw_key(USER, uuid5(USER, str(number))) for number in range(1, 2600, 2)
+    }
     assert asked == [LOOKUP_BATCH] * 5 + [100]
+    assert (seen.with_row, seen.without_row) == (1300, 1300)
+
+
+async def test_a_round_holds_and_removes_no_more_than_it_may(store, monkeypatch):
+    monkeypatch.setattr(orphans, "ROUND", 2)
+    for _ in range(3):
+        await store.put_bytes(keys.raw_key(USER, uuid4()), b"x")
+    later = datetime.now(UTC) + 2 * GRACE
+    assert [(await sweep(store, nothing, now=later, grace=GRACE)).objects for _ in range(3)] == [2, 1, 0]
+
+
+async def test_nothing_is_touched_without_leave(store):
+    lost, upload = keys.raw_key(USER, uuid4()), keys.incoming_key(uuid4())
+    for key in (lost, upload):
+        await store.put_bytes(key, b"x")
+    shown = []
+
+    async def refuse(found):
+        shown.append((found.with_row, found.without_row, len(found.orphans)))
+        return False
+
+    later = datetime.now(UTC) + 2 * GRACE
+    assert (await sweep(store, nothing, now=later, grace=GRACE, permit=refuse)).objects == 0
+    young = await sweep(store, nothing, now=datetime.now(UTC), grace=GRACE, permit=refuse, young_too=True)
+    assert young.objects == 0
+    assert shown == [(0, 1, 2), (0, 1, 0)]
+    assert {info.key async for info in store.list()} == {lost, upload}
 
 
 async def test_a_document_with_three_objects_is_asked_for_once():

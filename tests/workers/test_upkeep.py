@@ -19,14 +19,17 @@ from structlog.testing import capture_logs
 
 from upload_pipeline.database import documents, photos, queue
 from upload_pipeline.database.batches import RefusedFile, create_batch
+from upload_pipeline.database.upkeep_rounds import mark_store
 from upload_pipeline.errors import ErrorCode, PipelineError
 from upload_pipeline.storage.keys import markdown_key, parser_output_key, raw_key
 from upload_pipeline.storage.photo_keys import photo_key, photo_keys
 from upload_pipeline.storage.store import ObjectStore, open_store
+from upload_pipeline.storage.store_mark import write_mark
 from upload_workers import upkeep
 from upload_workers.upkeep import Upkeep, maintain
 
-NOW = timedelta(0)
+NOW = timedelta(seconds=-1)
+"""A grace that nothing is too young for: a disk's times are as coarse as the kernel's clock."""
 
 
 @pytest.fixture
@@ -36,8 +39,11 @@ async def pool(world: ProbeWorld) -> AsyncIterator[asyncpg.Pool]:
 
 
 @pytest.fixture
-def store(tmp_path: Path) -> ObjectStore:
-    return open_store(f"file://{tmp_path / 'objects'}")
+async def store(tmp_path: Path, pool: asyncpg.Pool) -> ObjectStore:
+    """A store that bears the database's mark."""
+    store = open_store(f"file://{tmp_path / 'objects'}")
+    await write_mark(store, await mark_store(pool, None))
+    return store
 
 
 @pytest.fixture
@@ -86,6 +92,35 @@ async def test_orphans_go_and_documents_stay(
     assert await world.admin.fetchval("select count(*) from upload_pipeline.events where code = 'orphan_removed'") == 1
     again = await maintain(pool, store, scratch, orphan_grace=NOW, session_grace=timedelta(days=1))
     assert again.orphans_removed == 0
+
+
+async def test_many_workers_look_through_the_store_once_in_an_interval(
+    world: ProbeWorld, pool: asyncpg.Pool, store: ObjectStore, scratch: Path
+) -> None:
+    works = [
+        Upkeep(
+            pool,
+            store,
+            scratch,
+            lease_ttl=60.0,
+            maintenance_interval=60.0,
+            orphan_grace=-1.0,
+            session_grace=60.0,
+            sweep_interval=600.0,
+            wake=lambda: None,
+        )
+        for _ in range(3)
+    ]
+    _, _, first = await stored_document(world, store, row=False)
+    await works[0]._maintain()
+    assert await present(store, first) == [False] * 3
+    _, _, second = await stored_document(world, store, row=False)
+    for work in works:
+        await work._maintain()
+    assert await present(store, second) == [True] * 3
+    await world.admin.execute("update upload_pipeline.upkeep_rounds set begun_at = begun_at - interval '11 minutes'")
+    await works[1]._maintain()
+    assert await present(store, second) == [False] * 3
 
 
 @pytest.mark.parametrize("removed_before_the_crash", [0, 1, 3])

@@ -4,9 +4,10 @@ every second or so      due retries and snoozes become ready
 every two seconds       batches whose last file has come to its end are noted; jobs that fill a new embedding model are
                         made, and vectors moved or removed after a change of models
 every quarter lease     jobs whose lease ran out are taken back
-MAINTENANCE_INTERVAL    event partitions, silent workers, deletions that a crash cut short, orphaned objects,
-                        photos that never came, temporary files that a killed process left; sessions that are long
-                        over; vectors in the cache that nobody uses; how long the stages take is measured anew
+SWEEP_INTERVAL          orphaned objects: one worker of all looks through the whole store (`sweeping`)
+MAINTENANCE_INTERVAL    event partitions, silent workers, deletions that a crash cut short, photos that never came,
+                        temporary files that a killed process left; sessions that are long over; vectors in the cache
+                        that nobody uses; how long the stages take is measured anew
 """
 
 from __future__ import annotations
@@ -21,11 +22,10 @@ from datetime import UTC, datetime, timedelta
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
-from uuid import UUID
 
 import structlog
 
-from upload_pipeline.database import documents, photos, queue
+from upload_pipeline.database import queue
 from upload_pipeline.database.batches import note_completed_batches
 from upload_pipeline.database.deletion import finish_deletions
 from upload_pipeline.database.documents import DeletedDocument
@@ -36,9 +36,10 @@ from upload_pipeline.database.photos import DeletedPhoto
 from upload_pipeline.database.queue import Executor
 from upload_pipeline.database.sessions import clean_sessions
 from upload_pipeline.storage.document_objects import remove_document_objects
-from upload_pipeline.storage.orphans import Swept, sweep
+from upload_pipeline.storage.orphans import Swept
 from upload_pipeline.storage.photo_objects import remove_photo_objects
 from upload_pipeline.storage.store import ObjectStore
+from upload_workers.sweeping import SweepRound, adopt_store, sweep_store, sweep_when_due
 
 log = structlog.get_logger(__name__)
 
@@ -70,6 +71,7 @@ class MaintenanceReport:
     orphans_removed: int
     orphan_bytes: int
     unfinished_writes_removed: int
+    sweep_refused: str | None
     scratch_removed: int
     durations_measured: int
     sessions_removed: int
@@ -85,6 +87,8 @@ async def maintain(
     orphan_grace: timedelta,
     session_grace: timedelta,
     cache_life: timedelta = CACHE_LIFE,
+    sweep_interval: timedelta | None = None,
+    adopt: bool = False,
 ) -> MaintenanceReport:
     """One round of maintenance. Safe to repeat and beside other rounds.
 
@@ -94,6 +98,8 @@ async def maintain(
             after its deadline a photo that never came is.
         session_grace: how long a session must be over for its documents to be deleted.
         cache_life: how long a vector that was paid for is kept unused.
+        sweep_interval: the store is looked through where nobody has begun to within it; None: in any case.
+        adopt: takes the store for this database's whatever speaks against it.
 
     Raises:
         Exception: the first one that a part of the round raised; the other parts were done nevertheless.
@@ -115,7 +121,13 @@ async def maintain(
     finished = await part(_finish_deletions(db, store, now), 0)
     finished += await part(_finish_photo_deletions(db, store, now), 0)
     expired = await part(_expire_photos(db, store, orphan_grace), 0)
-    swept = await part(_sweep(db, store, now, orphan_grace), Swept(0, 0, 0))
+    if adopt:
+        sweeping = adopt_store(db, store, grace=orphan_grace)
+    elif sweep_interval is None:
+        sweeping = sweep_store(db, store, grace=orphan_grace)
+    else:
+        sweeping = sweep_when_due(db, store, grace=orphan_grace, interval=sweep_interval)
+    swept = await part(sweeping, SweepRound(Swept(0, 0, 0)))
     measured = await part(db.fetchval("select upload_pipeline.refresh_stage_durations()"), 0)
     cleared = await part(asyncio.to_thread(_clear_scratch, scratch, older_than=orphan_grace), 0)
     if failures:
@@ -127,9 +139,10 @@ async def maintain(
         int(forgotten),
         finished,
         expired,
-        swept.objects,
-        swept.object_bytes,
-        swept.unfinished,
+        swept.swept.objects,
+        swept.swept.object_bytes,
+        swept.swept.unfinished,
+        swept.refusal,
         cleared,
         int(measured),
         sessions_removed,
@@ -171,22 +184,6 @@ async def _remove_photo(store: ObjectStore, deleted: DeletedPhoto) -> None:
     await remove_photo_objects(store, deleted.raw_key)
 
 
-async def _sweep(db: Executor, store: ObjectStore, now: datetime, grace: timedelta) -> Swept:
-    async def known(subject_ids: list[UUID]) -> set[UUID]:
-        found = await documents.existing_documents(db, subject_ids)
-        return found | await photos.existing_photos(db, [each for each in subject_ids if each not in found])
-
-    swept = await sweep(store, known, now=now, grace=grace)
-    if swept.objects:
-        await db.fetchval(
-            """
-            select upload_pipeline.record_event('orphan_removed', p_payload => jsonb_build_object('objects', $1::int))
-            """,
-            swept.objects,
-        )
-    return swept
-
-
 @dataclass(frozen=True, slots=True)
 class Upkeep:
     """The upkeep that runs beside a worker's jobs; intervals in seconds.
@@ -203,6 +200,7 @@ class Upkeep:
     orphan_grace: float
     session_grace: float
     wake: Callable[[], None]
+    sweep_interval: float = 3600.0
     cache_life: timedelta = CACHE_LIFE
 
     async def run(self) -> None:
@@ -271,6 +269,7 @@ class Upkeep:
             orphan_grace=timedelta(seconds=self.orphan_grace),
             session_grace=timedelta(seconds=self.session_grace),
             cache_life=self.cache_life,
+            sweep_interval=timedelta(seconds=self.sweep_interval),
         )
         log.debug("maintained", report=report)
 

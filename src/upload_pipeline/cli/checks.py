@@ -13,6 +13,7 @@ from uuid import uuid4
 from upload_pipeline.cli.detector_check import check_detector
 from upload_pipeline.cli.failures import expected
 from upload_pipeline.cli.opening import INSUFFICIENT_PRIVILEGE
+from upload_pipeline.cli.sweep_check import refusal_of_sweep
 from upload_pipeline.cli.unknown_settings import unknown_settings
 from upload_pipeline.errors import ErrorCode, PipelineError
 
@@ -119,7 +120,7 @@ def _check_database(settings: Settings) -> list[Finding]:
                 _check_rights(connection),
             ]
             if all(finding.ok for finding in findings):
-                findings += [_check_model(connection, settings), _check_workers(connection)]
+                findings += [_check_model(connection, settings), _check_workers(connection), _check_sweep(connection)]
             return findings
     except Exception as error:  # noqa: BLE001 - whatever the database answers, it is a finding
         return [Finding("database", False, _explained(error))]
@@ -235,6 +236,11 @@ def _check_workers(connection: Connection[Any]) -> Finding:
     if left:
         message += f"; some leave {', '.join(sorted(left))} to the others"
     return Finding("workers", True, message)
+
+
+def _check_sweep(connection: Connection[Any]) -> Finding:
+    refusal = refusal_of_sweep(connection)
+    return Finding("sweep", refusal is None, refusal or "the store is this database's, as far as anybody has looked")
 
 
 async def _check_storage(settings: Settings) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -20,19 +20,38 @@ def register(app: typer.Typer) -> None:
     )
 
 
-def maintenance_command(as_json: JsonOption = False) -> None:
+AdoptOption = Annotated[
+    bool,
+    typer.Option(
+        "--adopt-store",
+        help="Take the store for this database's, whatever its mark says, and remove every file that has no row here.",
+    ),
+]
+
+
+def maintenance_command(adopt_store: AdoptOption = False, as_json: JsonOption = False) -> None:
     """Tidy up once: what a crash left in the store, deletions cut short, photos that never came, lost workers.
 
-    Objects without a document are removed once they are older than ORPHAN_GRACE.
+    Objects without a document are removed once they are older than ORPHAN_GRACE. Exit 1 where that was refused, as the
+    store seems to be another database's.
     """
     from upload_pipeline.cli.event_loop import run
+    from upload_pipeline.cli.failures import FAILED
     from upload_pipeline.cli.opening import read_settings
-    from upload_pipeline.cli.output import as_object, print_fields, print_json, size_text
+    from upload_pipeline.cli.output import as_object, print_json
 
-    report = run(_maintain(read_settings()))
+    report = run(_maintain(read_settings(), adopt=adopt_store))
     if as_json:
         print_json(as_object(report))
-        return
+    else:
+        _print(report)
+    if report.sweep_refused:
+        raise typer.Exit(FAILED)
+
+
+def _print(report: MaintenanceReport) -> None:
+    from upload_pipeline.cli.output import print_fields, print_line, size_text
+
     print_fields(
         [
             ("Orphaned objects removed", f"{report.orphans_removed} ({size_text(report.orphan_bytes)})"),
@@ -46,9 +65,11 @@ def maintenance_command(as_json: JsonOption = False) -> None:
             ("Event partitions made", report.partitions_made),
         ]
     )
+    if report.sweep_refused:
+        print_line(f"\nThe store was not swept: {report.sweep_refused}", style="red")
 
 
-async def _maintain(settings: Settings) -> MaintenanceReport:
+async def _maintain(settings: Settings, *, adopt: bool) -> MaintenanceReport:
     import asyncio
     from datetime import timedelta
 
@@ -68,6 +89,7 @@ async def _maintain(settings: Settings) -> MaintenanceReport:
             orphan_grace=timedelta(seconds=settings.orphan_grace),
             session_grace=timedelta(seconds=settings.session_grace),
             cache_life=timedelta(days=settings.embedding_cache_days),
+            adopt=adopt,
         )
     finally:
         await db.close()

@@ -8,8 +8,8 @@ have the same key whenever they are sent. So an orphan is removed as everything 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterator
+from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from uuid import UUID
 
@@ -20,7 +20,10 @@ from upload_pipeline.storage.photo_keys import parse_photo_key
 from upload_pipeline.storage.store import ObjectStore
 
 LOOKUP_BATCH = 500
-"""Ids that one lookup asks for, and the most objects held in memory."""
+"""Ids that one lookup asks for."""
+
+ROUND = 10_000
+"""Orphans that one round removes at most, and so holds in memory."""
 
 REMOVED_AT_ONCE = 32
 """Orphans that are removed at the same time."""
@@ -44,38 +47,84 @@ class Swept:
     unfinished: int
 
 
-async def find_orphans(
-    listing: AsyncIterator[ObjectInfo], known: KnownSubjects, *, now: datetime, grace: timedelta
-) -> AsyncIterator[ObjectInfo]:
-    """The objects of a listing that nothing will ever name.
+@dataclass(slots=True)
+class Survey:
+    """What a look through the store has found.
+
+    Attributes:
+        orphans: what may be removed: at most `ROUND` of what is old enough.
+        aside: what a process that died had moved aside.
+        with_row: how many objects of documents and photos have a row.
+        without_row: how many have none.
+    """
+
+    orphans: list[ObjectInfo] = field(default_factory=list)
+    aside: list[ObjectInfo] = field(default_factory=list)
+    with_row: int = 0
+    without_row: int = 0
+
+
+async def survey(
+    listing: AsyncIterator[ObjectInfo],
+    known: KnownSubjects,
+    *,
+    now: datetime,
+    grace: timedelta,
+    young_too: bool = False,
+) -> Survey:
+    """Finds the objects of a listing that nothing will ever name.
 
     That is: written more than `grace` ago and either an upload under `incoming/` or of a document or a photo that
     has no row. Keys of any other form are somebody else's and never in it.
 
     Args:
-        listing: objects in any order; read a batch at a time, never whole.
+        listing: objects in any order; read a batch at a time, never held whole.
         known: tells which documents and photos have a row.
         now: the time, with time zone.
         grace: how old an orphan must be.
+        young_too: whether younger objects are counted as well, with and without a row.
     """
+    found = Survey()
     batch: list[tuple[ObjectInfo, UUID]] = []
+
+    async def look_up() -> None:
+        rows = await known(list({subject for _, subject in batch})) if batch else set()
+        for info, subject in batch:
+            if subject in rows:
+                found.with_row += 1
+            else:
+                found.without_row += 1
+                note(info)
+        batch.clear()
+
+    def note(info: ObjectInfo) -> None:
+        if info.modified_at < now - grace and len(found.orphans) < ROUND:
+            found.orphans.append(info)
+
     async for info in listing:
-        if info.modified_at >= now - grace:
-            continue
         if is_incoming_key(info.key):
-            yield info
-        elif (subject := _subject_of(info.key)) is not None:
+            note(info)
+        elif key_of_aside(info.key) is not None:
+            if info.modified_at < now - min(grace, HELD) and len(found.aside) < ROUND:
+                found.aside.append(info)
+        elif (young_too or info.modified_at < now - grace) and (subject := _subject_of(info.key)) is not None:
             batch.append((info, subject))
             if len(batch) == LOOKUP_BATCH:
-                for orphan in await _without_row(batch, known):
-                    yield orphan
-                batch.clear()
-    for orphan in await _without_row(batch, known):
-        yield orphan
+                await look_up()
+    await look_up()
+    return found
 
 
-async def sweep(store: ObjectStore, known: KnownSubjects, *, now: datetime, grace: timedelta) -> Swept:
-    """Removes the orphans of a store and the files of writes that were cut short.
+async def sweep(
+    store: ObjectStore,
+    known: KnownSubjects,
+    *,
+    now: datetime,
+    grace: timedelta,
+    permit: Callable[[Survey], Awaitable[bool]] | None = None,
+    young_too: bool = False,
+) -> Swept:
+    """Removes the orphans of a store and the files of writes that were cut short, a bounded number in a round.
 
     Safe to repeat, to break off and to run twice at once.
 
@@ -84,30 +133,27 @@ async def sweep(store: ObjectStore, known: KnownSubjects, *, now: datetime, grac
         known: tells which documents and photos have a row.
         now: the time, with time zone, by the clock that the store stamps objects with.
         grace: how old an orphan must be; far longer than an intake takes from its first byte to its commit.
+        permit: is shown what was found before any of it is touched; where it says no, nothing is removed.
+        young_too: as for `survey`.
 
     Raises:
         PipelineError: as the store's methods do; what was removed until then stays removed.
     """
+    found = await survey(store.list(), known, now=now, grace=grace, young_too=young_too)
+    if permit is not None and not await permit(found):
+        return Swept(0, 0, 0)
     removed: list[int] = []
-    batch: list[ObjectInfo] = []
-    left_aside: list[ObjectInfo] = []
-
-    async def listing() -> AsyncIterator[ObjectInfo]:
-        async for info in store.list():
-            if key_of_aside(info.key) is None:
-                yield info
-            elif info.modified_at < now - min(grace, HELD):
-                left_aside.append(info)
-
-    async for orphan in find_orphans(listing(), known, now=now, grace=grace):
-        batch.append(orphan)
-        if len(batch) == REMOVED_AT_ONCE:
-            removed += await _remove(store, batch, known, before=now - grace)
-            batch.clear()
-    removed += await _remove(store, batch, known, before=now - grace)
-    for start in range(0, len(left_aside), REMOVED_AT_ONCE):
-        removed += await _settle(store, left_aside[start : start + REMOVED_AT_ONCE], known)
+    for batch in _batched(found.orphans, REMOVED_AT_ONCE):
+        removed += await _remove(store, batch, known, before=now - grace)
+    for batch in _batched(found.aside, REMOVED_AT_ONCE):
+        removed += await _settle(store, batch, known)
     return Swept(len(removed), sum(removed), await store.remove_unfinished(now - grace))
+
+
+def _batched(items: list[ObjectInfo], size: int) -> Iterator[list[ObjectInfo]]:
+    """The items in lists of that size; the last may be shorter."""
+    for start in range(0, len(items), size):
+        yield items[start : start + size]
 
 
 async def _remove(
@@ -147,10 +193,3 @@ def _subject_of(key: str) -> UUID | None:
         return document.document_id
     photo = parse_photo_key(key)
     return photo.photo_id if photo is not None else None
-
-
-async def _without_row(batch: list[tuple[ObjectInfo, UUID]], known: KnownSubjects) -> list[ObjectInfo]:
-    if not batch:
-        return []
-    rows = await known(list({subject for _, subject in batch}))
-    return [info for info, subject in batch if subject not in rows]

@@ -30,11 +30,12 @@ RIGHTS: Mapping[Process, Mapping[str, tuple[str, ...]]] = {
         _PHOTOS: (GET, PUT, DELETE),
     },
     # Read what was uploaded, keep what is made of it, remove what is deleted, refused or orphaned; put back what came
-    # into use on its way out.
+    # into use on its way out; say whose store it is.
     "workers": {
         "incoming": (GET, PUT, DELETE),
         "raw": (GET, PUT, DELETE),
         "parsed": (GET, PUT, DELETE, ABORT),
+        "owner": (GET, PUT),
         _PHOTOS: (GET, PUT, DELETE, ABORT),
     },
 }

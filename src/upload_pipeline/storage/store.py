@@ -385,6 +385,24 @@ class ObjectStore:
         finally:
             await self.delete([key])
 
+    async def time(self) -> datetime:
+        """The present time by the clock that stamps the objects: not this machine's, and it may be ahead or behind.
+
+        Raises:
+            PipelineError: as the class says.
+        """
+        key = incoming_key(uuid4())
+        await self.put_bytes(key, b"what time is it")
+        try:
+            probe = await self.head(key)
+        finally:
+            await self.delete([key])
+        if probe is None:
+            raise failures.unavailable(
+                "look at what was written", "it is not there", "Check the service behind it.", key
+            )
+        return probe.modified_at
+
     def _named(self, error: Exception, action: str, key: str) -> PipelineError:
         refusal = self.backend.refusal(error, failures.STORAGE_SETTING)
         return failures.translate(error, action, key, refusal)
