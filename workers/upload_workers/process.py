@@ -148,6 +148,7 @@ async def running_worker(
             maintenance_interval=settings.maintenance_interval,
             orphan_grace=settings.orphan_grace,
             session_grace=settings.session_grace,
+            sweep_interval=settings.sweep_interval,
             cache_life=timedelta(days=settings.embedding_cache_days),
             wake=runner.wake.set,
         )
