@@ -68,7 +68,6 @@ def answering(subresource: str, method: str, *answers: tuple[int, str]) -> Any:
         (405, "<Error><Code>MethodNotAllowed</Code><Message>No</Message></Error>"),
         (400, "<Error><Code>NotImplemented</Code></Error>"),
         (200, "<ListBucketResult><Name>taken for a listing</Name></ListBucketResult>"),
-        (200, "welcome"),
     ],
 )
 async def test_what_a_server_does_not_know_is_not_offered_and_no_failure(
@@ -79,6 +78,45 @@ async def test_what_a_server_does_not_know_is_not_offered_and_no_failure(
     assert parts["public access"].state == "not offered"
     assert all(part.well for part in parts.values())
     assert not [seen for seen in proxy.passed if seen.method == "PUT" and "publicAccessBlock" in seen.query]
+
+
+@pytest.mark.parametrize("answer", ["welcome", "", "<html><body>welcome</body></html>", '{"Statement": ["all"]}'])
+@pytest.mark.parametrize(
+    ("subresource", "part"),
+    [
+        *(
+            ("acl", "access list"),
+            ("policyStatus", "policy"),
+            ("publicAccessBlock", "public access"),
+            ("policy", "TLS"),
+        ),
+        *(("encryption", "encryption"), ("versioning", "versioning"), ("lifecycle", "life cycle"), ("cors", "CORS")),
+    ],
+)
+async def test_an_answer_that_nobody_can_read_is_not_well(
+    proxy: Proxy, wanted: Wanted, subresource: str, part: str, answer: str
+) -> None:
+    proxy.spoil = answering(subresource, "GET", (200, answer))
+    over_tls = replace(wanted, tls=True)
+    for mend in (False, True):
+        found = (await look(over_tls, mend=mend))[part]
+        assert (found.state, "cannot be read" in found.message) == ("missing", True)
+    assert not [seen for seen in proxy.passed if seen.method == "PUT" and subresource in seen.query]
+
+
+@pytest.mark.parametrize("answer", ["welcome", "", "<html><body>welcome</body></html>"])
+async def test_a_server_that_is_none_of_buckets_is_told(proxy: Proxy, wanted: Wanted, answer: str) -> None:
+    proxy.spoil = answering("location", "GET", (200, answer))
+    parts = await look(wanted, mend=True)
+    assert [(part.part, part.state) for part in parts.values()] == [("bucket", "missing")]
+    assert "AWS_ENDPOINT_URL" in parts["bucket"].message
+
+
+async def test_a_server_that_takes_the_question_for_a_listing_has_the_bucket(proxy: Proxy, wanted: Wanted) -> None:
+    proxy.spoil = answering("location", "GET", (200, "<ListBucketResult/>"))
+    assert (await look(wanted, mend=False))["bucket"].state == "ok"
+    proxy.spoil = answering("policy", "GET", (200, "<ListBucketResult/>"))
+    assert (await look(replace(wanted, tls=True), mend=False))["TLS"].state == "not offered"
 
 
 async def test_a_change_that_the_server_does_not_keep_is_no_success(proxy: Proxy, wanted: Wanted) -> None:
@@ -198,10 +236,26 @@ async def test_requests_without_tls_are_denied_beside_what_others_say(
     kept, own = json.loads(s3_server.listing(s3_bucket, "policy"))["Statement"]
     assert (kept, own["Sid"], own["Effect"]) == (theirs, TLS_SID, "Deny")
     assert own["Condition"] == {"Bool": {"aws:SecureTransport": "false"}}
-    for change in ({"Effect": "Allow"}, {"Resource": own["Resource"][:1]}, {"Condition": {}}, {"Action": "s3:Get*"}):
+    plain = own["Condition"]
+    for change in (
+        {"Effect": "Allow"},
+        {"Resource": own["Resource"][:1]},
+        {"Action": "s3:Get*"},
+        {"Condition": {}},
+        {"Condition": "Bool"},
+        {"Condition": {"Bool": "aws:SecureTransport"}},
+        {"Condition": {"Bool": {"aws:SecureTransport": "true"}}},
+        {"Condition": {"Bool": {"aws:SecureTransport": ["false", "true"]}}},
+        {"Condition": {"Bool": {**plain["Bool"], "aws:ViaAWSService": "false"}}},
+        {"Condition": {**plain, "IpAddress": {"aws:SourceIp": "192.0.2.0/24"}}},
+    ):
         weaker = {"Version": "2012-10-17", "Statement": [own | change]}
         s3_server.configure(s3_bucket, "policy", json.dumps(weaker).encode())
         assert (await look(over_tls, mend=False))["TLS"].state == "missing", change
+    for change in ({}, {"Condition": {"Bool": {"aws:securetransport": [False]}}}):
+        as_well = {"Version": "2012-10-17", "Statement": [own | change]}
+        s3_server.configure(s3_bucket, "policy", json.dumps(as_well).encode())
+        assert (await look(over_tls, mend=False))["TLS"].state == "ok", change
 
 
 # --- XML

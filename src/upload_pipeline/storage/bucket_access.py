@@ -16,7 +16,9 @@ _BLOCKS = ("BlockPublicAcls", "IgnorePublicAcls", "BlockPublicPolicy", "Restrict
 
 
 def _acl_lacks(found: bytes | None, wanted: Wanted) -> str:
-    grants = [grant for list_ in known(found).all("AccessControlList") for grant in list_.all("Grant")]
+    grants = [
+        grant for list_ in known(found, "AccessControlPolicy").all("AccessControlList") for grant in list_.all("Grant")
+    ]
     if any(grant.value("Grantee", "URI").endswith(_EVERYBODY) for grant in grants):
         return "its access list lets everybody in"
     return ""
@@ -27,13 +29,13 @@ def _acl_made(found: bytes | None, wanted: Wanted) -> Document:
 
 
 def _policy_lacks(found: bytes | None, wanted: Wanted) -> str:
-    if known(found).value("IsPublic").lower() == "true":
+    if known(found, "PolicyStatus").value("IsPublic").lower() == "true":
         return "its policy lets everybody in. Take the statement with the principal * out of the bucket's policy"
     return ""
 
 
 def _block_lacks(found: bytes | None, wanted: Wanted) -> str:
-    blocks = known(found)
+    blocks = known(found, "PublicAccessBlockConfiguration")
     missing = [name for name in _BLOCKS if blocks.value(name).lower() != "true"]
     return f"{', '.join(missing)} not set" if missing else ""
 
@@ -48,16 +50,25 @@ def _tls_lacks(found: bytes | None, wanted: Wanted) -> str:
     statements = [] if found is None else _statements(found)
     covered = {_everything(wanted), _everything(wanted) + "/*"}
     for statement in statements:
-        condition = statement.get("Condition", {}).get("Bool", {}).get("aws:SecureTransport")
         if (
             statement.get("Effect") == "Deny"
-            and str(condition).lower() == "false"
+            and _is_without_tls(statement.get("Condition"))
             and statement.get("Principal") in ("*", {"AWS": "*"})
             and "s3:*" in _listed(statement.get("Action"))
             and covered <= set(_listed(statement.get("Resource")))
         ):
             return ""
     return "requests without TLS are let in"
+
+
+def _is_without_tls(condition: Any) -> bool:
+    """Whether it is met by every request without TLS: a further condition would let others of them in."""
+    if not isinstance(condition, dict) or set(condition) != {"Bool"} or not isinstance(condition["Bool"], dict):
+        return False
+    asked = {
+        str(name).lower(): [str(one).lower() for one in _listed(value)] for name, value in condition["Bool"].items()
+    }
+    return asked == {"aws:securetransport": ["false"]}
 
 
 def _tls_made(found: bytes | None, wanted: Wanted) -> Document:
@@ -78,8 +89,10 @@ def _statements(found: bytes) -> list[dict[str, Any]]:
     policy = json.loads(found)
     if not isinstance(policy, dict):
         raise ValueError("the policy is no object")
-    statements = policy.get("Statement", [])
-    return statements if isinstance(statements, list) else [statements]
+    statements = _listed(policy.get("Statement", []))
+    if not all(isinstance(statement, dict) for statement in statements):
+        raise ValueError("a statement of the policy is no object")
+    return statements
 
 
 def _listed(value: Any) -> list[Any]:

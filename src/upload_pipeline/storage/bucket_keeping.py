@@ -21,7 +21,7 @@ def _encryption_lacks(found: bytes | None, wanted: Wanted) -> str:
     if algorithm is None:
         return ""
     path = ("Rule", "ApplyServerSideEncryptionByDefault")
-    default = known(found)
+    default = known(found, "ServerSideEncryptionConfiguration")
     given, key = default.value(*path, "SSEAlgorithm"), default.value(*path, "KMSMasterKeyID")
     # Keys of the key service are more than AES-256 with keys of S3's own, never less.
     if given != algorithm and not given.startswith("aws:kms"):
@@ -44,7 +44,8 @@ def _encryption_made(found: bytes | None, wanted: Wanted) -> Document:
 
 
 def _versioning_lacks(found: bytes | None, wanted: Wanted) -> str:
-    status = known(found).value("Status")
+    # Where it was never set, some servers answer under the name that this had in S3's API of SOAP.
+    status = known(found, "VersioningConfiguration", "GetBucketVersioningResponse").value("Status")
     return "" if status == "Enabled" else "what is replaced or deleted by mistake is gone at once"
 
 
@@ -53,7 +54,7 @@ def _versioning_made(found: bytes | None, wanted: Wanted) -> Document:
 
 
 def _life_cycle_lacks(found: bytes | None, wanted: Wanted) -> str:
-    given = known(found).all("Rule")
+    given = known(found, "LifecycleConfiguration").all("Rule")
     facts = {rule.value("ID"): rule.facts() for rule in given}
     rules = {rule.value("ID"): rule for rule in _rules(wanted)}
     missing = [name for name, rule in rules.items() if facts.get(name) != rule.facts()]
@@ -63,7 +64,7 @@ def _life_cycle_lacks(found: bytes | None, wanted: Wanted) -> str:
 
 
 def _life_cycle_made(found: bytes | None, wanted: Wanted) -> Document:
-    given = known(found).children
+    given = known(found, "LifecycleConfiguration").children
     others = [child for child in given if child.name == "Rule" and not _is_own(child.value("ID"), wanted)]
     return render(node("LifecycleConfiguration", *others, *_rules(wanted))), {}
 
@@ -105,7 +106,7 @@ def _is_own(rule_id: str, wanted: Wanted) -> bool:
 
 
 def _cors_lacks(found: bytes | None, wanted: Wanted) -> str:
-    given = known(found).all("CORSRule")
+    given = known(found, "CORSConfiguration").all("CORSRule")
     own = [rule.facts() for rule in given if rule.value("ID") == wanted.own]
     if not wanted.origins:
         return "web pages are let in that CORS_ORIGINS does not name" if own else ""
@@ -115,7 +116,7 @@ def _cors_lacks(found: bytes | None, wanted: Wanted) -> str:
 
 
 def _cors_made(found: bytes | None, wanted: Wanted) -> Document:
-    given = known(found).children
+    given = known(found, "CORSConfiguration").children
     others = [child for child in given if child.name == "CORSRule" and child.value("ID") != wanted.own]
     rules = [*others, *([_cors_rule(wanted)] if wanted.origins else [])]
     # A configuration without a rule is none: it is deleted instead.

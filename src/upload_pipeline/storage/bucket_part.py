@@ -83,16 +83,19 @@ class Part:
     fine: Callable[[Wanted], str]
 
 
-def known(found: bytes | None) -> Node:
+def known(found: bytes | None, *names: str) -> Node:
     """The document, an empty one where nothing is set.
 
+    Args:
+        found: as the server has it.
+        names: that its root may have. Of another document, nothing that it lacks would mean anything.
+
     Raises:
-        ValueError: it is no XML; or a server that does not know the question has taken it for one about what is in the
-            bucket.
+        ValueError: it is no XML, or another document.
     """
     if found is None:
         return Node("")
     root = parse(found)
-    if root.name.startswith("List"):
-        raise ValueError(f"{root.name} is an answer to another question")
+    if root.name not in names:
+        raise ValueError(f"{root.name} is no {names[0]}")
     return root

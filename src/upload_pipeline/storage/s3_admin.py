@@ -80,16 +80,20 @@ class BucketAdmin:
             absent: the codes by which the server says that it is not set.
 
         Raises:
-            NotOffered, Refused: as the classes say.
+            NotOffered, Refused: as the classes say. A server that does not know the question may also take it for
+                one about what is in the bucket.
             PipelineError: `STORAGE_UNAVAILABLE` where the server does not answer; `STORAGE_DENIED` for keys that it
                 does not know.
         """
         try:
-            return await self._ask("GET", subresource)
+            answer = await self._ask("GET", subresource)
         except Refused as error:
             if error.code in absent:
                 return None
             raise
+        if _is_listing(answer):
+            raise NotOffered("it gave a listing")
+        return answer
 
     async def write(
         self, subresource: str, body: bytes, headers: Mapping[str, str] | None = None, *, method: str = "PUT"
@@ -168,6 +172,13 @@ class BucketAdmin:
         if code == "AuthorizationHeaderMalformed":
             return named
         return Refused(status, code or str(status), message or "no reason given")
+
+
+def _is_listing(answer: bytes) -> bool:
+    try:
+        return parse(answer).name.startswith("List")
+    except ValueError:
+        return False
 
 
 @asynccontextmanager

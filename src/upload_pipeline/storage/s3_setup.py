@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from upload_pipeline.storage.bucket_access import ACCESS
 from upload_pipeline.storage.bucket_keeping import KEEPING
-from upload_pipeline.storage.bucket_part import Part, Wanted
+from upload_pipeline.storage.bucket_part import Part, Wanted, known
 from upload_pipeline.storage.s3_admin import BucketAdmin, NotOffered, Refused
 from upload_pipeline.storage.s3_failures import MISSING_BUCKET
-from upload_pipeline.storage.s3_xml import node, parse, render
+from upload_pipeline.storage.s3_xml import node, render
 from upload_pipeline.storage.store_findings import StorePart
 
 PARTS = (*ACCESS, *KEEPING)
 """Of a bucket's configuration."""
+
+_LOCATION = "LocationConstraint"
 
 _FIRST_REGION = "us-east-1"
 """The one region whose name S3 does not want to hear when a bucket is made there, nor gives back."""
@@ -40,7 +42,7 @@ async def _bucket(admin: BucketAdmin, wanted: Wanted, *, mend: bool) -> StorePar
     try:
         found = await admin.read("location", frozenset({MISSING_BUCKET}))
         if found is not None:
-            return StorePart("bucket", "ok", f"{name} exists in {parse(found).text or _FIRST_REGION}")
+            return StorePart("bucket", "ok", f"{name} exists in {known(found, _LOCATION).text or _FIRST_REGION}")
         if not mend:
             remedy = "Run `upload-pipeline storage setup`, or correct STORAGE_URL."
             return StorePart("bucket", "missing", f"{name} does not exist. {remedy}")
@@ -50,6 +52,9 @@ async def _bucket(admin: BucketAdmin, wanted: Wanted, *, mend: bool) -> StorePar
         await admin.write("", body)
     except NotOffered:
         return StorePart("bucket", "ok", f"{name}: the server does not tell where it is")
+    except ValueError as error:
+        remedy = "Let AWS_ENDPOINT_URL name a server of buckets."
+        return StorePart("bucket", "missing", f"the answer of {admin.endpoint} cannot be read ({error}). {remedy}")
     except Refused as error:
         if error.code == "BucketAlreadyOwnedByYou":  # another setup was faster
             return StorePart("bucket", "ok", f"{name} exists in {wanted.region}")
@@ -72,9 +77,12 @@ async def _part(part: Part, admin: BucketAdmin, wanted: Wanted, *, mend: bool) -
         await admin.write(part.subresource, body, headers, method="PUT" if body or headers else "DELETE")
         if still := part.lacks(await admin.read(part.subresource, part.absent), wanted):
             return StorePart(part.name, "missing", f"the server took the change and did not keep it: {still}.")
-    except (NotOffered, ValueError):
-        # A server that does not know a configuration says so, or answers something else.
+    except NotOffered:
         return StorePart(part.name, "not offered", "this server has no such configuration")
+    except ValueError as error:
+        # Nothing is known of it then, and nothing is written over it.
+        remedy = "Look at it with the tools of the server."
+        return StorePart(part.name, "missing", f"what the server says of it cannot be read ({error}). {remedy}")
     except Refused as error:
         return _refused(part.name, error, right)
     return StorePart(part.name, "changed", part.fine(wanted))
