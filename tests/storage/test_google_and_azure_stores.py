@@ -304,6 +304,15 @@ async def test_clients_are_sent_to_the_public_endpoint(place):
     assert signed.url.startswith(f"https://files.example.com/files/{DOCUMENT}?")
 
 
+async def test_whether_an_object_stands_is_asked_where_this_process_reaches_the_bucket(google):
+    store = open_store("gs://files", public_endpoint="https://files.example.com/")
+    signed = await sign_put(store)
+    assert signed is not None
+    assert signed.url.startswith(f"https://files.example.com/files/{DOCUMENT}?")
+    await store.put_bytes(DOCUMENT, b"12345")
+    assert await sign_put(store) is None
+
+
 async def test_signing_again_with_nothing_more_gives_the_signature_of_obstore(google, azure, monkeypatch):
     """So what is signed is what Google and Azure are known to check, not only what the simulators do."""
     bucket = open_store("gs://files/some/prefix").backend

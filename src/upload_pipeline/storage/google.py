@@ -44,4 +44,4 @@ def open_google_bucket(bucket: GoogleBucket, public_endpoint: str = "") -> Obsto
             "GOOGLE_APPLICATION_CREDENTIALS names the key file of a service account, as JSON.",
             {"setting": "GOOGLE_*"},
         ) from error
-    return ObstoreBackend(place, GoogleUrls(shown, key) if key else None, google_refusal)
+    return ObstoreBackend(place, GoogleUrls(place, shown, key) if key else None, google_refusal)

@@ -58,11 +58,13 @@ class GoogleUrls:
     """Signs URLs for the objects of a bucket.
 
     Attributes:
-        place: the bucket, with its prefix.
-        key: of the service account that `place` works as.
+        place: the bucket, with its prefix, as this process reaches it.
+        shown: the same as clients do.
+        key: of the service account that both work as.
     """
 
     place: GCSStore
+    shown: GCSStore
     key: AccountKey
 
     async def put(
@@ -122,7 +124,7 @@ class GoogleUrls:
         headers: Mapping[str, str],
         query: Mapping[str, str],
     ) -> str | None:
-        url = await obstore.sign_async(self.place, method, key, expires_in)
+        url = await obstore.sign_async(self.shown, method, key, expires_in)
         if not _parameters(url)["X-Goog-Credential"].startswith(f"{self.key.email}/"):
             return None
         # A millisecond of work for RSA, which no other request should wait for.
