@@ -241,17 +241,21 @@ def test_policies_differ_and_name_the_prefix_and_the_key(bare_terminal: Terminal
 # --- other stores
 
 
-def test_supabase_storage_has_none_of_it_and_is_well_when_it_can_be_written(
-    bare_terminal: Terminal, s3_server: S3Server
-) -> None:
+def test_supabase_storage_is_well_as_far_as_anybody_has_looked(bare_terminal: Terminal, s3_server: S3Server) -> None:
     bare_terminal.environment.update(s3_server.environment())
     with running_simulator("tests.simulators.supabase_storage", "--bucket", "files") as url:
         here = {"storage_url": f"supabase+http://{url.removeprefix('http://')}/files/claims"}
         for command in ("setup", "check"):
             ended = bare_terminal("storage", command, "--json", **here)
             assert (ended.status, ended.object()["changed"], ended.object()["policies"]) == (0, 0, None), ended.out
-            assert states(ended).pop("use") == "ok"
-            assert {state for part, state in states(ended).items() if part != "use"} == {"not offered"}
+            found = states(ended)
+            assert (found.pop("use"), found.pop("public access")) == ("ok", "ok")
+            assert found["versioning"] == "not offered"
+            unseen = [part for part, state in found.items() if state == "not looked at"]
+            assert ended.object()["not_looked_at"] == len(unseen) == 4
+            shown = bare_terminal("storage", command, **here)
+            assert shown.status == 0
+            assert shown.out.splitlines()[-1] == "4 parts not looked at; all else is well."
         elsewhere = {"storage_url": here["storage_url"].replace("/files/", "/nothing/")}
         broken = bare_terminal("storage", "check", "--json", **elsewhere)
         assert (broken.status, states(broken)["use"]) == (1, "missing")

@@ -62,7 +62,8 @@ class AzureBlob(ObjectServer):
     async def _answer(self, request: web.Request) -> web.Response:
         body = await request.read()
         name, key = request.match_info["container"], request.match_info.get("key", "")
-        code = self._fault(request, name, key)
+        open_to_all = request.method == "GET" and key and name in self.buckets and self.buckets[name].public
+        code = None if open_to_all else self._fault(request, name, key)
         if code is not None:
             return _refused(403, code, "refused by the check\nRequestId:1\nTime:now")
         container = self.buckets.get(name)

@@ -64,6 +64,9 @@ class GoogleStorage(ObjectServer):
 
     async def _answer(self, request: web.Request) -> web.Response:
         code = self._fault_of_url(request) if "X-Goog-Signature" in request.query else self._fault_of_token(request)
+        bucket = self.buckets.get(request.match_info["bucket"])
+        if request.method == "GET" and request.match_info.get("key") and bucket is not None and bucket.public:
+            code = None
         if code is not None:
             await request.read()
             return refused(401 if code == "AuthenticationRequired" else 403, code, "refused by the check")

@@ -78,6 +78,8 @@ class Bucket:
     uploads: dict[str, tuple[str, dict[int, bytes], str]] = field(default_factory=dict)
     max_bytes: int | None = None
     media_types: tuple[str, ...] = ()
+    public: bool = False
+    """Whether anybody may fetch its objects."""
 
 
 @dataclass

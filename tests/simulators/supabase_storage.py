@@ -80,6 +80,7 @@ class SupabaseStorage(ObjectServer):
         self._wire = XmlWire(self.buckets, bad_key=BAD_KEY)
         router.add_route("*", f"{API}/s3/{{bucket}}", self._s3)
         router.add_route("*", f"{API}/s3/{{bucket}}/{{key:.*}}", self._s3)
+        router.add_get(f"{API}/object/public/{{bucket}}/{{key:.+}}", self._download_public)
         place = f"{API}/object/{{bucket}}/{{key:.+}}"
         for method, path, handler in (
             ("POST", f"{API}/bucket", self._make_bucket),
@@ -257,6 +258,14 @@ class SupabaseStorage(ObjectServer):
 
     async def _download(self, request: web.Request) -> web.Response:
         return self._readable(self._caller(request), *_place(request)).response(request)
+
+    async def _download_public(self, request: web.Request) -> web.Response:
+        """A bucket that is not public is said not to be there."""
+        bucket, name = _place(request)
+        found = self.buckets.get(bucket)
+        if found is None or not found.public:
+            return error_response(400, "404", "NoSuchBucket", "Bucket not found", "Bucket not found")
+        return found.objects[name].response(request)
 
     async def _info(self, request: web.Request) -> web.Response:
         bucket, name = _place(request)

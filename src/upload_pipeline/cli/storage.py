@@ -11,7 +11,14 @@ from upload_pipeline.cli.arguments import JsonOption, examples
 if TYPE_CHECKING:
     from upload_pipeline.storage.store_findings import StorePart
 
-_STYLES = {"ok": "green", "changed": "cyan", "missing": "bold red", "denied": "bold red", "not offered": "dim"}
+_STYLES = {
+    "ok": "green",
+    "changed": "cyan",
+    "missing": "bold red",
+    "denied": "bold red",
+    "not offered": "dim",
+    "not looked at": "yellow",
+}
 
 ForOption = Annotated[
     Literal["api", "workers", "setup"] | None,
@@ -42,7 +49,10 @@ def setup_command(as_json: JsonOption = False) -> None:
 
 
 def check_command(as_json: JsonOption = False) -> None:
-    """Say what of the store is not as `storage setup` would make it, and change nothing. Exit 1 where something is."""
+    """Say what of the store is not as `storage setup` would make it, and configure nothing. Exit 1 where something is.
+
+    Whether the store can be used is tried with an object that is written and removed again.
+    """
     _look(mend=False, as_json=as_json)
 
 
@@ -78,6 +88,7 @@ def _look(*, mend: bool, as_json: bool) -> None:
             {
                 "ok": all_well(parts),
                 "changed": sum(part.state == "changed" for part in parts),
+                "not_looked_at": sum(part.state == "not looked at" for part in parts),
                 "store": without_password(settings.effective_storage_url),
                 "parts": parts,
                 "policies": policies,
@@ -97,15 +108,18 @@ def _print(parts: list[StorePart], policies: dict[str, object] | None, *, mend: 
     from upload_pipeline.cli.output import counted, out, print_line
 
     for part in parts:
-        state = Text(f"{part.state:<12}", style=_STYLES[part.state])
+        state = Text(f"{part.state:<14}", style=_STYLES[part.state])
         print_line(Text.assemble(state, (f"{part.part:<14}", "bold"), part.message))
     for process, policy in (policies or {}).items():
         if process != "setup":
             out().print(f"\nPolicy for {process}:\n{json.dumps(policy, indent=2)}", soft_wrap=True)
     left = sum(not part.well for part in parts)
     changed = sum(part.state == "changed" for part in parts)
+    unseen = sum(part.state == "not looked at" for part in parts)
     if left:
         print_line(f"\n{counted(left, 'part')} not as it should be.", style="red")
+    elif unseen:
+        print_line(f"\n{counted(unseen, 'part')} not looked at; all else is well.", style="yellow")
     elif mend:
         print_line(f"\n{counted(changed, 'part')} changed." if changed else "\nNothing to change.", style="green")
     else:

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
-State = Literal["ok", "changed", "missing", "denied", "not offered"]
+State = Literal["ok", "changed", "missing", "denied", "not offered", "not looked at"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,7 +16,8 @@ class StorePart:
     Attributes:
         part: in a word or two.
         state: `ok` as it should be, `changed` made so just now, `missing` it is not and nobody made it so, `denied`
-            these credentials may not look or change it, `not offered` this kind of store has no such thing.
+            these credentials may not look or change it, `not offered` this kind of store has no such thing, `not looked
+            at` it may be well or not: it is for others to say.
         message: what was found; where it is not well, what to do.
     """
 
@@ -26,10 +27,10 @@ class StorePart:
 
     @property
     def well(self) -> bool:
-        """Whether nothing is left to do."""
+        """Whether nothing is known that is left to do."""
         return self.state not in ("missing", "denied")
 
 
 def all_well(parts: Iterable[StorePart]) -> bool:
-    """Whether nothing is left to do about any of them."""
+    """Whether nothing is left to do about any of them, as far as anybody has looked."""
     return all(part.well for part in parts)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from upload_pipeline.errors import PipelineError
+from upload_pipeline.storage import anonymous
 from upload_pipeline.storage.bucket_part import Wanted
 from upload_pipeline.storage.configured import configured_encryption, configured_store
 from upload_pipeline.storage.free_space import free_bytes
@@ -18,13 +19,29 @@ from upload_pipeline.storage.s3_admin import open_admin
 from upload_pipeline.storage.s3_policies import RIGHTS, Place, owner_policy, process_policy
 from upload_pipeline.storage.s3_setup import PARTS, look_at_bucket
 from upload_pipeline.storage.store_findings import StorePart, all_well
-from upload_pipeline.storage_address import Bucket, Directory, parse_storage_url
+from upload_pipeline.storage_address import (
+    AzureContainer,
+    Bucket,
+    Directory,
+    GoogleBucket,
+    SupabaseBucket,
+    parse_storage_url,
+)
 
 if TYPE_CHECKING:
     from upload_pipeline.settings import Settings
 
 USE_SECONDS = 60.0
 """Bound of the look whether the store can be written."""
+
+_WHERE_TO_LOOK = {
+    GoogleBucket: "See `gcloud storage buckets describe gs://{name}`.",
+    AzureContainer: "See `az storage container show --name {name}`, and the account's settings.",
+    SupabaseBucket: "See Storage in the project's dashboard: the bucket {name}, and its policies.",
+}
+
+_NOT_OF_SUPABASE = frozenset({"encryption", "versioning", "life cycle"})
+"""What Supabase Storage lets nobody configure."""
 
 
 async def look_at_store(settings: Settings, *, mend: bool) -> list[StorePart]:
@@ -55,11 +72,37 @@ async def look_at_store(settings: Settings, *, mend: bool) -> list[StorePart]:
             )
             parts = await look_at_bucket(admin, wanted, mend=mend)
     else:
-        hint = "set it where this store is managed; this command knows directories and S3"
-        parts = [StorePart(part.name, "not offered", hint) for part in PARTS]
+        return await _look_at_other(settings, address)
     if all_well(parts[:1]):
         parts.append(await _use(settings))
     return parts
+
+
+async def _look_at_other(
+    settings: Settings, address: GoogleBucket | AzureContainer | SupabaseBucket
+) -> list[StorePart]:
+    """Of a store whose configuration nobody here can read or make: what using it shows."""
+    use = await _use(settings)
+    hint = _WHERE_TO_LOOK[type(address)].format(name=address.name)
+    parts = []
+    for part in PARTS:
+        if isinstance(address, SupabaseBucket) and part.name in _NOT_OF_SUPABASE:
+            parts.append(StorePart(part.name, "not offered", "Supabase Storage has no such configuration"))
+        elif part.name == anonymous.PART and use.well:
+            parts.append(await _public_access(settings, address))
+        else:
+            parts.append(StorePart(part.name, "not looked at", f"this command knows S3 alone. {hint}"))
+    return [*parts, use]
+
+
+async def _public_access(settings: Settings, address: GoogleBucket | AzureContainer | SupabaseBucket) -> StorePart:
+    store = configured_store(settings)
+    try:
+        return await anonymous.look_without_credentials(store, address)
+    except PipelineError as error:
+        return StorePart(anonymous.PART, "not looked at", f"{error.code}: {error.message}")
+    finally:
+        await store.close()
 
 
 def store_policies(settings: Settings) -> dict[str, Any] | None:
