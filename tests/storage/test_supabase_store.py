@@ -320,6 +320,17 @@ def test_a_session_token_is_refused(monkeypatch):
         open_store("supabase://abcdefghijklmnopqrst/files")
 
 
+@pytest.mark.parametrize("variable", ["AWS_SERVER_SIDE_ENCRYPTION", "AWS_SSE_KMS_KEY_ID", "AWS_SSE_BUCKET_KEY_ENABLED"])
+def test_encryption_that_the_environment_would_ask_for_is_refused(monkeypatch, variable):
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, "a")
+    open_store("supabase://abcdefghijklmnopqrst/files")
+    monkeypatch.setenv(variable, "true")
+    with pytest.raises(PipelineError) as caught:
+        open_store("supabase://abcdefghijklmnopqrst/files")
+    assert (caught.value.code, variable in caught.value.message) == (ErrorCode.SETTING_INVALID, True)
+
+
 async def test_endpoints_of_other_buckets_are_not_heeded(supabase, monkeypatch):
     for name in ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT"):
         monkeypatch.setenv(name, "http://127.0.0.1:9")

@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import AsyncIterator
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 from uuid import UUID, uuid4
 
 import asyncpg
@@ -15,6 +17,7 @@ from probe_world import ProbeWorld
 
 from upload_pipeline.database.upkeep_rounds import is_store_mark
 from upload_pipeline.storage.keys import incoming_key, raw_key
+from upload_pipeline.storage.objects import ObjectInfo
 from upload_pipeline.storage.store import ObjectStore, open_store
 from upload_pipeline.storage.store_mark import FEW, MARK_KEY, read_mark, write_mark
 from upload_workers.sweeping import adopt_store, sweep_store, sweep_when_due
@@ -73,6 +76,35 @@ async def marked(pool: asyncpg.Pool, store: ObjectStore) -> UUID:
     assert found is not None
     assert found.value is not None
     return found.value
+
+
+@dataclass
+class OtherClock:
+    """A place whose clock is behind that of this machine."""
+
+    inner: Any
+    behind: timedelta
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.inner, name)
+
+    async def head(self, key: str) -> ObjectInfo | None:
+        found = await self.inner.head(key)
+        return found and replace(found, modified_at=found.modified_at - self.behind)
+
+    async def list(self, prefix: str) -> AsyncIterator[ObjectInfo]:
+        async for found in self.inner.list(prefix):
+            yield replace(found, modified_at=found.modified_at - self.behind)
+
+
+async def test_objects_are_as_old_as_the_stores_own_clock_says(
+    world: ProbeWorld, pool: asyncpg.Pool, store: ObjectStore
+) -> None:
+    await marked(pool, store)
+    young = await add_object(store)
+    behind = replace(store, backend=OtherClock(store.backend, timedelta(hours=3)))
+    assert (await sweep_store(pool, behind, grace=timedelta(hours=1))).swept.objects == 0
+    assert await keys_of(store) == {young}
 
 
 async def test_each_round_leaves_a_new_mark_that_the_database_knows(

@@ -25,6 +25,8 @@ API_PATH = "/storage/v1"
 """Where the gateway has the REST API; the S3 endpoint is below it."""
 
 _KEYS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
+_ENCRYPTION = ("AWS_SERVER_SIDE_ENCRYPTION", "AWS_SSE_KMS_KEY_ID", "AWS_SSE_BUCKET_KEY_ENABLED")
+"""What obstore would read of the environment, and ask for with each write."""
 
 
 def open_supabase_bucket(
@@ -64,7 +66,7 @@ def open_supabase_bucket(
 
 
 def check_keys(environment: Mapping[str, str]) -> None:
-    """Sees that the project's S3 keys are there, and nothing that would sign in another way.
+    """Sees that the project's S3 keys are there, and nothing that would sign or write in another way.
 
     Raises:
         PipelineError: `SETTING_INVALID`, naming the variable.
@@ -75,6 +77,13 @@ def check_keys(environment: Mapping[str, str]) -> None:
                 ErrorCode.SETTING_INVALID,
                 f"{name} is not set. Supabase Storage is reached with an S3 access key of the project: make one under "
                 f"Storage, S3, and set {' and '.join(_KEYS)}, and AWS_REGION to the project's region.",
+                {"setting": name},
+            )
+    for name in _ENCRYPTION:
+        if environment.get(name):
+            raise PipelineError(
+                ErrorCode.SETTING_INVALID,
+                f"{name} is set, and Supabase Storage knows no encryption that a write could ask for. Remove it.",
                 {"setting": name},
             )
     if environment.get("AWS_SESSION_TOKEN"):
