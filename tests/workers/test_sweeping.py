@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
@@ -16,6 +16,7 @@ import pytest
 from probe_world import ProbeWorld
 
 from upload_pipeline.database.upkeep_rounds import is_store_mark
+from upload_pipeline.database.uploads import reserve_document
 from upload_pipeline.storage.keys import incoming_key, raw_key
 from upload_pipeline.storage.objects import ObjectInfo
 from upload_pipeline.storage.store import ObjectStore, open_store
@@ -228,3 +229,54 @@ async def test_a_clock_that_was_set_back_does_not_stop_the_rounds(
     await add_object(store)
     swept = await sweep_when_due(pool, store, grace=AT_ONCE, interval=timedelta(hours=1))
     assert swept.swept.objects == 1
+
+
+@dataclass
+class Announcing:
+    """A place in which a file is announced again in the instant before its orphaned bytes are moved or deleted."""
+
+    inner: Any
+    key: str
+    announce: Callable[[], Awaitable[object]]
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.inner, name)
+
+    async def move(self, source: str, target: str) -> None:
+        if source == self.key:
+            await self.announce()
+        await self.inner.move(source, target)
+
+    async def delete(self, keys: list[str]) -> None:
+        if self.key in keys:
+            await self.announce()
+        await self.inner.delete(keys)
+
+
+async def test_bytes_of_a_file_that_is_announced_again_while_they_are_removed_stay(
+    world: ProbeWorld, pool: asyncpg.Pool, store: ObjectStore
+) -> None:
+    await marked(pool, store)
+    user, document = uuid4(), uuid4()
+    key = raw_key(user, document)
+    await store.put_bytes(key, b"bytes")
+
+    async def announce() -> None:
+        await reserve_document(
+            pool,
+            document_id=document,
+            user_id=user,
+            filename="a.txt",
+            media_type="text/plain",
+            file_bytes=5,
+            file_sha256=os.urandom(32).hex(),
+            raw_key=key,
+            window=timedelta(minutes=20),
+            metadata={},
+        )
+
+    place = replace(store, backend=Announcing(store.backend, key, announce))
+    assert (await sweep_store(pool, place, grace=AT_ONCE)).swept.objects == 0
+    assert await keys_of(store) == {key}
+    assert await store.get_bytes(key, 5) == b"bytes"
+    assert await world.admin.fetchval("select count(*) from upload_pipeline.documents") == 1
