@@ -94,9 +94,16 @@ async def test_orphans_go_and_documents_stay(
     assert again.orphans_removed == 0
 
 
-async def test_many_workers_look_through_the_store_once_in_an_interval(
-    world: ProbeWorld, pool: asyncpg.Pool, store: ObjectStore, scratch: Path
+@pytest.mark.parametrize("interval", [600.0, 6000.0], ids=["as long as the grace", "longer than the grace"])
+async def test_many_workers_look_through_the_store_once_in_an_interval_of_at_most_the_grace(
+    world: ProbeWorld, pool: asyncpg.Pool, store: ObjectStore, scratch: Path, tmp_path: Path, interval: float
 ) -> None:
+    async def old_orphan() -> list[str]:
+        _, _, keys = await stored_document(world, store, row=False)
+        for key in keys:
+            os.utime(tmp_path / "objects" / key, (time.time() - 1200,) * 2)
+        return keys
+
     works = [
         Upkeep(
             pool,
@@ -104,17 +111,17 @@ async def test_many_workers_look_through_the_store_once_in_an_interval(
             scratch,
             lease_ttl=60.0,
             maintenance_interval=60.0,
-            orphan_grace=-1.0,
+            orphan_grace=600.0,
             session_grace=60.0,
-            sweep_interval=600.0,
+            sweep_interval=interval,
             wake=lambda: None,
         )
         for _ in range(3)
     ]
-    _, _, first = await stored_document(world, store, row=False)
+    first = await old_orphan()
     await works[0]._maintain()
     assert await present(store, first) == [False] * 3
-    _, _, second = await stored_document(world, store, row=False)
+    second = await old_orphan()
     for work in works:
         await work._maintain()
     assert await present(store, second) == [True] * 3

@@ -269,7 +269,8 @@ class Upkeep:
             orphan_grace=timedelta(seconds=self.orphan_grace),
             session_grace=timedelta(seconds=self.session_grace),
             cache_life=self.cache_life,
-            sweep_interval=timedelta(seconds=self.sweep_interval),
+            # Further apart, and what is old enough to be removed could be younger than the store's last mark.
+            sweep_interval=timedelta(seconds=min(self.sweep_interval, self.orphan_grace)),
         )
         log.debug("maintained", report=report)
 
