@@ -60,7 +60,9 @@ as $$ select 3 $$;
 -- where the error says that a retry is no use. Returns the new state and, for a retry, when. A lease fails once, so the
 -- same failure told again under its token, because the answer was lost on the way, is answered from the event of the
 -- first time and writes nothing.
--- A job that was woken while it was at work failed at what is outdated: it is due at once, nothing counted, no error kept.
+-- A job that was woken while it was at work is due at once where it is tried again. At the first stage it waits for bytes,
+-- and what woke it has outdated what it failed at: nothing is counted, no error kept. At any other a wake-up is a hint: it
+-- undoes no failure, and each retry counts, or hints that come again and again would keep a job alive for ever.
 create function upload_pipeline.fail_job(
   p_job_id        uuid,
   p_token         bigint,
@@ -77,12 +79,13 @@ set search_path = ''
 as $$
 #variable_conflict use_column
 declare
-  v_now   timestamptz := upload_pipeline.now();
-  v_job   upload_pipeline.upload_jobs;
-  v_woken boolean;
-  v_state upload_pipeline.job_state;
-  v_retry smallint;
-  v_at    timestamptz;
+  v_now      timestamptz := upload_pipeline.now();
+  v_job      upload_pipeline.upload_jobs;
+  v_woken    boolean;
+  v_outdated boolean;
+  v_state    upload_pipeline.job_state;
+  v_retry    smallint;
+  v_at       timestamptz;
 begin
   select j.* into v_job from upload_pipeline.upload_jobs j
    where j.job_id = p_job_id and j.lease_token = p_token and j.lease_expires_at is not null
@@ -104,18 +107,18 @@ begin
     return;
   end if;
   v_woken := v_job.run_at > v_job.updated_at and not v_job.cancel_requested;
+  v_outdated := v_woken and (select s.position = 0 from upload_pipeline.stages s
+                              where s.pipeline = v_job.pipeline and s.stage = v_job.stage);
   v_state := case
     when v_job.cancel_requested then 'cancelled'
-    when v_woken then 'retryable'
+    when v_outdated then 'retryable'
     when p_retryable and v_job.retry_count < upload_pipeline.max_retries() then 'retryable'
     else 'deadletter' end;
-  v_retry := v_job.retry_count + (v_state = 'retryable' and not v_woken)::integer;
-  if v_woken then
-    v_at := v_now;
-  elsif v_state = 'retryable' then
-    v_at := v_now + upload_pipeline.retry_delay(v_job.retry_count, p_jitter);
+  v_retry := v_job.retry_count + (v_state = 'retryable' and not v_outdated)::integer;
+  if v_state = 'retryable' then
+    v_at := v_now + case when v_woken then interval '0' else upload_pipeline.retry_delay(v_job.retry_count, p_jitter) end;
   end if;
-  if not v_woken then
+  if not v_outdated then
     -- a job that ends here tells what it has used all the same
     insert into upload_pipeline.job_outcomes as o
       (job_id, user_id, results, error_code, error_message, error_details, updated_at)
@@ -227,8 +230,8 @@ as $$
 $$;
 
 -- What a job waits for has come, or is said to have come: one that waits for its next try is ready now; one at work is due
--- at once should its step end in a snooze or a failure, since what the step saw is outdated by then. Any other is left as
--- it is. While a woken job is at work its `run_at` is later than its `updated_at`; its next transition ends that.
+-- at once should its step end in a snooze or a failure that is tried again, since what the step saw may be outdated by then
+-- (fail_job says what a failure counts). Any other is left as it is. While a woken job is at work its `run_at` is later than its `updated_at`; its next transition ends that.
 create function upload_pipeline.wake_job(p_job_id uuid)
 returns void
 language plpgsql

@@ -227,7 +227,8 @@ $$;
 
 -- The provider says that a parse has ended: the jobs that wait for it look now. How many there are; 0 for an id that
 -- nobody waits for. Whoever says so need not be right: a job that looks too early waits again.
--- Locks the jobs, and no submission before them: the other verbs come that way.
+-- Locks the jobs, and no submission before them: the other verbs come that way. What became of the parse is read behind that
+-- lock, so that a look that is about to say it is waited for, and is not repeated.
 create function upload_pipeline.wake_parse(p_provider text, p_parse_id text)
 returns integer
 language plpgsql
@@ -238,23 +239,25 @@ set enable_bitmapscan = off
 as $$
 declare
   v_document uuid;
-  v_ended    boolean;
-  v_job      uuid;
+  v_id       uuid;
+  v_job      upload_pipeline.upload_jobs;
   v_count    integer := 0;
 begin
   -- step by step, and by the id alone: on old statistics the planner reads all jobs first, or all that has not failed
-  for v_document, v_ended in
-    select s.document_id, s.finished_at is not null or s.failed_at is not null from upload_pipeline.parse_submissions s
+  for v_document in
+    select distinct s.document_id from upload_pipeline.parse_submissions s
      where s.parse_id = p_parse_id and s.provider = p_provider
      order by s.document_id
   loop
-    continue when v_ended;
-    select j.job_id into v_job from upload_pipeline.upload_jobs j
+    select j.job_id into v_id from upload_pipeline.upload_jobs j
      where j.document_id = v_document and j.pipeline = 'document' and j.state in ('queued', 'working', 'retryable');
-    continue when not found
-      or (select j.stage <> 'parsing' or j.state = 'queued' from upload_pipeline.upload_jobs j where j.job_id = v_job)
-      or (select d.parse_id is distinct from p_parse_id from upload_pipeline.documents d where d.document_id = v_document);
-    perform upload_pipeline.wake_job(v_job);
+    continue when not found;
+    select j.* into v_job from upload_pipeline.upload_jobs j where j.job_id = v_id for no key update;
+    continue when v_job.stage <> 'parsing' or v_job.state not in ('working', 'retryable')
+      or (select d.parse_id is distinct from p_parse_id from upload_pipeline.documents d where d.document_id = v_document)
+      or (select bool_and(s.finished_at is not null or s.failed_at is not null) from upload_pipeline.parse_submissions s
+           where s.parse_id = p_parse_id and s.provider = p_provider and s.document_id = v_document);
+    perform upload_pipeline.wake_job(v_id);
     update upload_pipeline.parse_submissions s set told_at = upload_pipeline.now()
      where s.parse_id = p_parse_id and s.provider = p_provider and s.document_id = v_document and s.told_at is null;
     v_count := v_count + 1;

@@ -1578,7 +1578,9 @@ as $$ select 3 $$;
 -- where the error says that a retry is no use. Returns the new state and, for a retry, when. A lease fails once, so the
 -- same failure told again under its token, because the answer was lost on the way, is answered from the event of the
 -- first time and writes nothing.
--- A job that was woken while it was at work failed at what is outdated: it is due at once, nothing counted, no error kept.
+-- A job that was woken while it was at work is due at once where it is tried again. At the first stage it waits for bytes,
+-- and what woke it has outdated what it failed at: nothing is counted, no error kept. At any other a wake-up is a hint: it
+-- undoes no failure, and each retry counts, or hints that come again and again would keep a job alive for ever.
 create function upload_pipeline.fail_job(
   p_job_id        uuid,
   p_token         bigint,
@@ -1595,12 +1597,13 @@ set search_path = ''
 as $$
 #variable_conflict use_column
 declare
-  v_now   timestamptz := upload_pipeline.now();
-  v_job   upload_pipeline.upload_jobs;
-  v_woken boolean;
-  v_state upload_pipeline.job_state;
-  v_retry smallint;
-  v_at    timestamptz;
+  v_now      timestamptz := upload_pipeline.now();
+  v_job      upload_pipeline.upload_jobs;
+  v_woken    boolean;
+  v_outdated boolean;
+  v_state    upload_pipeline.job_state;
+  v_retry    smallint;
+  v_at       timestamptz;
 begin
   select j.* into v_job from upload_pipeline.upload_jobs j
    where j.job_id = p_job_id and j.lease_token = p_token and j.lease_expires_at is not null
@@ -1622,18 +1625,18 @@ begin
     return;
   end if;
   v_woken := v_job.run_at > v_job.updated_at and not v_job.cancel_requested;
+  v_outdated := v_woken and (select s.position = 0 from upload_pipeline.stages s
+                              where s.pipeline = v_job.pipeline and s.stage = v_job.stage);
   v_state := case
     when v_job.cancel_requested then 'cancelled'
-    when v_woken then 'retryable'
+    when v_outdated then 'retryable'
     when p_retryable and v_job.retry_count < upload_pipeline.max_retries() then 'retryable'
     else 'deadletter' end;
-  v_retry := v_job.retry_count + (v_state = 'retryable' and not v_woken)::integer;
-  if v_woken then
-    v_at := v_now;
-  elsif v_state = 'retryable' then
-    v_at := v_now + upload_pipeline.retry_delay(v_job.retry_count, p_jitter);
+  v_retry := v_job.retry_count + (v_state = 'retryable' and not v_outdated)::integer;
+  if v_state = 'retryable' then
+    v_at := v_now + case when v_woken then interval '0' else upload_pipeline.retry_delay(v_job.retry_count, p_jitter) end;
   end if;
-  if not v_woken then
+  if not v_outdated then
     -- a job that ends here tells what it has used all the same
     insert into upload_pipeline.job_outcomes as o
       (job_id, user_id, results, error_code, error_message, error_details, updated_at)
@@ -1745,8 +1748,8 @@ as $$
 $$;
 
 -- What a job waits for has come, or is said to have come: one that waits for its next try is ready now; one at work is due
--- at once should its step end in a snooze or a failure, since what the step saw is outdated by then. Any other is left as
--- it is. While a woken job is at work its `run_at` is later than its `updated_at`; its next transition ends that.
+-- at once should its step end in a snooze or a failure that is tried again, since what the step saw may be outdated by then
+-- (fail_job says what a failure counts). Any other is left as it is. While a woken job is at work its `run_at` is later than its `updated_at`; its next transition ends that.
 create function upload_pipeline.wake_job(p_job_id uuid)
 returns void
 language plpgsql
@@ -3794,7 +3797,8 @@ $$;
 
 -- The provider says that a parse has ended: the jobs that wait for it look now. How many there are; 0 for an id that
 -- nobody waits for. Whoever says so need not be right: a job that looks too early waits again.
--- Locks the jobs, and no submission before them: the other verbs come that way.
+-- Locks the jobs, and no submission before them: the other verbs come that way. What became of the parse is read behind that
+-- lock, so that a look that is about to say it is waited for, and is not repeated.
 create function upload_pipeline.wake_parse(p_provider text, p_parse_id text)
 returns integer
 language plpgsql
@@ -3805,23 +3809,25 @@ set enable_bitmapscan = off
 as $$
 declare
   v_document uuid;
-  v_ended    boolean;
-  v_job      uuid;
+  v_id       uuid;
+  v_job      upload_pipeline.upload_jobs;
   v_count    integer := 0;
 begin
   -- step by step, and by the id alone: on old statistics the planner reads all jobs first, or all that has not failed
-  for v_document, v_ended in
-    select s.document_id, s.finished_at is not null or s.failed_at is not null from upload_pipeline.parse_submissions s
+  for v_document in
+    select distinct s.document_id from upload_pipeline.parse_submissions s
      where s.parse_id = p_parse_id and s.provider = p_provider
      order by s.document_id
   loop
-    continue when v_ended;
-    select j.job_id into v_job from upload_pipeline.upload_jobs j
+    select j.job_id into v_id from upload_pipeline.upload_jobs j
      where j.document_id = v_document and j.pipeline = 'document' and j.state in ('queued', 'working', 'retryable');
-    continue when not found
-      or (select j.stage <> 'parsing' or j.state = 'queued' from upload_pipeline.upload_jobs j where j.job_id = v_job)
-      or (select d.parse_id is distinct from p_parse_id from upload_pipeline.documents d where d.document_id = v_document);
-    perform upload_pipeline.wake_job(v_job);
+    continue when not found;
+    select j.* into v_job from upload_pipeline.upload_jobs j where j.job_id = v_id for no key update;
+    continue when v_job.stage <> 'parsing' or v_job.state not in ('working', 'retryable')
+      or (select d.parse_id is distinct from p_parse_id from upload_pipeline.documents d where d.document_id = v_document)
+      or (select bool_and(s.finished_at is not null or s.failed_at is not null) from upload_pipeline.parse_submissions s
+           where s.parse_id = p_parse_id and s.provider = p_provider and s.document_id = v_document);
+    perform upload_pipeline.wake_job(v_id);
     update upload_pipeline.parse_submissions s set told_at = upload_pipeline.now()
      where s.parse_id = p_parse_id and s.provider = p_provider and s.document_id = v_document and s.told_at is null;
     v_count := v_count + 1;

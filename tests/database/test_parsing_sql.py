@@ -8,8 +8,8 @@ from uuid import UUID, uuid4
 
 import psycopg
 import pytest
-from sessions import Connection
-from verbs import add_job, advance_to, claim_one, retry, value
+from sessions import Connect, Connection
+from verbs import add_job, advance_to, await_lock_wait, claim_one, in_background, job_row, retry, value
 
 DOCUMENTS = 3000
 
@@ -100,6 +100,23 @@ def test_a_second_call_of_each_verb_changes_nothing(admin: Connection, worker: C
     worker.execute("select upload_pipeline.finish_submission(%s, %s, %s, 5, '{}')", own)
     assert value(worker, whole) == finished
     assert value(worker, "select upload_pipeline.wake_parse('p', 'pjb-1')") == 0
+
+
+@pytest.mark.parametrize("verdict", ["fail_submission(%s, %s, %s)", "finish_submission(%s, %s, %s, 1, '{}')"])
+def test_a_hint_at_the_moment_of_the_verdict_sees_it(
+    admin: Connection, worker: Connection, connect: Connect, verdict: str
+) -> None:
+    lease, submission = submitted(admin, worker)
+    other = connect()
+    with worker.transaction():
+        own = [lease.job_id, lease.lease_token, submission]
+        worker.execute(f"select upload_pipeline.{verdict}", own)  # type: ignore[arg-type]
+        waking = in_background(value, other, "select upload_pipeline.wake_parse('p', 'pjb-1')")
+        await_lock_wait(admin, other)
+    assert waking.result(10) == 0
+    job = job_row(admin, lease.job_id)
+    assert job.run_at <= job.updated_at
+    assert value(admin, "select told_at from upload_pipeline.parse_submissions") is None
 
 
 def test_a_document_cannot_take_the_submission_of_another(admin: Connection, worker: Connection) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from uuid import uuid4
 
+import pytest
 from hosted_line import (
     TTL,
     OpenLine,
@@ -79,6 +80,46 @@ async def test_a_hint_wakes_the_job_that_waits_and_no_other(open_line: OpenLine)
     await line.step()
     assert line.job.stage == "parsed"
     assert await wake(parse_id) == 0
+
+
+@pytest.mark.parametrize("what", ["FAILED", "CANCELLED", "gone", "no page", "failed pages", "rejected"])
+async def test_a_hint_during_the_look_that_finds_the_end_does_not_undo_it(open_line: OpenLine, what: str) -> None:
+    line = await open_line(llamaparse_failed_pages="fail")
+    if what in ("FAILED", "CANCELLED"):
+        line.simulator.end_next(what)
+    elif what in ("no page", "failed pages"):
+        line.simulator.end_next(failed_pages=(1, 2, 3, 4) if what == "no page" else (1,))
+    await line.submitted()
+    if what in ("gone", "rejected"):
+        line.simulator.misbehave(what, operation="poll")
+    parse_id = (await line.row())["parse_id"]
+    assert await parse_submissions.wake_parse(line.context.db, provider=PROVIDER, parse_id=parse_id) == 1
+    error = await line.fails()
+    job = await line.admin.fetchrow("select state, retry_count from upload_pipeline.upload_jobs")
+    assert tuple(job) == ("deadletter", 0)
+    assert await line.admin.fetchval("select error_code from upload_pipeline.job_outcomes") == error.code
+    # and nothing is submitted that nobody asked for
+    await line.admin.execute("update upload_pipeline.upload_jobs set run_at = now() where state = 'retryable'")
+    assert await queue.promote_due(line.context.db) == 0
+    assert len(await line.submissions()) == 1
+
+
+async def test_a_hint_shortens_the_wait_for_a_retry_and_the_retry_counts(open_line: OpenLine) -> None:
+    line = await open_line()
+    line.simulator.running = 10**6
+    await line.submitted()
+    await line.pass_time(3600)
+    parse_id = (await line.row())["parse_id"]
+    for retries in (1, 2, 3):
+        assert await parse_submissions.wake_parse(line.context.db, provider=PROVIDER, parse_id=parse_id) == 1
+        assert (await line.fails()).code is ErrorCode.PARSE_TIMEOUT
+        assert await line.retries() == retries
+        assert await line.admin.fetchval("select error_code from upload_pipeline.job_outcomes") == "PARSE_TIMEOUT"
+        assert await queue.promote_due(line.context.db) == 1
+        await line.claim()
+    assert await parse_submissions.wake_parse(line.context.db, provider=PROVIDER, parse_id=parse_id) == 1
+    await line.fails()
+    assert await line.admin.fetchval("select state from upload_pipeline.upload_jobs") == "deadletter"
 
 
 async def test_the_address_for_messages_goes_along_where_there_is_a_secret(open_line: OpenLine) -> None:
