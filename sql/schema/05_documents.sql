@@ -168,7 +168,8 @@ $$;
 
 -- What a restart at a stage needs of the document's buffers. At or before `chunking` both are dropped: they are made
 -- again. Behind it the chunk buffer is what the steps read, and an embedded document has none left, so it is filled
--- from the live chunks. Before `parsing` the document forgets who parsed it: the setting of the day decides anew.
+-- from the live chunks. Before `parsing` the document forgets who parsed it: the setting of the day decides anew. What a hosted
+-- parser is still to bring may be waited for as long again.
 create function upload_pipeline.prepare_restart(p_pipeline text, p_document_id uuid, p_stage text)
 returns void
 language plpgsql
@@ -189,6 +190,8 @@ begin
        where a.pipeline = 'document' and a.stage = p_stage and b.pipeline = 'document' and b.stage = 'chunking') then
     delete from upload_pipeline.document_vector_buffer v where v.document_id = p_document_id;
     delete from upload_pipeline.document_chunk_buffer b where b.document_id = p_document_id;
+    update upload_pipeline.parse_submissions s set begun_at = upload_pipeline.now()
+     where s.document_id = p_document_id and s.failed_at is null and s.finished_at is null;
     if (select a.position < b.position from upload_pipeline.stages a, upload_pipeline.stages b
          where a.pipeline = 'document' and a.stage = p_stage and b.pipeline = 'document' and b.stage = 'parsing') then
       update upload_pipeline.documents d

@@ -18,7 +18,8 @@
 --
 -- All but the last are fenced by the job's lease, whose row they lock first.
 
--- `submission_id` is what the provider is told. `called_at`, `called_until`: between which a call may have made its job; null
+-- `submission_id` is what the provider is told. `begun_at`: how long it may be put off is counted from then; a restart of its
+-- job begins anew. `called_at`, `called_until`: between which a call may have made its job; null
 -- while none can have. Calls before that one made nothing: it was looked for what they made before another was allowed.
 -- `told_at`: when the provider said that it has ended. Of one document, provider, tier and version one submission counts: that which has not failed.
 create table upload_pipeline.parse_submissions (

@@ -23,7 +23,8 @@
 -- `calls` and `tokens` are the sums of what counts now, kept here so that a call costs no sum over a minute of calls;
 -- `granted_…` the sums of all that was ever granted.
 -- `foreign_…`: what the provider counts that is not ours (other programs with the same key), as its last answer told,
--- until when it said that all would be free. Limits are null until an answer has told them, or tells none.
+-- until when it said that all would be free. Limits are null until an answer has told them, or tells none. `paused_until`: end
+-- of the last pause (06_provider_pauses); it lies within `frozen_until` while that holds.
 create table upload_pipeline.provider_budgets (
   budget_id           bigint primary key generated always as identity,
   provider            text not null,
@@ -40,6 +41,7 @@ create table upload_pipeline.provider_budgets (
   foreign_tokens      bigint not null default 0,
   foreign_tokens_until timestamptz,
   frozen_until        timestamptz,
+  paused_until        timestamptz,
   answered_at         timestamptz,
   unique (provider, key_id, model),
   constraint provider_budgets_key check (key_id ~ '^[0-9a-f]{8,64}$'),

@@ -115,6 +115,10 @@ class Settings(BaseSettings):
     llamaparse_parse_timeout: Seconds = Field(
         default=3600.0, description="Seconds after its submission that a parse may take."
     )
+    llamaparse_wait_timeout: Seconds = Field(
+        default=86_400.0,
+        description="Seconds that the limits on requests, ours and LlamaParse's, may keep a document waiting.",
+    )
     llamaparse_failed_pages: Literal["warn", "fail"] = Field(
         default="warn", description="What becomes of a file some of whose pages cannot be parsed."
     )

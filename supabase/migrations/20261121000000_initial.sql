@@ -2509,7 +2509,8 @@ $$;
 
 -- What a restart at a stage needs of the document's buffers. At or before `chunking` both are dropped: they are made
 -- again. Behind it the chunk buffer is what the steps read, and an embedded document has none left, so it is filled
--- from the live chunks. Before `parsing` the document forgets who parsed it: the setting of the day decides anew.
+-- from the live chunks. Before `parsing` the document forgets who parsed it: the setting of the day decides anew. What a hosted
+-- parser is still to bring may be waited for as long again.
 create function upload_pipeline.prepare_restart(p_pipeline text, p_document_id uuid, p_stage text)
 returns void
 language plpgsql
@@ -2530,6 +2531,8 @@ begin
        where a.pipeline = 'document' and a.stage = p_stage and b.pipeline = 'document' and b.stage = 'chunking') then
     delete from upload_pipeline.document_vector_buffer v where v.document_id = p_document_id;
     delete from upload_pipeline.document_chunk_buffer b where b.document_id = p_document_id;
+    update upload_pipeline.parse_submissions s set begun_at = upload_pipeline.now()
+     where s.document_id = p_document_id and s.failed_at is null and s.finished_at is null;
     if (select a.position < b.position from upload_pipeline.stages a, upload_pipeline.stages b
          where a.pipeline = 'document' and a.stage = p_stage and b.pipeline = 'document' and b.stage = 'parsing') then
       update upload_pipeline.documents d
@@ -3588,7 +3591,8 @@ $$;
 --
 -- All but the last are fenced by the job's lease, whose row they lock first.
 
--- `submission_id` is what the provider is told. `called_at`, `called_until`: between which a call may have made its job; null
+-- `submission_id` is what the provider is told. `begun_at`: how long it may be put off is counted from then; a restart of its
+-- job begins anew. `called_at`, `called_until`: between which a call may have made its job; null
 -- while none can have. Calls before that one made nothing: it was looked for what they made before another was allowed.
 -- `told_at`: when the provider said that it has ended. Of one document, provider, tier and version one submission counts: that which has not failed.
 create table upload_pipeline.parse_submissions (
@@ -5946,7 +5950,8 @@ $$;
 -- `calls` and `tokens` are the sums of what counts now, kept here so that a call costs no sum over a minute of calls;
 -- `granted_…` the sums of all that was ever granted.
 -- `foreign_…`: what the provider counts that is not ours (other programs with the same key), as its last answer told,
--- until when it said that all would be free. Limits are null until an answer has told them, or tells none.
+-- until when it said that all would be free. Limits are null until an answer has told them, or tells none. `paused_until`: end
+-- of the last pause (06_provider_pauses); it lies within `frozen_until` while that holds.
 create table upload_pipeline.provider_budgets (
   budget_id           bigint primary key generated always as identity,
   provider            text not null,
@@ -5963,6 +5968,7 @@ create table upload_pipeline.provider_budgets (
   foreign_tokens      bigint not null default 0,
   foreign_tokens_until timestamptz,
   frozen_until        timestamptz,
+  paused_until        timestamptz,
   answered_at         timestamptz,
   unique (provider, key_id, model),
   constraint provider_budgets_key check (key_id ~ '^[0-9a-f]{8,64}$'),
@@ -6280,7 +6286,7 @@ $$;
 
 -- Stops a provider for all workers, since its account is empty or its key is refused: it is asked again after p_seconds, and
 -- until then jobs wait and no retry is counted. Many workers find it out at the same moment; the first one freezes the
--- budget and writes the alarm, the others meet a budget that is frozen about as long already and are told false.
+-- budget and writes the alarm, the others meet a budget that is paused about as long already and are told false.
 create function upload_pipeline.pause_provider(
   p_provider text,
   p_key_id   text,
@@ -6298,10 +6304,13 @@ declare
   v_now   timestamptz := upload_pipeline.now();
   v_until timestamptz := v_now + make_interval(secs => p_seconds);
 begin
-  insert into upload_pipeline.provider_budgets as b (provider, key_id, model, frozen_until)
-  values (p_provider, p_key_id, p_model, v_until)
-  on conflict (provider, key_id, model) do update set frozen_until = excluded.frozen_until
-   where b.frozen_until is null or b.frozen_until < v_now + make_interval(secs => p_seconds / 2);
+  insert into upload_pipeline.provider_budgets as b (provider, key_id, model, frozen_until, paused_until)
+  values (p_provider, p_key_id, p_model, v_until, v_until)
+  on conflict (provider, key_id, model) do update
+    set frozen_until = greatest(b.frozen_until, excluded.frozen_until), paused_until = excluded.paused_until
+   -- an operator ends a pause by `frozen_until`; a limit's freeze is none, however long
+   where b.frozen_until is null or b.paused_until is null
+      or least(b.frozen_until, b.paused_until) < v_now + make_interval(secs => p_seconds / 2);
   if not found then
     return false;
   end if;

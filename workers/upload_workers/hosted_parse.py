@@ -22,10 +22,15 @@ A submission that has finished is not made again, at whatever stage its job is s
 store. One whose job may exist unseen is looked for, whatever tier is set by then. One that failed brought nothing, and
 the next try is a new one; so is one that has been at work for longer than the limit, when its job is started again
 before `parsing`.
+
+Limits on requests put a job off as often as it takes, with no retry counted: many documents at once may need hours of
+them. `LLAMAPARSE_WAIT_TIMEOUT` bounds that, from the submission's beginning or the provider's last pause on.
 """
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from decimal import Decimal
@@ -43,16 +48,17 @@ from upload_pipeline.database.parse_submissions import (
     end_submission_call,
     fail_submission,
     finish_submission,
+    seconds_waited,
 )
 from upload_pipeline.database.usage import Usage, record_usage
-from upload_pipeline.errors import ErrorCode
+from upload_pipeline.errors import ErrorCode, PipelineError
 from upload_pipeline.media_types import DOCX, HTML, MARKDOWN, PDF, PLAIN
 from upload_pipeline.providers.llamaparse import PAGE_CREDITS, open_llamaparse
 from upload_pipeline.providers.llamaparse_results import PROVIDER, FinishedParse, ParseError, Remedy
 from upload_pipeline.rate_headers import key_id_of
 from upload_pipeline.storage.keys import hosted_output_key, uploader_of
 from upload_workers.embedding_line import PutOff
-from upload_workers.parse_turns import ParseTurns, put_off
+from upload_workers.parse_turns import BUDGET, NoRoom, ParseTurns, put_off
 from upload_workers.stages.source import local_copy, store_text
 
 if TYPE_CHECKING:
@@ -96,6 +102,7 @@ class HostedParser:
         Raises:
             PutOff: not now.
             ParseError: `PARSE_UNAVAILABLE`, where a later call finds what this one made; `PARSE_REJECTED`.
+            PipelineError: `PARSE_TIMEOUT`, where there has been no room for it for too long.
         """
         while True:
             begun = await begin_submission(
@@ -106,12 +113,13 @@ class HostedParser:
                 version=self.client.tier_version,
                 settle=self._settle,
             )
-            parse_id = begun.parse_id or await self._find(begun)
-            if parse_id is None:
-                if (begun.tier, begun.version) == (self.client.tier, self.client.tier_version):
-                    return begun.submission_id, await self._make(job, document, begun, context)
-            elif not await self._is_lost(begun, parse_id, context):
-                return begun.submission_id, parse_id
+            async with self._patience(begun.submission_id, context):
+                parse_id = begun.parse_id or await self._find(begun)
+                if parse_id is None:
+                    if (begun.tier, begun.version) == (self.client.tier, self.client.tier_version):
+                        return begun.submission_id, await self._make(job, document, begun, context)
+                elif not await self._is_lost(begun, parse_id, context):
+                    return begun.submission_id, parse_id
             await fail_submission(context.db, job.lease, begun.submission_id)
 
     async def look(self, job: ClaimedJob, submission: StoredSubmission, context: StepContext) -> FinishedParse | None:
@@ -120,9 +128,14 @@ class HostedParser:
         Raises:
             PutOff: not now.
             ParseError: as `LlamaParse.look`; after `PARSE_FAILED` the submission has failed.
+            PipelineError: `PARSE_TIMEOUT`, where its time is over and there has been no room for a look for too long.
         """
         try:
-            finished = await self.client.look(submission.parse_id)
+            if submission.age < context.settings.llamaparse_parse_timeout:
+                finished = await self.client.look(submission.parse_id)
+            else:
+                async with self._patience(submission.submission_id, context):
+                    finished = await self.client.look(submission.parse_id)
         except ParseError as error:
             if error.code is ErrorCode.PARSE_FAILED:
                 await fail_submission(context.db, job.lease, submission.submission_id)
@@ -162,6 +175,26 @@ class HostedParser:
     def _settle(self) -> timedelta:
         """How long after a call its job may be not listed yet: as long as a call may take."""
         return timedelta(seconds=self.client.timeout)
+
+    @asynccontextmanager
+    async def _patience(self, submission_id: UUID, context: StepContext) -> AsyncIterator[None]:
+        """Bounds how long a document is put off for want of room."""
+        try:
+            yield
+        except NoRoom as error:
+            waited = await seconds_waited(
+                context.db, submission_id, key_id=key_id_of(self.client.api_key), model=BUDGET
+            )
+            limit = context.settings.llamaparse_wait_timeout
+            if waited < limit:
+                raise
+            raise PipelineError(
+                ErrorCode.PARSE_TIMEOUT,
+                f"The limits on requests to LlamaParse have kept the document waiting for {waited:.0f} s; the limit "
+                f"UPLOAD_PIPELINE_LLAMAPARSE_WAIT_TIMEOUT is {limit:g} s. Look at the plan of the account and at "
+                "UPLOAD_PIPELINE_LLAMAPARSE_REQUESTS_PER_MINUTE, and retry the job, which may then wait as long again.",
+                {"seconds": round(waited)},
+            ) from error
 
     async def _is_lost(self, begun: BegunSubmission, parse_id: str, context: StepContext) -> bool:
         """Whether a job that has been at work for too long is given up for a new one."""

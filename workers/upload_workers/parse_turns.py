@@ -1,8 +1,8 @@
 """The turns of requests to a hosted parser: within the budget that all workers share, and not while it is paused.
 
     a request                                   then
-    has to wait longer than PATIENCE            the job is put off
-    met a limit (429)                           the budget is frozen as the answer said; the job is put off
+    has to wait longer than PATIENCE            the job is put off (NoRoom)
+    met a limit (429)                           the budget is frozen as the answer said; the same
     met an empty account, a refused key         the provider is paused for all workers, with one alarm; put off
     failed in another way                       the error is raised
 
@@ -40,6 +40,10 @@ _LIFE_SLACK = timedelta(seconds=10)  # between a request's timeout and the end o
 _UNTOLD_WAIT = 5.0  # seconds, where a 429 says no time
 
 
+class NoRoom(PutOff):
+    """A limit on requests, ours or the provider's, leaves no room now; also while the provider is paused."""
+
+
 @dataclass(frozen=True, slots=True)
 class ParseTurns:
     """Of one key; used by the tasks of one worker.
@@ -59,7 +63,8 @@ class ParseTurns:
         """One request, which takes `seconds` at most.
 
         Raises:
-            PutOff: not now.
+            NoRoom: not now.
+            PutOff: not now; the provider is paused.
             ParseError: what helps is `AGAIN` or `NEVER`.
         """
         granted = await provider_budget.reserve_in_turn(
@@ -74,7 +79,7 @@ class ParseTurns:
             life=timedelta(seconds=seconds) + _LIFE_SLACK,
         )
         if isinstance(granted, provider_budget.Wait):
-            raise put_off(granted.seconds)
+            raise NoRoom(_later(granted.seconds))
         limits: RateLimits | None = None
         try:
             with self.calls.measured(PROVIDER, operation):
@@ -90,7 +95,7 @@ class ParseTurns:
                 await self._pause(error)
                 raise put_off(PAUSE_SECONDS) from error
             if error.remedy is Remedy.WAIT:
-                raise put_off(wait or 0.0) from error
+                raise NoRoom(_later(wait or 0.0)) from error
             raise
         finally:
             await self._settle(granted.reservation_id, limits)
@@ -120,4 +125,8 @@ class ParseTurns:
 
 def put_off(seconds: float) -> PutOff:
     """Later by so many seconds, and a little spread, so that not all come back in the same moment."""
-    return PutOff(max(seconds, 0.1) * random.uniform(1.0, 1.1))  # noqa: S311
+    return PutOff(_later(seconds))
+
+
+def _later(seconds: float) -> float:
+    return max(seconds, 0.1) * random.uniform(1.0, 1.1)  # noqa: S311

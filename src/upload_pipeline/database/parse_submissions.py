@@ -106,6 +106,30 @@ async def begin_submission(
     return BegunSubmission(**row)
 
 
+async def seconds_waited(db: Executor, submission_id: UUID, *, key_id: str, model: str) -> float:
+    """How long a submission has been waited for: since it was begun, or since the last pause of its provider.
+
+    Args:
+        key_id: whose budget may be paused, as `rate_headers.key_id_of` makes it.
+        model: of that budget.
+
+    Returns:
+        Less than 0 while the provider is paused.
+    """
+    seconds: float | None = await db.fetchval(
+        """
+        select extract(epoch from upload_pipeline.now() - greatest(s.begun_at, b.paused_until))::double precision
+          from upload_pipeline.parse_submissions s
+          left join upload_pipeline.provider_budgets b on b.provider = s.provider and b.key_id = $2 and b.model = $3
+         where s.submission_id = $1
+        """,
+        submission_id,
+        key_id,
+        model,
+    )
+    return seconds or 0.0
+
+
 async def announce_submission(
     db: Executor, lease: Lease, submission_id: UUID, *, seconds: timedelta, settle: timedelta
 ) -> bool:

@@ -12,19 +12,22 @@ from uuid import UUID, uuid4
 import asyncpg
 import pytest
 
-from tests.simulators.llama_cloud import LlamaCloudSimulator
-from upload_pipeline.database import documents, queue
+from tests.simulators.llama_cloud import KEY, LlamaCloudSimulator
+from upload_pipeline.database import documents, provider_budget, queue
 from upload_pipeline.database.queue import Advance, ClaimedJob
 from upload_pipeline.errors import PipelineError
 from upload_pipeline.ids import document_id as document_id_of
 from upload_pipeline.providers.calls import ProviderCalls
+from upload_pipeline.providers.llamaparse_results import PROVIDER
 from upload_pipeline.providers.local_parser import LocalParser
+from upload_pipeline.rate_headers import key_id_of
 from upload_pipeline.settings import Settings
 from upload_pipeline.stages import DOCUMENT_STAGES, Stage
 from upload_pipeline.storage.keys import raw_key
 from upload_pipeline.storage.store import ObjectStore, open_store
 from upload_workers.hosted_parse import open_hosted_parser
 from upload_workers.models_in_use import ModelsInUse
+from upload_workers.parse_turns import BUDGET
 from upload_workers.pipelines import STEPS
 from upload_workers.steps import Commit, Snooze, StepContext
 
@@ -115,11 +118,27 @@ class Line:
         await self.admin.execute(
             """
             update upload_pipeline.parse_submissions
-               set submitted_at = submitted_at - $1::interval, called_at = called_at - $1::interval,
-                   called_until = called_until - $1::interval
+               set begun_at = begun_at - $1::interval, submitted_at = submitted_at - $1::interval,
+                   called_at = called_at - $1::interval, called_until = called_until - $1::interval
             """,
             timedelta(seconds=seconds),
         )
+
+    async def use_up(self) -> None:
+        """Our own minute is full."""
+        while isinstance(
+            await provider_budget.reserve(
+                self.context.db,
+                provider=PROVIDER,
+                key_id=key_id_of(KEY),
+                model=BUDGET,
+                requests=1,
+                tokens=0,
+                request_limit=self.context.settings.llamaparse_requests_per_minute,
+            ),
+            provider_budget.Granted,
+        ):
+            pass
 
     def use(self, **settings: object) -> None:
         """Works on with these settings."""

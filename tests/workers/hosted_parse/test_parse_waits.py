@@ -52,6 +52,68 @@ async def test_a_parse_that_ended_after_the_limit_is_taken_all_the_same(open_lin
     assert (line.requests["submit"], line.paid) == (1, 1)
 
 
+@pytest.mark.parametrize("stage", ["job_validated", "parsing"])
+@pytest.mark.parametrize("whose", ["theirs", "ours"])
+async def test_a_document_that_finds_no_room_within_the_limits_is_told_in_the_end(
+    open_line: OpenLine, stage: str, whose: str
+) -> None:
+    line = await open_line(llamaparse_wait_timeout=7200.0)
+    if stage == "parsing":
+        await line.submitted()
+    if whose == "ours":
+        await line.admin.execute("delete from upload_pipeline.provider_reservations")
+        line.use(llamaparse_requests_per_minute=1)
+        await line.use_up()
+    line.simulator.retry_after = 30
+    for waited in (0, 7100):
+        line.simulator.misbehave("rate_limited")
+        await line.pass_time(waited)
+        assert await line.step() is not None
+        await line.claim()
+    assert await line.retries() == 0
+    line.simulator.misbehave("rate_limited")
+    await line.pass_time(200)
+    error = await line.fails()
+    assert (error.code, error.retryable) == (ErrorCode.PARSE_TIMEOUT, True)
+    assert "UPLOAD_PIPELINE_LLAMAPARSE_WAIT_TIMEOUT" in error.message
+    assert await line.retries() == 1
+    # a restart may wait as long again
+    await line.claim()
+    await queue.fail_job(line.context.db, line.job.lease, code="X", message="x", retryable=False)
+    await line.restart()
+    assert await line.step() is not None
+    assert line.paid == (stage == "parsing")
+    assert line.context.hosted_parser is not None
+    await line.context.hosted_parser.close()
+
+
+@pytest.mark.parametrize("stage", ["job_validated", "parsing"])
+async def test_no_document_is_told_to_have_waited_too_long_while_the_provider_is_paused(
+    open_line: OpenLine, stage: str
+) -> None:
+    line = await open_line(llamaparse_wait_timeout=7200.0)
+    if stage == "parsing":
+        await line.submitted()
+    line.simulator.misbehave("quota")
+    for _ in range(2):
+        # the one that meets the empty account, and one that finds the provider paused
+        assert await line.step() is not None
+        await line.claim()
+        await line.pass_time(10_000)
+    # it is over, and all who waited come back at once: they have as long as they had
+    await line.admin.execute(
+        "update upload_pipeline.provider_budgets set frozen_until = now(), paused_until = now() - interval '1 h'"
+    )
+    line.simulator.misbehave("rate_limited")
+    assert await line.step() is not None
+    await line.claim()
+    await line.admin.execute(
+        "update upload_pipeline.provider_budgets set frozen_until = now(), paused_until = now() - interval '2 h'"
+    )
+    line.simulator.misbehave("rate_limited")
+    assert (await line.fails()).code is ErrorCode.PARSE_TIMEOUT
+
+
 async def test_a_hint_wakes_the_job_that_waits_and_no_other(open_line: OpenLine) -> None:
     line = await open_line()
     db = line.context.db

@@ -5,6 +5,8 @@
     at work, within `LLAMAPARSE_PARSE_TIMEOUT`       Snooze, longer each time
     no answer, or none that can be read              the same: a look costs nothing
     at work, or no answer, behind that time          PARSE_TIMEOUT
+    no room for a look within the limits             Snooze; PARSE_TIMEOUT behind that time, and
+                                                     `LLAMAPARSE_WAIT_TIMEOUT`
     ended with pages                                 parsed, once they are in the store
     some pages, or all, failed                       a warning, or PARSE_FAILED
     failed, cancelled, no longer kept                PARSE_FAILED; tried again, it is submitted anew
