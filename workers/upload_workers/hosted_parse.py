@@ -48,7 +48,7 @@ from upload_pipeline.database.parse_submissions import (
     end_submission_call,
     fail_submission,
     finish_submission,
-    seconds_waited,
+    load_wait,
 )
 from upload_pipeline.database.usage import Usage, record_usage
 from upload_pipeline.errors import ErrorCode, PipelineError
@@ -58,7 +58,7 @@ from upload_pipeline.providers.llamaparse_results import PROVIDER, FinishedParse
 from upload_pipeline.rate_headers import key_id_of
 from upload_pipeline.storage.keys import hosted_output_key, uploader_of
 from upload_workers.embedding_line import PutOff
-from upload_workers.parse_turns import BUDGET, NoRoom, ParseTurns, put_off
+from upload_workers.parse_turns import NoRoom, ParseTurns, put_off
 from upload_workers.stages.source import local_copy, store_text
 
 if TYPE_CHECKING:
@@ -182,9 +182,7 @@ class HostedParser:
         try:
             yield
         except NoRoom as error:
-            waited = await seconds_waited(
-                context.db, submission_id, key_id=key_id_of(self.client.api_key), model=BUDGET
-            )
+            waited = (await load_wait(context.db, submission_id)).seconds
             limit = context.settings.llamaparse_wait_timeout
             if waited < limit:
                 raise

@@ -68,6 +68,19 @@ class StoredSubmission:
     failed: bool
 
 
+@dataclass(frozen=True, slots=True)
+class Wait:
+    """How long a submission has been waited for, since it was begun or its provider was paused last, whatever the key.
+
+    Attributes:
+        seconds: less than 0 while the provider is paused.
+        silence: the same, but at most since the provider answered anybody.
+    """
+
+    seconds: float
+    silence: float
+
+
 async def load_submission(db: Executor, *, document_id: UUID, parse_id: str) -> StoredSubmission | None:
     """The submission that a document's row names, or None."""
     row = await db.fetchrow(
@@ -106,28 +119,22 @@ async def begin_submission(
     return BegunSubmission(**row)
 
 
-async def seconds_waited(db: Executor, submission_id: UUID, *, key_id: str, model: str) -> float:
-    """How long a submission has been waited for: since it was begun, or since the last pause of its provider.
-
-    Args:
-        key_id: whose budget may be paused, as `rate_headers.key_id_of` makes it.
-        model: of that budget.
-
-    Returns:
-        Less than 0 while the provider is paused.
-    """
-    seconds: float | None = await db.fetchval(
+async def load_wait(db: Executor, submission_id: UUID) -> Wait:
+    """How long a submission has been waited for."""
+    row = await db.fetchrow(
         """
-        select extract(epoch from upload_pipeline.now() - greatest(s.begun_at, b.paused_until))::double precision
+        select extract(epoch from upload_pipeline.now() - t.since)::double precision as seconds,
+               extract(epoch from upload_pipeline.now() - greatest(t.since, b.answered_at))::double precision as silence
           from upload_pipeline.parse_submissions s
-          left join upload_pipeline.provider_budgets b on b.provider = s.provider and b.key_id = $2 and b.model = $3
+         cross join lateral (
+           select max(p.paused_until) as paused_until, max(p.answered_at) as answered_at
+             from upload_pipeline.provider_budgets p where p.provider = s.provider) b
+         cross join lateral (select greatest(s.begun_at, b.paused_until) as since) t
          where s.submission_id = $1
         """,
         submission_id,
-        key_id,
-        model,
     )
-    return seconds or 0.0
+    return Wait(0.0, 0.0) if row is None else Wait(**row)
 
 
 async def announce_submission(

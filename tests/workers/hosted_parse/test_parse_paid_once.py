@@ -255,12 +255,3 @@ async def test_a_job_in_flight_goes_on_when_the_parser_is_another_by_then(open_l
     assert line.paid == 1
     assert line.context.hosted_parser is not None
     await line.context.hosted_parser.close()
-
-
-async def test_without_a_key_a_job_in_flight_says_what_is_missing(open_line: OpenLine) -> None:
-    line = await open_line()
-    await line.submitted()
-    line.context = replace(line.context, hosted_parser=None)
-    error = await line.fails()
-    assert error.code is ErrorCode.SETTING_INVALID
-    assert "UPLOAD_PIPELINE_LLAMAPARSE_API_KEY" in error.message

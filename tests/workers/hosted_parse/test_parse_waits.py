@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from uuid import uuid4
 
 import pytest
@@ -112,6 +113,42 @@ async def test_no_document_is_told_to_have_waited_too_long_while_the_provider_is
     )
     line.simulator.misbehave("rate_limited")
     assert (await line.fails()).code is ErrorCode.PARSE_TIMEOUT
+
+
+async def test_a_worker_without_the_key_leaves_a_parse_to_those_that_have_it(open_line: OpenLine) -> None:
+    line = await open_line()
+    await line.submitted()
+    keyless = replace(line.context, hosted_parser=None)
+    for seconds in (0, 90, 3600):
+        await line.pass_time(seconds)
+        delay = await line.step(keyless)
+        assert delay is not None
+        assert delay.total_seconds() == pytest.approx({0: 5, 90: 50, 3600: 60}[seconds], abs=3)
+        await line.claim()
+    assert await line.retries() == 0
+    await line.step()
+    assert (line.job.stage, line.paid) == ("parsed", 1)
+
+
+async def test_where_nobody_has_the_key_of_a_parse_that_is_told(open_line: OpenLine) -> None:
+    line = await open_line()
+    await line.submitted()
+    line.context, able = replace(line.context, hosted_parser=None), line.context
+    await line.pass_time(3600)
+    await line.admin.execute("update upload_pipeline.provider_budgets set answered_at = now() - interval '59 min'")
+    assert await line.step() is not None
+    await line.claim()
+    await line.admin.execute("update upload_pipeline.provider_budgets set answered_at = now() - interval '1 h'")
+    error = await line.fails()
+    assert (error.code, error.retryable) == (ErrorCode.SETTING_INVALID, False)
+    assert "UPLOAD_PIPELINE_LLAMAPARSE_API_KEY" in error.message
+    # it is given to a fleet that has the key again
+    await line.restart()
+    assert await line.step() is not None
+    await line.claim()
+    line.context = able
+    await line.step()
+    assert (line.job.stage, line.paid) == ("parsed", 1)
 
 
 async def test_a_hint_wakes_the_job_that_waits_and_no_other(open_line: OpenLine) -> None:

@@ -12,6 +12,10 @@
     failed, cancelled, no longer kept                PARSE_FAILED; tried again, it is submitted anew
 
 No lease is held between two looks, and the provider's webhook ends the wait early.
+
+A worker without a key leaves the document to those that have one, as while a fleet gets its key, or keeps it for some
+of its workers. It goes on with all else: of its pool's jobs few need the key, and perhaps nobody has it any more. That
+is told, as `SETTING_INVALID`, when nobody has had an answer of the provider for the time that a parse may take.
 """
 
 from __future__ import annotations
@@ -22,7 +26,12 @@ from functools import partial
 import structlog
 
 from upload_pipeline.database.documents import Document, commit_parse
-from upload_pipeline.database.parse_submissions import StoredSubmission, load_submission, store_submission
+from upload_pipeline.database.parse_submissions import (
+    StoredSubmission,
+    load_submission,
+    load_wait,
+    store_submission,
+)
 from upload_pipeline.database.queue import ClaimedJob
 from upload_pipeline.errors import ErrorCode, PipelineError
 from upload_pipeline.providers.llamaparse_results import FinishedParse, ParseError, Remedy, version_of, warnings_of
@@ -50,12 +59,7 @@ async def follow_parse(job: ClaimedJob, document: Document, parse_id: str, conte
         return _commit(submission, submission.page_count or 0, submission.failed_pages, context)
     hosted = context.hosted_parser
     if hosted is None:
-        raise PipelineError(
-            ErrorCode.SETTING_INVALID,
-            f"LlamaParse has the document, as job {parse_id}, and this worker has no key for it. Set "
-            f"UPLOAD_PIPELINE_LLAMAPARSE_API_KEY and retry the job. {_REMEDY}",
-            {"parse_id": parse_id},
-        )
+        return await _leave_to_others(submission, context)
     try:
         if submission.failed:
             return await _submit_anew(job, document, hosted, context)
@@ -65,6 +69,20 @@ async def follow_parse(job: ClaimedJob, document: Document, parse_id: str, conte
 
 
 _REMEDY = "Or retry it from stage job_validated, which parses the document as the setting PARSER says."
+
+
+async def _leave_to_others(submission: StoredSubmission, context: StepContext) -> Outcome:
+    wait, settings = await load_wait(context.db, submission.submission_id), context.settings
+    if wait.silence >= settings.llamaparse_parse_timeout or wait.seconds >= settings.llamaparse_wait_timeout:
+        raise PipelineError(
+            ErrorCode.SETTING_INVALID,
+            f"LlamaParse has the document, as job {submission.parse_id}, this worker has no key for it, and none came "
+            f"that has one. Set UPLOAD_PIPELINE_LLAMAPARSE_API_KEY and retry the job. {_REMEDY}",
+            {"parse_id": submission.parse_id},
+        )
+    log.warning("parse_not_here", parse_id=submission.parse_id)
+    first = settings.llamaparse_poll
+    return Snooze(timedelta(seconds=first if submission.told else max(first, min(submission.age / 2, LONGEST_WAIT))))
 
 
 async def _submit_anew(job: ClaimedJob, document: Document, hosted: HostedParser, context: StepContext) -> Outcome:
