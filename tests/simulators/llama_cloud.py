@@ -142,7 +142,8 @@ class LlamaCloudSimulator:
         unique_external_ids: whether a second file with the same external id is refused (409); unknown of the real one.
         webhooks_doubled: whether each message is sent twice.
         webhooks_reversed: whether messages are held until a job has ended, and then sent last first.
-        billed: whether a job that is completed tells its credits; they are null until billing has recorded them.
+        billed: whether a job that has ended tells its credits; they are null until billing has recorded them.
+        bills_failures: whether a job that fails costs as much as one that does not; unknown of the real one.
         clock: seconds that only grow.
         port: to listen on; 0 takes any that is free.
     """
@@ -157,6 +158,7 @@ class LlamaCloudSimulator:
     webhooks_doubled: bool = False
     webhooks_reversed: bool = False
     billed: bool = True
+    bills_failures: bool = False
     clock: Callable[[], float] = time.monotonic
     books: Books = field(default_factory=Books)
     port: int = 0
@@ -316,7 +318,7 @@ class LlamaCloudSimulator:
             return _refusal(404, "File not found")
         ending, failed = self._endings.pop(0) if self._endings else (Ending.COMPLETED, frozenset[int]())
         pages = len(pages_of(file.content))
-        cost = CREDITS[body["tier"]] * pages if ending is Ending.COMPLETED else 0
+        cost = CREDITS[body["tier"]] * pages if ending is Ending.COMPLETED or self.bills_failures else 0
         job = _Job(f"pjb-{uuid4()}", file, body, self.clock(), datetime.now(UTC), ending, failed, cost)
         self._jobs[job.id] = job
         if cost:
@@ -337,8 +339,12 @@ class LlamaCloudSimulator:
         job = self._jobs.get(request.match_info["id"])
         if job is None:
             return _refusal(404, "Job not found")
+        asked = request.query.getall("expand", [])
         answer: dict[str, Any] = {"job": self._job_json(job)}
-        if self._status(job) == "COMPLETED" and "markdown" in request.query.getall("expand", []):
+        if "usage" in asked:
+            told = self.billed and self._status(job) in _TERMINAL
+            answer["job"]["usage"] = {"credits": job.cost if told else None}
+        if self._status(job) == "COMPLETED" and "markdown" in asked:
             answer["markdown"] = {
                 "pages": [
                     {"page_number": number, "success": False, "error": "The page could not be read."}
@@ -364,7 +370,6 @@ class LlamaCloudSimulator:
             "created_at": job.made_at.isoformat(),
             "error_message": "The document could not be parsed." if status == "FAILED" else None,
             "tier": job.body["tier"],
-            "usage": {"credits": job.cost if self.billed and status == "COMPLETED" else None},
             "user_metadata": job.body.get("user_metadata"),
         }
 

@@ -71,7 +71,8 @@ async def test_a_job_goes_through_its_statuses_and_is_paid_for_once(
     for clock.now in (0, 1, 2):
         seen.append((await client.parsing.get(parse_id, expand=["markdown"])).job.status)
     assert seen == ["PENDING", "RUNNING", "COMPLETED"]
-    answer = await client.parsing.get(parse_id, expand=["markdown"])
+    assert (await client.parsing.get(parse_id, expand=["markdown"])).job.usage is None
+    answer = await client.parsing.get(parse_id, expand=["markdown", "usage"])
     assert answer.markdown is not None
     assert [page.markdown for page in answer.markdown.pages if page.success] == ["one", "two", "three"]
     assert answer.job.usage is not None

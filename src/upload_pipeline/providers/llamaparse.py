@@ -249,7 +249,7 @@ class LlamaParse:
             ParseError: as `find_file`, and `PARSE_FAILED` where the job failed, was cancelled, or is no longer kept.
         """
         async with self._request("poll", "look at the job", gone=parse_id):
-            answer = await self._client.parsing.get(parse_id, expand=["markdown"])
+            answer = await self._client.parsing.get(parse_id, expand=["markdown", "usage"])
             status = _text(answer.job.status)
             if status in ("PENDING", "RUNNING"):
                 return None
