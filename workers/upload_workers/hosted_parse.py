@@ -85,10 +85,12 @@ class HostedParser:
     """LlamaParse as a worker uses it; one for each process.
 
     Attributes:
+        turns: what each request of the client waits for.
         takes_new: whether documents are submitted; else only what was submitted before is followed.
     """
 
     client: LlamaParse
+    turns: ParseTurns
     calls: ProviderCalls
     takes_new: bool
 
@@ -169,6 +171,7 @@ class HostedParser:
 
     async def close(self) -> None:
         """Closes the connections."""
+        await self.turns.close()
         await self.client.close()
 
     @property
@@ -289,5 +292,6 @@ def open_hosted_parser(db: Executor, calls: ProviderCalls, settings: Settings) -
     client = open_llamaparse(settings)
     if client is None:
         return None
-    client.turn = ParseTurns(db, calls, key_id_of(client.api_key), settings.llamaparse_requests_per_minute or None)
-    return HostedParser(client, calls, takes_new=settings.parser == PROVIDER)
+    turns = ParseTurns(db, calls, key_id_of(client.api_key), settings.llamaparse_requests_per_minute or None)
+    client.turn = turns
+    return HostedParser(client, turns, calls, takes_new=settings.parser == PROVIDER)

@@ -7,14 +7,18 @@
     failed in another way                       the error is raised
 
 A job that is put off lets its lease go, and no retry is counted.
+
+The budget is told of a call that has ended, but nothing waits for that long: of one that made a job nothing waits at
+all, as the job's id is to be stored before anything else.
 """
 
 from __future__ import annotations
 
+import asyncio
 import random
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import TYPE_CHECKING
 from uuid import UUID
@@ -24,6 +28,7 @@ import structlog
 from upload_pipeline.database import provider_budget
 from upload_pipeline.providers.llamaparse_results import PROVIDER, ParseError, Remedy
 from upload_pipeline.rate_headers import RateLimits
+from upload_workers.bounded import bounded
 from upload_workers.embedding_line import PutOff
 from upload_workers.embedding_requests import PATIENCE, PAUSE_SECONDS
 
@@ -57,6 +62,7 @@ class ParseTurns:
     calls: ProviderCalls
     key_id: str
     request_limit: int | None
+    _settling: set[asyncio.Task[None]] = field(default_factory=set, init=False, compare=False)
 
     @asynccontextmanager
     async def __call__(self, operation: str, seconds: float) -> AsyncIterator[None]:
@@ -81,10 +87,12 @@ class ParseTurns:
         if isinstance(granted, provider_budget.Wait):
             raise NoRoom(_later(granted.seconds))
         limits: RateLimits | None = None
+        made = False
         try:
             with self.calls.measured(PROVIDER, operation):
                 yield
             limits = RateLimits()
+            made = operation == "submit"
         except ParseError as error:
             wait = error.retry_after
             if error.remedy is Remedy.WAIT:
@@ -98,12 +106,20 @@ class ParseTurns:
                 raise NoRoom(_later(wait or 0.0)) from error
             raise
         finally:
-            await self._settle(granted.reservation_id, limits)
+            settling = asyncio.create_task(self._settle(granted.reservation_id, limits))
+            self._settling.add(settling)
+            settling.add_done_callback(self._settling.discard)
+            if not made:
+                await settling
+
+    async def close(self) -> None:
+        """Waits until the budget is told of all that has ended, though not for long."""
+        await asyncio.gather(*self._settling, return_exceptions=True)
 
     async def _settle(self, reservation_id: UUID, limits: RateLimits | None) -> None:
         """What was reserved counts until its end where this cannot be written; the answer is worth more."""
         try:
-            await provider_budget.settle(self.db, reservation_id, limits=limits)
+            await bounded(provider_budget.settle(self.db, reservation_id, limits=limits), PATIENCE)
         except Exception as error:  # noqa: BLE001 - see above
             log.warning("budget_not_settled", error=str(error) or type(error).__name__)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -204,6 +205,24 @@ async def accept(pool: Any, store: ObjectStore, content: bytes, media_type: str,
         metadata={},
     )
     return document
+
+
+class HeldDatabase:
+    """A database that has no answer to the statement that a word names while `held` says so, until it is let go."""
+
+    def __init__(self, db: Any, word: str, held: Callable[[], bool]) -> None:
+        self._db, self._word, self._held = db, word, held
+        self.waits = 0
+        self.let_go = asyncio.Event()
+
+    def __getattr__(self, name: str) -> Any:
+        async def run(query: str, *args: Any) -> Any:
+            if self._word in query and self._held():
+                self.waits += 1
+                await self.let_go.wait()
+            return await getattr(self._db, name)(query, *args)
+
+        return run
 
 
 class Crash(BaseException):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -16,6 +17,7 @@ from hosted_line import (
     TTL,
     Crash,
     CrashingDatabase,
+    HeldDatabase,
     Line,
     OpenLine,
 )
@@ -23,7 +25,10 @@ from hosted_line import (
 from upload_pipeline.database import parse_submissions, queue
 from upload_pipeline.database.queue import Advance
 from upload_pipeline.errors import ErrorCode
+from upload_pipeline.providers.calls import ProviderCalls
 from upload_pipeline.providers.llamaparse_results import PROVIDER
+from upload_workers import parse_turns
+from upload_workers.hosted_parse import open_hosted_parser
 
 
 def _file(line: Line) -> Path:
@@ -51,6 +56,37 @@ async def test_a_worker_that_dies_with_the_jobs_id_in_its_hands_leaves_it_to_be_
             ttl=TTL,
         )
     assert fenced.value.sqlstate == queue.LEASE_LOST
+
+
+async def test_the_jobs_id_is_stored_though_the_budget_cannot_be_told(open_line: OpenLine) -> None:
+    line = await open_line()
+    held = HeldDatabase(line.context.db, "settle_calls", lambda: line.requests.get("submit", 0) > 0)
+    hosted = open_hosted_parser(held, ProviderCalls(), line.context.settings)  # type: ignore[arg-type]
+    assert hosted is not None
+    async with asyncio.timeout(TIMEOUT):
+        assert await line.step(replace(line.context, hosted_parser=hosted)) is None
+    assert (await line.row())["parse_id"] is not None
+    assert held.waits == 1
+    settled = "select count(*) from upload_pipeline.provider_reservations where settled_at is not null"
+    assert await line.admin.fetchval(settled) == 2
+    held.let_go.set()
+    await hosted.close()
+    assert await line.admin.fetchval(settled) == 3
+
+
+async def test_a_look_is_not_held_up_for_long_by_a_budget_that_cannot_be_told(
+    open_line: OpenLine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(parse_turns, "PATIENCE", 0.2)
+    line = await open_line()
+    await line.submitted()
+    held = HeldDatabase(line.context.db, "settle_calls", lambda: True)
+    hosted = open_hosted_parser(held, ProviderCalls(), line.context.settings)  # type: ignore[arg-type]
+    assert hosted is not None
+    async with asyncio.timeout(TIMEOUT):
+        assert await line.step(replace(line.context, hosted_parser=hosted)) is None
+    assert line.job.stage == "parsed"
+    await hosted.close()
 
 
 @pytest.mark.parametrize("word", ["finish_submission", "commit_parse"])
