@@ -55,6 +55,28 @@ begin
 end
 $$;
 
+-- Writes what ended jobs have used into their results, those that have used anything. The caller has locked them.
+create function upload_pipeline.keep_costs(p_job_ids uuid[])
+returns void
+language sql
+security definer
+set search_path = ''
+set enable_seqscan = off
+set enable_hashjoin = off
+set enable_mergejoin = off
+set jit = off
+as $$
+  insert into upload_pipeline.job_outcomes as o (job_id, user_id, results, updated_at)
+  select j.job_id, j.user_id, c.cost, upload_pipeline.now()
+    from upload_pipeline.upload_jobs j
+   cross join lateral (select upload_pipeline.job_cost(j.job_id) as cost) c
+   where j.job_id = any (p_job_ids) and c.cost <> '{}'
+   order by j.job_id
+  on conflict (job_id) do update
+    -- asked anew, behind the lock of the row: of two that record at once the second counts what the first wrote
+    set results = coalesce(o.results, '{}'::jsonb) || upload_pipeline.job_cost(o.job_id), updated_at = excluded.updated_at
+$$;
+
 -- Records usage: an array of objects with the names of the table's columns, `usage_id`, `provider`, `model` and
 -- `operation` among them. What was recorded before is left out. The user and the document of a record are those of its
 -- job, where there is one. Returns how many were new.
@@ -100,9 +122,7 @@ begin
   if v_count > 0 and v_jobs is not null then
     select array_agg(j.job_id order by j.job_id) into v_ended
       from upload_pipeline.upload_jobs j where j.job_id = any (v_jobs) and j.finished_at is not null;
-    update upload_pipeline.job_outcomes o
-       set results = coalesce(o.results, '{}'::jsonb) || upload_pipeline.job_cost(o.job_id), updated_at = upload_pipeline.now()
-     where o.job_id = any (v_ended);
+    perform upload_pipeline.keep_costs(v_ended);
   end if;
   return v_count;
 end

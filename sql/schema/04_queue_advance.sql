@@ -92,9 +92,13 @@ begin
     select upload_pipeline.wake_lanes(h.pool, h.user_ids)
       from (select m.pool, array_agg(m.user_id) as user_ids from moved m where m.state = 'queued' group by m.pool
              order by m.pool) h
+  ), costs as (
+    -- what is done says its cost by its results
+    select upload_pipeline.keep_costs(array_agg(m.job_id)) from moved m where m.state = 'cancelled' having count(*) > 0
   )
-  -- `woken` is named here so that it runs: a CTE that only reads runs only where it is asked for
-  select m.job_id, m.stage, m.state, m.lease_expires_at from moved m cross join (select count(*) from woken) w
+  -- `woken` and `costs` are named here so that they run: a CTE that only reads runs only where it is asked for
+  select m.job_id, m.stage, m.state, m.lease_expires_at
+    from moved m cross join (select count(*) from woken) w cross join (select count(*) from costs) c
   union all
   -- The token is still the caller's and the stage is the one asked for: moved by the same call before.
   select j.job_id, j.stage, j.state, j.lease_expires_at

@@ -267,6 +267,7 @@ as $$
 declare
   v_now   timestamptz := upload_pipeline.now();
   v_back  uuid[];
+  v_ended uuid[];
   v_lanes record;
 begin
   with held as materialized (
@@ -288,7 +289,10 @@ begin
            b.user_id, b.document_id, b.job_id, b.holder, b.stage, b.lease_token, b.correlation_id
       from back b
   )
-  select array_agg(b.job_id) into v_back from back b;
+  select array_agg(b.job_id), array_agg(b.job_id) filter (where b.state = 'cancelled') into v_back, v_ended from back b;
+  if v_ended is not null then
+    perform upload_pipeline.keep_costs(v_ended);
+  end if;
 
   for v_lanes in
     select j.pool, array_agg(j.user_id) as user_ids from upload_pipeline.upload_jobs j

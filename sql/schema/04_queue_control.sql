@@ -109,6 +109,9 @@ begin
            finished_at = case when j.state = 'working' then null else v_now end
      where j.job_id = p_job_id
     returning j.* into v_job;
+    if v_job.state = 'cancelled' then
+      perform upload_pipeline.keep_costs(array[p_job_id]);
+    end if;
     insert into upload_pipeline.events (at, code, user_id, document_id, job_id, stage, lease_token, correlation_id)
     values (v_now, case when v_job.state = 'working' then 'job_cancel_requested' else 'job_cancelled' end::upload_pipeline.event_code,
             v_job.user_id, v_job.document_id, p_job_id, v_job.stage, v_job.lease_token, v_job.correlation_id);

@@ -225,8 +225,11 @@ as $$
            r.user_id, r.document_id, r.job_id, r.holder, r.stage, r.lease_token, r.correlation_id,
            jsonb_build_object('error_code', 'WORKER_LOST', 'retry_count', r.retry_count)
       from reaped r
+  ), costs as (
+    select upload_pipeline.keep_costs(array_agg(r.job_id)) from reaped r where r.state = 'cancelled' having count(*) > 0
   )
-  select count(*)::integer from reaped
+  -- `costs` is named here so that it runs
+  select count(*)::integer from reaped cross join (select count(*) from costs) c
 $$;
 
 -- What a job waits for has come, or is said to have come: one that waits for its next try is ready now; one at work is due

@@ -724,6 +724,28 @@ begin
 end
 $$;
 
+-- Writes what ended jobs have used into their results, those that have used anything. The caller has locked them.
+create function upload_pipeline.keep_costs(p_job_ids uuid[])
+returns void
+language sql
+security definer
+set search_path = ''
+set enable_seqscan = off
+set enable_hashjoin = off
+set enable_mergejoin = off
+set jit = off
+as $$
+  insert into upload_pipeline.job_outcomes as o (job_id, user_id, results, updated_at)
+  select j.job_id, j.user_id, c.cost, upload_pipeline.now()
+    from upload_pipeline.upload_jobs j
+   cross join lateral (select upload_pipeline.job_cost(j.job_id) as cost) c
+   where j.job_id = any (p_job_ids) and c.cost <> '{}'
+   order by j.job_id
+  on conflict (job_id) do update
+    -- asked anew, behind the lock of the row: of two that record at once the second counts what the first wrote
+    set results = coalesce(o.results, '{}'::jsonb) || upload_pipeline.job_cost(o.job_id), updated_at = excluded.updated_at
+$$;
+
 -- Records usage: an array of objects with the names of the table's columns, `usage_id`, `provider`, `model` and
 -- `operation` among them. What was recorded before is left out. The user and the document of a record are those of its
 -- job, where there is one. Returns how many were new.
@@ -769,9 +791,7 @@ begin
   if v_count > 0 and v_jobs is not null then
     select array_agg(j.job_id order by j.job_id) into v_ended
       from upload_pipeline.upload_jobs j where j.job_id = any (v_jobs) and j.finished_at is not null;
-    update upload_pipeline.job_outcomes o
-       set results = coalesce(o.results, '{}'::jsonb) || upload_pipeline.job_cost(o.job_id), updated_at = upload_pipeline.now()
-     where o.job_id = any (v_ended);
+    perform upload_pipeline.keep_costs(v_ended);
   end if;
   return v_count;
 end
@@ -1030,9 +1050,13 @@ begin
     select upload_pipeline.wake_lanes(h.pool, h.user_ids)
       from (select m.pool, array_agg(m.user_id) as user_ids from moved m where m.state = 'queued' group by m.pool
              order by m.pool) h
+  ), costs as (
+    -- what is done says its cost by its results
+    select upload_pipeline.keep_costs(array_agg(m.job_id)) from moved m where m.state = 'cancelled' having count(*) > 0
   )
-  -- `woken` is named here so that it runs: a CTE that only reads runs only where it is asked for
-  select m.job_id, m.stage, m.state, m.lease_expires_at from moved m cross join (select count(*) from woken) w
+  -- `woken` and `costs` are named here so that they run: a CTE that only reads runs only where it is asked for
+  select m.job_id, m.stage, m.state, m.lease_expires_at
+    from moved m cross join (select count(*) from woken) w cross join (select count(*) from costs) c
   union all
   -- The token is still the caller's and the stage is the one asked for: moved by the same call before.
   select j.job_id, j.stage, j.state, j.lease_expires_at
@@ -1359,6 +1383,7 @@ as $$
 declare
   v_now   timestamptz := upload_pipeline.now();
   v_back  uuid[];
+  v_ended uuid[];
   v_lanes record;
 begin
   with held as materialized (
@@ -1380,7 +1405,10 @@ begin
            b.user_id, b.document_id, b.job_id, b.holder, b.stage, b.lease_token, b.correlation_id
       from back b
   )
-  select array_agg(b.job_id) into v_back from back b;
+  select array_agg(b.job_id), array_agg(b.job_id) filter (where b.state = 'cancelled') into v_back, v_ended from back b;
+  if v_ended is not null then
+    perform upload_pipeline.keep_costs(v_ended);
+  end if;
 
   for v_lanes in
     select j.pool, array_agg(j.user_id) as user_ids from upload_pipeline.upload_jobs j
@@ -1506,6 +1534,9 @@ begin
            finished_at = case when j.state = 'working' then null else v_now end
      where j.job_id = p_job_id
     returning j.* into v_job;
+    if v_job.state = 'cancelled' then
+      perform upload_pipeline.keep_costs(array[p_job_id]);
+    end if;
     insert into upload_pipeline.events (at, code, user_id, document_id, job_id, stage, lease_token, correlation_id)
     values (v_now, case when v_job.state = 'working' then 'job_cancel_requested' else 'job_cancelled' end::upload_pipeline.event_code,
             v_job.user_id, v_job.document_id, p_job_id, v_job.stage, v_job.lease_token, v_job.correlation_id);
@@ -1743,8 +1774,11 @@ as $$
            r.user_id, r.document_id, r.job_id, r.holder, r.stage, r.lease_token, r.correlation_id,
            jsonb_build_object('error_code', 'WORKER_LOST', 'retry_count', r.retry_count)
       from reaped r
+  ), costs as (
+    select upload_pipeline.keep_costs(array_agg(r.job_id)) from reaped r where r.state = 'cancelled' having count(*) > 0
   )
-  select count(*)::integer from reaped
+  -- `costs` is named here so that it runs
+  select count(*)::integer from reaped cross join (select count(*) from costs) c
 $$;
 
 -- What a job waits for has come, or is said to have come: one that waits for its next try is ready now; one at work is due
@@ -7204,7 +7238,7 @@ begin
        and p.proname not in ('new_job_id', 'wake_lanes', 'check_step', 'prepare_restart', 'drop_event_partitions',
                              'notify_watchers', 'settle_batch_members', 'wake_job', 'lock_awaited', 'lock_latest_job',
                              'check_no_stranger', 'look_for_upload', 'resume_upload_job', 'move_session_documents',
-                             'forget_session_document', 'lock_budget', 'job_cost', 'note_photo_status', 'lock_photo_job',
+                             'forget_session_document', 'lock_budget', 'job_cost', 'keep_costs', 'note_photo_status', 'lock_photo_job',
                              'start_photo_deletion', 'check_owner', 'check_vectors', 'today', 'touch_vectors',
                              'move_user_vectors', 'note_parse', 'set_detections', 'detection_results', 'hold_models',
                              'lacks_vectors', 'note_model_change', 'pending_chunks', 'place_vectors')

@@ -103,6 +103,7 @@ CALLERS = {
             "drop_event_partitions",
             "forget_session_document",
             "job_cost",
+            "keep_costs",
             "lock_budget",
             "move_session_documents",
             "move_user_vectors",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
@@ -16,13 +16,19 @@ import pytest
 from sessions import Connect, Connection
 from verbs import (
     add_job,
+    advance,
     advance_to,
     await_lock_wait,
+    cancel,
     claim_one,
     fail,
     in_background,
+    job_row,
+    reap,
+    release,
     retry,
     set_clock,
+    snooze,
     user_number,
     value,
 )
@@ -183,6 +189,91 @@ async def test_a_job_whose_worker_is_lost_tells_its_cost(
     assert job_results(admin, job)["cost"]["tokens"] == 1000
 
 
+def _cancel_where_nobody_works(worker: Connection, lease: Any) -> None:
+    snooze(worker, lease)
+    cancel(worker, lease.job_id)
+
+
+def _cancel_and_release(worker: Connection, lease: Any) -> None:
+    cancel(worker, lease.job_id)
+    release(worker, [lease])
+
+
+def _cancel_and_snooze(worker: Connection, lease: Any) -> None:
+    cancel(worker, lease.job_id)
+    snooze(worker, lease)
+
+
+def _cancel_and_lose_the_worker(worker: Connection, lease: Any) -> None:
+    cancel(worker, lease.job_id)
+    set_clock(worker, 100)
+    assert reap(worker) == 1
+
+
+def _cancel_and_end_the_step(worker: Connection, lease: Any) -> None:
+    cancel(worker, lease.job_id)
+    advance(worker, lease, "queued", "job_validated")
+
+
+def _cancel_and_fail(worker: Connection, lease: Any) -> None:
+    cancel(worker, lease.job_id)
+    fail(worker, lease)
+
+
+@pytest.mark.parametrize(
+    "end",
+    [
+        _cancel_where_nobody_works,
+        _cancel_and_release,
+        _cancel_and_snooze,
+        _cancel_and_lose_the_worker,
+        _cancel_and_end_the_step,
+        _cancel_and_fail,
+    ],
+)
+async def test_a_cancelled_job_tells_its_cost(
+    usage_db: asyncpg.Connection, admin: Connection, worker: Connection, end: Callable[[Connection, Any], None]
+) -> None:
+    set_clock(worker)
+    job = add_job(admin, worker)
+    lease = claim_one(worker)
+    await record_usage(usage_db, [used(job_id=job)], PRICES)
+    end(worker, lease)
+    assert job_row(admin, job).state == "cancelled"
+    assert job_results(admin, job)["cost"]["requests"] == 1
+    # what comes late as well
+    await record_usage(usage_db, [used(job_id=job)], PRICES)
+    assert job_results(admin, job)["cost"]["requests"] == 2
+
+
+async def test_what_comes_late_is_told_of_a_job_that_had_used_nothing(
+    usage_db: asyncpg.Connection, admin: Connection, worker: Connection
+) -> None:
+    user = uuid4()
+    job = add_job(admin, worker, user)
+    lease = claim_one(worker)
+    cancel(worker, job)
+    release(worker, [lease])
+    assert value(admin, "select count(*) from upload_pipeline.job_outcomes") == 0
+    await record_usage(usage_db, [used(job_id=job)], PRICES)
+    assert job_results(admin, job)["cost"]["requests"] == 1
+    row = admin.execute("select user_id, error_code from upload_pipeline.job_outcomes").fetchone()
+    assert tuple(row or ()) == (user, None)
+
+
+async def test_a_job_that_is_cancelled_while_it_waits_for_a_retry_keeps_its_error_beside_its_cost(
+    usage_db: asyncpg.Connection, admin: Connection, worker: Connection
+) -> None:
+    job = add_job(admin, worker)
+    lease = claim_one(worker)
+    await record_usage(usage_db, [used(job_id=job)], PRICES)
+    fail(worker, lease)
+    cancel(worker, job)
+    row = admin.execute("select error_code, results from upload_pipeline.job_outcomes").fetchone()
+    assert row is not None
+    assert (row.error_code, row.results["cost"]["requests"]) == ("PARSER_FAILED", 1)
+
+
 async def test_a_cost_is_unknown_where_a_part_of_it_is(
     usage_db: asyncpg.Connection, admin: Connection, worker: Connection
 ) -> None:
@@ -224,12 +315,16 @@ def test_what_is_recorded_while_the_job_ends_is_in_its_cost(
     assert job_results(admin, job)["cost"]["requests"] == 1
 
 
+@pytest.mark.parametrize("cancelled", [False, True])
 def test_two_that_record_for_an_ended_job_at_once_are_both_in_its_cost(
-    admin: Connection, worker: Connection, connect: Connect
+    admin: Connection, worker: Connection, connect: Connect, cancelled: bool
 ) -> None:
     other = connect()
     job = add_job(admin, worker)
-    fail(worker, claim_one(worker), retryable=False)
+    if cancelled:
+        cancel(worker, job)
+    else:
+        fail(worker, claim_one(worker), retryable=False)
     with other.transaction():
         record(other, job)
         recording = in_background(record, worker, job)
