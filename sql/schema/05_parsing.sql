@@ -15,13 +15,15 @@
 --   finish_submission    parsing                     the result is in the store
 --   fail_submission      job_validated or parsing    it brings nothing: the next try is a new submission
 --   wake_parse           -                           the provider says that it has ended: look now
+--   take_abandoned_parses, account_submission        what did it cost, of which no job asks any more
 --
--- All but the last are fenced by the job's lease, whose row they lock first.
+-- All but the last three are fenced by the job's lease, whose row they lock first.
 
 -- `submission_id` is what the provider is told. `begun_at`: how long it may be put off is counted from then; a restart of its
 -- job begins anew. `called_at`, `called_until`: between which a call may have made its job; null
 -- while none can have. Calls before that one made nothing: it was looked for what they made before another was allowed.
--- `told_at`: when the provider said that it has ended. Of one document, provider, tier and version one submission counts: that which has not failed.
+-- `told_at`: when the provider said that it has ended. `account_at`: when to ask next what it cost, where no job does; null where
+-- that is recorded. Of one document, provider, tier and version one submission counts: that which has not failed.
 create table upload_pipeline.parse_submissions (
   submission_id uuid primary key default gen_random_uuid(),
   document_id   uuid not null,
@@ -35,6 +37,7 @@ create table upload_pipeline.parse_submissions (
   parse_id      text,
   submitted_at  timestamptz,
   told_at       timestamptz,
+  account_at    timestamptz,
   finished_at   timestamptz,
   page_count    integer,
   failed_pages  integer[] not null default '{}',
@@ -54,6 +57,8 @@ create unique index parse_submissions_counts on upload_pipeline.parse_submission
 create index parse_submissions_document on upload_pipeline.parse_submissions (document_id);
 -- wake_parse, load_submission; not unique: a provider that knows the bytes already may name the same job again
 create index parse_submissions_parse on upload_pipeline.parse_submissions (parse_id, provider) where parse_id is not null;
+-- take_abandoned_parses
+create index parse_submissions_account on upload_pipeline.parse_submissions (provider, account_at) where account_at is not null;
 
 -- The submission of the job's document that counts, or a new one. One of another tier or version counts too while a call
 -- may have made its job and nobody knows. `called_at` where a call may have made the job; `wait`: seconds until another call
@@ -145,7 +150,8 @@ declare
   v_now timestamptz := upload_pipeline.now();
 begin
   update upload_pipeline.parse_submissions s
-     set parse_id = coalesce(s.parse_id, p_parse_id), submitted_at = coalesce(s.submitted_at, v_now)
+     set parse_id = coalesce(s.parse_id, p_parse_id), submitted_at = coalesce(s.submitted_at, v_now),
+         account_at = case when s.parse_id is null then v_now + interval '10 minutes' else s.account_at end
    where s.submission_id = p_submission_id and s.document_id = p_document_id;
   update upload_pipeline.documents d
      set parse_provider = s.provider, parse_id = s.parse_id, parse_tier = s.tier, parse_version = s.version,
@@ -207,7 +213,7 @@ as $$
 begin
   perform upload_pipeline.check_lease(p_job_id, p_token);
   update upload_pipeline.parse_submissions s
-     set finished_at = upload_pipeline.now(), page_count = p_page_count, failed_pages = p_failed_pages
+     set finished_at = upload_pipeline.now(), page_count = p_page_count, failed_pages = p_failed_pages, account_at = null
    where s.submission_id = p_submission_id and s.finished_at is null;
 end
 $$;
@@ -265,4 +271,50 @@ begin
   end loop;
   return v_count;
 end
+$$;
+
+-- Parses that were submitted some time ago and that no job looks at any more: it ended, or made another one. What they cost
+-- is to be asked for and recorded. Each is given out once in ten minutes, until account_submission says that it is done.
+-- Locks submissions, and waits for none.
+create function upload_pipeline.take_abandoned_parses(p_provider text, p_limit integer)
+returns table (
+  submission_id uuid, parse_id text, tier text, version text, job_id uuid, age double precision, page_count integer
+)
+language sql
+security definer
+set search_path = ''
+set enable_seqscan = off
+set enable_bitmapscan = off
+set enable_hashjoin = off
+set enable_mergejoin = off
+as $$
+  with due as materialized (
+    select s.submission_id from upload_pipeline.parse_submissions s
+     where s.provider = p_provider and s.account_at <= upload_pipeline.now()
+     order by s.account_at limit p_limit for no key update skip locked
+  ), taken as (
+    update upload_pipeline.parse_submissions s set account_at = upload_pipeline.now() + interval '10 minutes'
+      from due where s.submission_id = due.submission_id
+    returning s.*
+  )
+  select t.submission_id, t.parse_id, t.tier, t.version,
+         (select j.job_id from upload_pipeline.upload_jobs j
+           where j.document_id = t.document_id and j.pipeline = 'document' order by j.seq desc limit 1),
+         extract(epoch from upload_pipeline.now() - t.submitted_at)::double precision,
+         (select d.page_count from upload_pipeline.documents d where d.document_id = t.document_id)
+    from taken t
+   where t.failed_at is not null
+      or not exists (select from upload_pipeline.upload_jobs j
+                      where j.document_id = t.document_id and j.pipeline = 'document'
+                        and j.state in ('queued', 'working', 'retryable'))
+$$;
+
+-- What a submission cost is recorded, or will never be known.
+create function upload_pipeline.account_submission(p_submission_id uuid)
+returns void
+language sql
+security definer
+set search_path = ''
+as $$
+  update upload_pipeline.parse_submissions s set account_at = null where s.submission_id = p_submission_id
 $$;

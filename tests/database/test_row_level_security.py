@@ -185,6 +185,8 @@ CALLERS = {
             "fail_job",
             "fill_vectors",
             "fail_submission",
+            "take_abandoned_parses",
+            "account_submission",
             "find_api_key",
             "find_session",
             "find_duplicate",

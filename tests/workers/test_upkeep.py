@@ -447,3 +447,31 @@ async def test_a_batch_that_is_over_is_told_once(
     (line,) = [line for line in lines if line["event"] == "batch_completed"]
     assert (line["batch_id"], line["status"], line["total"], line["failed"]) == (batch, "failed", 1, 1)
     assert await world.admin.fetchval(told) == 1
+
+
+async def test_accounts_are_settled_again_and_again_also_after_a_failure(
+    pool: asyncpg.Pool, store: ObjectStore, scratch: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(upkeep, "ACCOUNT_INTERVAL", 0.01)
+    rounds: list[int] = []
+
+    async def account() -> None:
+        rounds.append(1)
+        raise OSError
+
+    work = Upkeep(
+        pool,
+        store,
+        scratch,
+        lease_ttl=60,
+        maintenance_interval=60,
+        orphan_grace=60,
+        session_grace=60,
+        wake=lambda: None,
+        account=account,
+    )
+    task = asyncio.create_task(work.run())
+    await until_true(lambda: len(rounds) > 1, "two rounds")
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task

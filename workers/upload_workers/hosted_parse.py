@@ -33,13 +33,11 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from decimal import Decimal
 from typing import TYPE_CHECKING
 from uuid import UUID
 
 import structlog
 
-from upload_pipeline import ids
 from upload_pipeline.database.parse_submissions import (
     BegunSubmission,
     StoredSubmission,
@@ -50,14 +48,14 @@ from upload_pipeline.database.parse_submissions import (
     finish_submission,
     load_wait,
 )
-from upload_pipeline.database.usage import Usage, record_usage
 from upload_pipeline.errors import ErrorCode, PipelineError
 from upload_pipeline.media_types import DOCX, HTML, MARKDOWN, PDF, PLAIN
-from upload_pipeline.providers.llamaparse import PAGE_CREDITS, open_llamaparse
+from upload_pipeline.providers.llamaparse import open_llamaparse
 from upload_pipeline.providers.llamaparse_results import PROVIDER, FinishedParse, ParseError, Remedy
 from upload_pipeline.rate_headers import key_id_of
 from upload_pipeline.storage.keys import hosted_output_key, uploader_of
 from upload_workers.embedding_line import PutOff
+from upload_workers.parse_accounts import ParseAccounts, record_parse
 from upload_workers.parse_turns import NoRoom, ParseTurns, put_off
 from upload_workers.stages.source import local_copy, store_text
 
@@ -86,11 +84,13 @@ class HostedParser:
 
     Attributes:
         turns: what each request of the client waits for.
+        accounts: of parses that no job looks at any more.
         takes_new: whether documents are submitted; else only what was submitted before is followed.
     """
 
     client: LlamaParse
     turns: ParseTurns
+    accounts: ParseAccounts
     calls: ProviderCalls
     takes_new: bool
 
@@ -140,11 +140,13 @@ class HostedParser:
                     finished = await self.client.look(submission.parse_id)
         except ParseError as error:
             if error.code is ErrorCode.PARSE_FAILED:
+                if error.credits:
+                    await self._record(job, submission, 0, error.credits, context)
                 await fail_submission(context.db, job.lease, submission.submission_id)
             raise
         if finished is not None:
             self.calls.worked(PROVIDER, "parse", "pages", finished.page_count)
-            await self._record(job, submission, finished, context)
+            await self._record(job, submission, finished.page_count, finished.credits, context)
         return finished
 
     async def keep(
@@ -258,23 +260,18 @@ class HostedParser:
             )
 
     async def _record(
-        self, job: ClaimedJob, submission: StoredSubmission, finished: FinishedParse, context: StepContext
+        self, job: ClaimedJob, submission: StoredSubmission, pages: int, told: float | None, context: StepContext
     ) -> None:
-        paid = finished.credits
-        if paid is None:
-            # the job has ended before its bill was written
-            paid = PAGE_CREDITS.get(submission.tier, 0) * finished.page_count
-        used = Usage(
-            ids.usage_id(PROVIDER, submission.parse_id),
-            PROVIDER,
-            f"{submission.tier}/{submission.version}",
-            "parse",
+        await record_parse(
+            context.db,
+            context.settings.prices,
+            parse_id=submission.parse_id,
             job_id=job.job_id,
-            requests=1,
-            pages=finished.page_count,
-            credits=Decimal(str(paid)),
+            tier=submission.tier,
+            version=submission.version,
+            pages=pages,
+            told=told,
         )
-        await record_usage(context.db, [used], context.settings.prices)
 
 
 def _named(document: Document) -> str:
@@ -294,4 +291,5 @@ def open_hosted_parser(db: Executor, calls: ProviderCalls, settings: Settings) -
         return None
     turns = ParseTurns(db, calls, key_id_of(client.api_key), settings.llamaparse_requests_per_minute or None)
     client.turn = turns
-    return HostedParser(client, turns, calls, takes_new=settings.parser == PROVIDER)
+    accounts = ParseAccounts(client, db, settings.prices)
+    return HostedParser(client, turns, accounts, calls, takes_new=settings.parser == PROVIDER)

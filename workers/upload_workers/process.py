@@ -151,6 +151,7 @@ async def running_worker(
             sweep_interval=settings.sweep_interval,
             cache_life=timedelta(days=settings.embedding_cache_days),
             wake=runner.wake.set,
+            account=None if hosted_parser is None else hosted_parser.accounts.settle,
         )
         beside = [asyncio.create_task(upkeep.run(), name="upkeep")]
         if settings.worker_memory_bytes:

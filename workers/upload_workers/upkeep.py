@@ -4,6 +4,7 @@ every second or so      due retries and snoozes become ready
 every two seconds       batches whose last file has come to its end are noted; jobs that fill a new embedding model are
                         made, and vectors moved or removed after a change of models
 every quarter lease     jobs whose lease ran out are taken back
+every minute            what parses cost that were left behind
 SWEEP_INTERVAL          orphaned objects: one worker of all looks through the whole store (`sweeping`)
 MAINTENANCE_INTERVAL    event partitions, silent workers, deletions that a crash cut short, photos that never came,
                         temporary files that a killed process left; sessions that are long over; vectors in the cache
@@ -48,6 +49,7 @@ T = TypeVar("T")
 PROMOTE_INTERVAL = 1.0
 NOTE_INTERVAL = 2.0
 MODEL_INTERVAL = 2.0
+ACCOUNT_INTERVAL = 60.0
 MODEL_TURNS = 20
 """Most statements about embedding models in a row, so that a change of millions of vectors leaves room for the rest."""
 BATCH = 100
@@ -190,6 +192,7 @@ class Upkeep:
 
     Attributes:
         wake: called when jobs became ready, so that this worker looks at once.
+        account: records what parses cost that were left behind; None where there is no hosted parser.
     """
 
     db: Executor
@@ -202,10 +205,13 @@ class Upkeep:
     wake: Callable[[], None]
     sweep_interval: float = 3600.0
     cache_life: timedelta = CACHE_LIFE
+    account: Callable[[], Awaitable[None]] | None = None
 
     async def run(self) -> None:
         """Runs until cancelled."""
+        also = [] if self.account is None else [self._every(ACCOUNT_INTERVAL, self.account)]
         await asyncio.gather(
+            *also,
             self._every(PROMOTE_INTERVAL, self._promote),
             self._every(NOTE_INTERVAL, self._note_batches),
             self._every(MODEL_INTERVAL, self._tend_models),

@@ -69,6 +69,25 @@ class StoredSubmission:
 
 
 @dataclass(frozen=True, slots=True)
+class AbandonedParse:
+    """A parse that no job looks at any more, and whose cost is not recorded.
+
+    Attributes:
+        job_id: the latest job of its document; None where it has none any more.
+        age: seconds since its id was stored.
+        page_count: of the document; None where it is not known.
+    """
+
+    submission_id: UUID
+    parse_id: str
+    tier: str
+    version: str
+    job_id: UUID | None
+    age: float
+    page_count: int | None
+
+
+@dataclass(frozen=True, slots=True)
 class Wait:
     """How long a submission has been waited for, since it was begun or its provider was paused last, whatever the key.
 
@@ -209,3 +228,14 @@ async def fail_submission(db: Executor, lease: Lease, submission_id: UUID) -> No
 async def wake_parse(db: Executor, *, provider: str, parse_id: str) -> int:
     """Wakes the jobs that wait for a parse; returns how many they are."""
     return int(await db.fetchval("select upload_pipeline.wake_parse($1, $2)", provider, parse_id))
+
+
+async def take_abandoned(db: Executor, *, provider: str, limit: int) -> list[AbandonedParse]:
+    """Parses whose cost is to be asked for; nobody else is given them for some minutes."""
+    rows = await db.fetch("select * from upload_pipeline.take_abandoned_parses($1, $2)", provider, limit)
+    return [AbandonedParse(**row) for row in rows]
+
+
+async def account_submission(db: Executor, submission_id: UUID) -> None:
+    """What it cost is recorded, or not to be known."""
+    await db.fetchval("select upload_pipeline.account_submission($1)", submission_id)

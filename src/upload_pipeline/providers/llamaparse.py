@@ -261,7 +261,9 @@ class LlamaParse:
             if status not in ("FAILED", "CANCELLED"):
                 raise ValueError(f"no status {status!r} is known")
             said = str(answer.job.error_message or "it gives no reason")[:_MESSAGE_CHARS]
-            raise parse_failed(parse_id, f"ended as {status}: {said}", status=status)
+            failed = parse_failed(parse_id, f"ended as {status}: {said}", status=status)
+            failed.credits = _credits(answer.job.usage)
+            raise failed
 
     async def close(self) -> None:
         """Closes the connections."""
@@ -336,7 +338,9 @@ class LlamaParse:
             message = f"LlamaParse, asked to {purpose}, answers {status}: {said}"
             return ParseError(ErrorCode.PARSE_UNAVAILABLE, message, details, remedy=remedy, retry_after=wait)
         if status == 404 and gone is not None:
-            return parse_failed(gone, "is no longer kept by LlamaParse", status=status)
+            failed = parse_failed(gone, "is no longer kept by LlamaParse", status=status)
+            failed.gone = True
+            return failed
         return ParseError(
             ErrorCode.PARSE_REJECTED,
             f"LlamaParse, asked to {purpose}, refuses ({status}): {said}",

@@ -28,10 +28,14 @@ class ParseError(PipelineError):
     Attributes:
         remedy: what to do.
         retry_after: seconds in which nothing more is to be sent; None where the provider told nothing.
+        credits: what a job that failed cost nevertheless; None where that was not told.
+        gone: of a job that is no longer kept: what it brought and cost is not known.
     """
 
     remedy: Remedy = Remedy.AGAIN
     retry_after: float | None = None
+    credits: float | None = None
+    gone: bool = False
 
 
 @dataclass(frozen=True, slots=True)
