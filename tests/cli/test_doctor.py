@@ -9,8 +9,11 @@ from command_runs import Terminal
 from postgres_servers import Database
 
 from tests.simulators.llama_cloud import KEY, LlamaCloudSimulator
-from upload_pipeline.cli.checks import _check_llamaparse
+from tests.simulators.openai_embeddings import KEY as OPENAI_KEY
+from tests.simulators.openai_embeddings import OpenAISimulator
+from upload_pipeline.cli.checks import _check_embedder, _check_llamaparse
 from upload_pipeline.errors import ErrorCode, PipelineError
+from upload_pipeline.rate_headers import key_id_of
 from upload_pipeline.settings import Settings, load_settings
 
 
@@ -138,12 +141,12 @@ def test_a_virus_scanner_is_tried_with_the_largest_file(terminal: Terminal, clam
     assert "StreamMaxLength" in str(small["message"])
 
 
-async def test_a_hosted_parser_is_asked_whether_it_takes_the_key(tmp_path: Path) -> None:
+async def test_a_hosted_parser_is_asked_whether_it_takes_the_key(tmp_path: Path, database: Database) -> None:
     async with LlamaCloudSimulator() as simulator:
 
         def settings(**more: str) -> Settings:
             hosted = {"parser": "llamaparse", "llamaparse_base_url": simulator.url, "llamaparse_api_key": KEY}
-            return load_settings(home=tmp_path, **{**hosted, **more})
+            return load_settings(home=tmp_path, **{**hosted, "database_url": database.worker_url, **more})
 
         told = await _check_llamaparse(settings())
         assert told.startswith(f"cost_effective/2026-09-28 at {simulator.url}, 20 requests a minute; no webhook")
@@ -153,3 +156,45 @@ async def test_a_hosted_parser_is_asked_whether_it_takes_the_key(tmp_path: Path)
             await _check_llamaparse(settings(llamaparse_api_key="llx-wrong"))
         assert denied.value.code is ErrorCode.PARSE_DENIED
         assert simulator.books.paid == {}
+
+        # each was one of the minute's requests, and the third has no room for it
+        full = await _check_llamaparse(settings(llamaparse_requests_per_minute="2"))
+        assert "not asked: the budget of requests is used up" in full
+        assert simulator.books.requests["find"] == 3
+        with psycopg.connect(database.admin_url, autocommit=True) as admin:
+            count = admin.execute(
+                "select count(*) from upload_pipeline.provider_reservations where settled_at is not null"
+            ).fetchone()
+            assert count == (3,)
+            pause = "select upload_pipeline.pause_provider('llamaparse', %s, 'requests', 600, 'PARSE_QUOTA', 'empty')"
+            admin.execute(pause, [key_id_of(KEY)])
+        with pytest.raises(PipelineError, match=r"paused for \d+ s more") as paused:
+            await _check_llamaparse(settings())
+        assert paused.value.code is ErrorCode.PARSE_UNAVAILABLE
+        assert simulator.books.requests["find"] == 3
+
+
+async def test_a_paid_embedder_is_asked_within_the_budget_and_what_it_took_is_in_the_usage(
+    tmp_path: Path, database: Database
+) -> None:
+    async with OpenAISimulator() as simulator:
+        settings = load_settings(
+            home=tmp_path,
+            database_url=database.worker_url,
+            embedder="openai",
+            openai_api_key=OPENAI_KEY,
+            openai_base_url=simulator.url,
+            openai_requests_per_minute="1",
+        )
+        assert await _check_embedder(settings) == "text-embedding-3-small, 1536 dimensions"
+        full = await _check_embedder(settings)
+        assert full.startswith("text-embedding-3-small, 1536 dimensions; not asked: the budget of requests is used up")
+        asked, tokens = simulator.books.requests, simulator.books.tokens
+    assert asked == 1
+    with psycopg.connect(database.admin_url) as admin:
+        used = admin.execute(
+            "select provider, model, operation, requests, tokens, user_id from upload_pipeline.usage_records"
+        ).fetchall()
+        assert used == [("openai", "text-embedding-3-small", "trial", 1, tokens, None)]
+        counted = admin.execute("select calls, tokens from upload_pipeline.provider_budgets").fetchall()
+        assert counted == [(1, tokens)]

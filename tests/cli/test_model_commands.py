@@ -182,6 +182,26 @@ def test_the_text_that_a_model_is_tried_with_is_in_the_usage(terminal: Terminal,
     (used,) = terminal("usage", "--by", "user", "--json").lines()
     assert (used["user"], used["requests"]) == (None, 5)
     assert "(no user's)" in terminal("usage", "--by", "user").out
+    with psycopg.connect(database.admin_url) as connection:
+        # reserved and settled, each of them
+        counted = "select calls from upload_pipeline.provider_budgets where model = 'text-embedding-3-small'"
+        assert connection.execute(counted).fetchone() == (5,)
+
+
+def test_a_model_is_not_tried_where_the_budget_has_no_room(terminal: Terminal) -> None:
+    with running_simulator("tests.simulators.openai_embeddings") as url:
+        terminal.environment.update(
+            {
+                "UPLOAD_PIPELINE_OPENAI_API_KEY": KEY,
+                "UPLOAD_PIPELINE_OPENAI_BASE_URL": url,
+                "UPLOAD_PIPELINE_OPENAI_REQUESTS_PER_MINUTE": "1",
+            }
+        )
+        add = ("models", "add", "text-embedding-3-small", "--dimensions", "16")
+        assert terminal(*add).status == 0
+        refused = terminal(*add)
+        assert refused.status != 0
+        assert "not asked: the budget of requests is used up" in refused.err
 
 
 def misbehave(url: str, fault: str, *, times: int = 1) -> None:

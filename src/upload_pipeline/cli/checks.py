@@ -27,6 +27,8 @@ OLDEST_POSTGRES = 15
 CHECK_SECONDS = 60.0
 """What one check may take: enough for a database that recovers and for a model that is loaded from a slow disk."""
 
+_SENTENCE = "A sentence to embed."
+
 # The verbs that a worker cannot do without, and one table of each kind that it reads.
 _NEEDED_FUNCTIONS = (
     "claim_jobs",
@@ -289,31 +291,47 @@ async def _check_parser(settings: Settings) -> str:
 
 
 async def _check_llamaparse(settings: Settings) -> str:
+    from upload_pipeline.cli.paid_trials import NoRoomError, budget_database, parse_turn
     from upload_pipeline.providers.llamaparse import open_llamaparse
 
     parser = open_llamaparse(settings)
     if parser is None:
         raise RuntimeError("there is no LlamaParse to check")
+    remark = ""
     try:
-        await parser.find_file("doctor")
+        async with budget_database(settings) as db:
+            parser.turn = parse_turn(parser, db, settings)
+            await parser.find_file("doctor")
+    except NoRoomError as error:
+        remark = f"; {error}"
     finally:
         await parser.close()
     told = "a webhook tells of ended parses" if parser.told else "no webhook (that needs API_PUBLIC_URL and a secret)"
     limit = settings.llamaparse_requests_per_minute or "any number of"
-    return f"{parser.tier}/{parser.tier_version} at {settings.llamaparse_base_url}, {limit} requests a minute; {told}"
+    version = f"{parser.tier}/{parser.tier_version}"
+    return f"{version} at {settings.llamaparse_base_url}, {limit} requests a minute; {told}{remark}"
 
 
 async def _check_embedder(settings: Settings) -> str:
+    from upload_pipeline.cli.paid_trials import NoRoomError, try_embedder
     from upload_pipeline.providers.embedding import open_embedder
+    from upload_pipeline.providers.openai_embedder import OpenAIEmbedder
 
     embedder = open_embedder(settings.embedder, settings)
+    about = f"{embedder.model}, {embedder.dimensions} dimensions"
     try:
-        vectors = await embedder.embed(["A sentence to embed."])
+        if isinstance(embedder, OpenAIEmbedder):
+            # what it brings is checked by whoever brings it
+            await try_embedder(embedder, _SENTENCE, settings)
+            return about
+        vectors = await embedder.embed([_SENTENCE])
+    except NoRoomError as error:
+        return f"{about}; {error}"
     finally:
         await embedder.close()
     if vectors.shape != (1, embedder.dimensions):
         raise RuntimeError(f"the embedder gave an array of shape {vectors.shape}")
-    return f"{embedder.model}, {embedder.dimensions} dimensions"
+    return about
 
 
 async def _check_api(settings: Settings) -> str:

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from upload_pipeline.cli.arguments import JsonOption, examples
+from upload_pipeline.errors import ErrorCode, PipelineError
 
 if TYPE_CHECKING:
     from upload_pipeline.database.model_control import ModelStatus
-    from upload_pipeline.database.usage import Usage
     from upload_pipeline.providers.embedding import EmbeddingModel
     from upload_pipeline.settings import Settings
 
@@ -98,16 +98,10 @@ def add_command(
     from upload_pipeline.cli.opening import read_settings, reading_database
     from upload_pipeline.cli.output import note, print_json, print_line
     from upload_pipeline.database.model_control import add_model
-    from upload_pipeline.database.usage import record_trial
 
     settings = read_settings()
     with reading_database(settings) as connection:
-        used: list[Usage] = []
-        try:
-            facts = run(_tried(model, provider, dimensions, settings, used))
-        finally:
-            # also what was paid for an answer that is of no use
-            record_trial(connection, used, settings.prices)
+        facts = run(_tried(model, provider, dimensions, settings))
         status = add_model(
             connection, model=facts.name, provider=facts.provider, dimensions=facts.dimensions, paused=paused
         )
@@ -201,34 +195,34 @@ def _set_paused(model: str, paused: bool, as_json: bool) -> None:
     print_line(f"The filling of {model} {'is paused' if paused else 'goes on'}.")
 
 
-async def _tried(
-    name: str, provider: str | None, dimensions: int | None, settings: Settings, used: list[Usage]
-) -> EmbeddingModel:
-    """The model's facts, if it embeds a text; what that took is added to `used`, also where it fails."""
+async def _tried(name: str, provider: str | None, dimensions: int | None, settings: Settings) -> EmbeddingModel:
+    """The model's facts, if it embeds a text."""
     from uuid import uuid4
 
-    from upload_pipeline.database.usage import Usage
+    from upload_pipeline.cli.paid_trials import NoRoomError, budget_database, try_embedder
+    from upload_pipeline.database.usage import Usage, record_usage
     from upload_pipeline.prices import LOCAL
     from upload_pipeline.providers.embedding import TRIAL_TEXT
-    from upload_pipeline.providers.openai_embedder import PROVIDER, OpenAIEmbedder
+    from upload_pipeline.providers.openai_embedder import OpenAIEmbedder
     from upload_pipeline.providers.registered_models import open_named
-    from upload_pipeline.providers.request_packing import bound_tokens
 
     embedder = open_named(name, settings, provider=provider, dimensions=dimensions)
     try:
         if isinstance(embedder, OpenAIEmbedder):
-            api_model = embedder.api_model
-
-            def paid(tokens: int | None) -> None:
-                counted = bound_tokens(TRIAL_TEXT) if tokens is None else tokens
-                used.append(Usage(uuid4(), PROVIDER, api_model, "trial", requests=1, tokens=counted))
-
-            await embedder.embed([TRIAL_TEXT], paid=paid)
+            await try_embedder(embedder, TRIAL_TEXT, settings)
         else:
             await embedder.embed([TRIAL_TEXT])
             if settings.record_local_usage:
-                used.append(Usage(uuid4(), LOCAL, embedder.facts.name, "trial", requests=1))
+                used = Usage(uuid4(), LOCAL, embedder.facts.name, "trial", requests=1)
+                async with budget_database(settings) as db:
+                    await record_usage(db, [used], settings.prices)
         return embedder.facts
+    except NoRoomError as error:
+        raise PipelineError(
+            ErrorCode.EMBED_FAILED,
+            f"The model was {error}. Try again then.",
+            {"retry_after": round(error.seconds, 1)},
+        ) from error
     finally:
         await embedder.close()
 

@@ -226,3 +226,18 @@ async def pause(
             message,
         )
     )
+
+
+async def pause_left(db: Executor, *, provider: str, key_id: str, model: str) -> float:
+    """Seconds that a provider is paused for yet; 0 where it is not."""
+    seconds: float | None = await db.fetchval(
+        """
+        select extract(epoch from least(frozen_until, paused_until) - upload_pipeline.now())::double precision
+          from upload_pipeline.provider_budgets
+         where provider = $1 and key_id = $2 and model = $3 and frozen_until is not null and paused_until is not null
+        """,
+        provider,
+        key_id,
+        model,
+    )
+    return max(0.0, seconds or 0.0)

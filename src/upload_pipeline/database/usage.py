@@ -1,4 +1,4 @@
-"""What was used of the providers: recorded by workers, searches and `models add`, and read by operators."""
+"""What was used of the providers: recorded by workers, searches, `models add` and `doctor`, and read by operators."""
 
 from __future__ import annotations
 
@@ -67,19 +67,6 @@ async def record_usage(db: Executor, used: Sequence[Usage], prices: PriceTable) 
         return 0
     records = [_record(one, prices) for one in used]
     return int(await db.fetchval("select upload_pipeline.record_usage($1)", json.dumps(records, default=str)))
-
-
-def record_trial(connection: Connection[Any], used: Sequence[Usage], prices: PriceTable) -> None:
-    """Records usage of an operator's, as `record_usage` does.
-
-    Args:
-        connection: as role `upload_worker`, each statement its own transaction.
-        used: any number; none costs no statement.
-        prices: the setting `prices`.
-    """
-    if used:
-        records = [_record(one, prices) for one in used]
-        connection.execute("select upload_pipeline.record_usage(%s)", [json.dumps(records, default=str)])
 
 
 def _record(used: Usage, prices: PriceTable) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import binascii
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -196,14 +196,11 @@ class OpenAIEmbedder:
         unusable = _to_unit_length(vectors)
         return EmbeddingAnswer(vectors, unusable, tokens, headers)
 
-    async def embed(
-        self, texts: Sequence[str], *, paid: Callable[[int | None], None] | None = None
-    ) -> NDArray[np.float32]:
+    async def embed(self, texts: Sequence[str]) -> NDArray[np.float32]:
         """Embeds texts, part by part; a failure that may pass is tried again at once, a few times.
 
         Args:
             texts: any number.
-            paid: is told the tokens of each request that is paid for, usable or not; None where nobody said.
 
         Raises:
             PipelineError: `EMBED_FAILED`, `EMBED_QUOTA`, `EMBED_DENIED`, `EMBED_REJECTED` or `REQUEST_OVER_BUDGET`.
@@ -212,33 +209,29 @@ class OpenAIEmbedder:
         check_texts(texts)
         import numpy as np
 
-        parts = [await self._embed_part(texts[start:end], paid) for start, end in pack(texts, most=MAX_BATCH)]
+        parts = [await self._embed_part(texts[start:end]) for start, end in pack(texts, most=MAX_BATCH)]
         return np.concatenate(parts) if parts else np.empty((0, self.dimensions), dtype=np.float32)
 
     async def close(self) -> None:
         """Closes the connections."""
         await self._client.close()
 
-    async def _embed_part(self, texts: Sequence[str], paid: Callable[[int | None], None] | None) -> NDArray[np.float32]:
+    async def _embed_part(self, texts: Sequence[str]) -> NDArray[np.float32]:
         import numpy as np
 
         for tries_left in reversed(range(TRIES)):
             try:
                 answer = await self.request(texts)
             except EmbeddingError as error:
-                if error.broken and paid:
-                    paid(error.tokens)
                 if error.remedy is Remedy.SPLIT and len(texts) > 1:
                     middle = len(texts) // 2
-                    halves = [await self._embed_part(half, paid) for half in (texts[:middle], texts[middle:])]
+                    halves = [await self._embed_part(half) for half in (texts[:middle], texts[middle:])]
                     return np.concatenate(halves)
                 wait = _wait_for(error, TRIES - tries_left)
                 if not tries_left or error.remedy in (Remedy.PAUSE, Remedy.SPLIT) or wait > _LONGEST_WAIT:
                     raise
                 await asyncio.sleep(wait)
             else:
-                if paid:
-                    paid(answer.tokens)
                 if not answer.unusable:
                     return answer.vectors
         raise EmbeddingError(

@@ -51,6 +51,17 @@ _LIFE_SLACK = timedelta(seconds=10)  # between a request's timeout and the end o
 _BOOKS_SECONDS = 5.0  # for writing down what a query used
 
 
+@dataclass
+class BudgetError(PipelineError):
+    """The limits leave no room for the request, and nothing was asked.
+
+    Attributes:
+        seconds: until there may be.
+    """
+
+    seconds: float = 0.0
+
+
 @dataclass(frozen=True, slots=True)
 class PaidQueries:
     """How queries are embedded by a provider that is paid for it.
@@ -82,9 +93,23 @@ class PaidQueries:
         known = await self._look_up(query, user_id)
         if known is not None:
             return known
+        answer = await self._ask(query, user_id, "search")
+        await self._keep(query, user_id, answer)
+        vector: NDArray[np.float32] = answer.vectors[0]
+        return vector
+
+    async def try_out(self, text: str) -> None:
+        """Has a text embedded that is nobody's: it is asked for in any case, and recorded as `trial`.
+
+        Raises:
+            PipelineError: as `embed`; `BudgetError` where the limit is reached.
+        """
+        await self._ask(text, None, "trial")
+
+    async def _ask(self, query: str, user_id: UUID | None, operation: str) -> EmbeddingAnswer:
         for tries in range(1, TRIES + 1):
             try:
-                answer = await self._request(query, user_id)
+                answer = await self._request(query, user_id, operation)
             except EmbeddingError as error:
                 if tries == TRIES or error.remedy not in (Remedy.AGAIN, Remedy.WAIT):
                     raise
@@ -92,10 +117,8 @@ class PaidQueries:
                     await asyncio.sleep(_FIRST_DELAY * 2 ** (tries - 1))
             else:
                 if not answer.unusable:
-                    await self._keep(query, user_id, answer)
-                    vector: NDArray[np.float32] = answer.vectors[0]
-                    return vector
-        raise PipelineError(ErrorCode.EMBED_FAILED, "The embedder gives the query a vector that has no direction.")
+                    return answer
+        raise PipelineError(ErrorCode.EMBED_FAILED, "The embedder gives the text a vector that has no direction.")
 
     async def _look_up(self, query: str, user_id: UUID) -> NDArray[np.float32] | None:
         """The vector that was paid for before; None where there is none, or no telling."""
@@ -120,7 +143,7 @@ class PaidQueries:
         except Exception as error:  # noqa: BLE001 - see above
             log.warning("vector_not_kept", error=str(error) or type(error).__name__)
 
-    async def _request(self, query: str, user_id: UUID) -> EmbeddingAnswer:
+    async def _request(self, query: str, user_id: UUID | None, operation: str) -> EmbeddingAnswer:
         reserved = bound_tokens(query)
         granted = await provider_budget.reserve_in_turn(
             self.db,
@@ -135,11 +158,12 @@ class PaidQueries:
             life=timedelta(seconds=self.timeout) + _LIFE_SLACK,
         )
         if isinstance(granted, provider_budget.Wait):
-            raise PipelineError(
+            raise BudgetError(
                 ErrorCode.EMBED_FAILED,
                 f"The embedder's rate limit is reached: ask again in {granted.seconds:.0f} s, or search by words only "
                 "(mode `text`).",
                 {"retry_after": round(granted.seconds, 1)},
+                seconds=granted.seconds,
             )
         tokens: int | None = None
         limits: RateLimits | None = None
@@ -157,7 +181,7 @@ class PaidQueries:
                 used = reserved if tokens is None else tokens
                 await self._record(
                     Usage(
-                        uuid4(), PROVIDER, self.embedder.api_model, "search", user_id=user_id, requests=1, tokens=used
+                        uuid4(), PROVIDER, self.embedder.api_model, operation, user_id=user_id, requests=1, tokens=used
                     )
                 )
         self.calls.worked(PROVIDER, "embed", "texts", 1)
