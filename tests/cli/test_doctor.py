@@ -152,6 +152,9 @@ async def test_a_hosted_parser_is_asked_whether_it_takes_the_key(tmp_path: Path,
         assert told.startswith(f"cost_effective/2026-09-28 at {simulator.url}, 20 requests a minute; no webhook")
         hook = {"llamaparse_webhook_secret": "s" * 32, "api_public_url": "https://files.example.com"}
         assert (await _check_llamaparse(settings(**hook))).endswith("a webhook tells of ended parses")
+        with pytest.raises(PipelineError, match="UPLOAD_PIPELINE_API_PUBLIC_URL") as plain:
+            await _check_llamaparse(settings(**{**hook, "api_public_url": "http://files.example.com"}))
+        assert plain.value.code is ErrorCode.SETTING_INVALID
         with pytest.raises(PipelineError) as denied:
             await _check_llamaparse(settings(llamaparse_api_key="llx-wrong"))
         assert denied.value.code is ErrorCode.PARSE_DENIED

@@ -162,6 +162,19 @@ async def test_a_file_that_is_about_to_expire_is_not_found(simulator: LlamaCloud
     assert await parser.find_file("d1") == "dfl-2"
 
 
+@pytest.mark.parametrize(("minutes", "found"), [(5, None), (60, "dfl-1")])
+async def test_a_time_without_a_zone_is_taken_for_utc(
+    simulator: LlamaCloudSimulator, parser: LlamaParse, minutes: int, found: str | None
+) -> None:
+    class Expiring(_File):
+        def as_json(self) -> dict[str, Any]:
+            at = (datetime.now(UTC) + timedelta(minutes=minutes)).replace(tzinfo=None)
+            return {**super().as_json(), "expires_at": at.isoformat()}
+
+    simulator._files["dfl-1"] = Expiring("dfl-1", "d1.txt", "d1", b"one")
+    assert await parser.find_file("d1") == found
+
+
 async def test_a_job_that_is_told_within_another_object_is_read_too(
     simulator: LlamaCloudSimulator, parser: LlamaParse, path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -252,6 +252,16 @@ async def test_a_vector_that_is_no_direction_is_told_and_the_others_are_good(
     np.testing.assert_allclose(answer.vectors[[0, 2]], expected(["water damage", "roof"]), rtol=1e-5)
 
 
+@pytest.mark.parametrize("param", [["input", 0], {"input": 0}, 7])
+async def test_a_refusal_that_names_no_parameter_as_others_do_is_one_of_what_was_sent(
+    simulator: OpenAISimulator, embedder: OpenAIEmbedder, monkeypatch: pytest.MonkeyPatch, param: Any
+) -> None:
+    monkeypatch.setattr(simulator, "vectors", lambda *_: refusal(400, "This is no text.", param=param))
+    with pytest.raises(EmbeddingError) as caught:
+        await embedder.request(TEXTS)
+    assert (caught.value.code, caught.value.remedy) == (ErrorCode.EMBED_REJECTED, Remedy.SPLIT)
+
+
 async def test_a_request_without_end_ends_in_time(simulator: OpenAISimulator) -> None:
     embedder = OpenAIEmbedder(api_key=KEY, base_url=simulator.url, model="text-embedding-3-small", timeout=0.3)
     simulator.misbehave(Fault.HANG)

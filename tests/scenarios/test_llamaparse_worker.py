@@ -186,6 +186,7 @@ async def test_the_webhook_ends_the_wait_and_doctor_looks_at_the_key(
 
     # a machine that is busy may take its time over the first request
     world.environment["UPLOAD_PIPELINE_LLAMAPARSE_TIMEOUT"] = "30"
+    world.environment["UPLOAD_PIPELINE_API_PUBLIC_URL"] = "https://files.example.com"
     world.environment["UPLOAD_PIPELINE_LLAMAPARSE_API_KEY"] = "llx-wrong"
     checked = await run_command(world, "doctor")
     assert checked.returncode == 1

@@ -299,6 +299,12 @@ async def _check_llamaparse(settings: Settings) -> str:
         raise RuntimeError("there is no LlamaParse to check")
     remark = ""
     try:
+        if parser.told and not settings.api_public_url.startswith("https://"):
+            raise PipelineError(
+                ErrorCode.SETTING_INVALID,
+                "LlamaParse sends messages to addresses that begin with https:// only. Set "
+                "UPLOAD_PIPELINE_API_PUBLIC_URL to one, or leave UPLOAD_PIPELINE_LLAMAPARSE_WEBHOOK_SECRET empty.",
+            )
         async with budget_database(settings) as db:
             parser.turn = parse_turn(parser, db, settings)
             await parser.find_file("doctor")

@@ -144,7 +144,7 @@ class LlamaParse:
             found = await self._client.files.list(external_file_id=external_id, page_size=_LISTED_AT_ONCE)
             for file in found.items:
                 # a server that does not know the filter lists everything
-                if file.external_file_id == external_id and (file.expires_at is None or file.expires_at > soon):
+                if file.external_file_id == external_id and (file.expires_at is None or _utc(file.expires_at) > soon):
                     return _text(file.id)
         return None
 
@@ -386,6 +386,11 @@ def _credits(usage: Any) -> float | None:
     if isinstance(told, int | float) and not isinstance(told, bool) and 0 <= told < _MOST_CREDITS:
         return told
     return None
+
+
+def _utc(told: datetime) -> datetime:
+    """A time that the API tells, which need not name its zone."""
+    return told if told.tzinfo else told.replace(tzinfo=UTC)
 
 
 def _text(value: Any) -> str:

@@ -174,7 +174,9 @@ def refused(error: Any, wording: Wording, *, api_key: str) -> ProviderError:
         # the provider's own words name parts of the key
         message = f"{who} refuses the key ({status}). Set UPLOAD_PIPELINE_OPENAI_API_KEY to one that is valid."
         return failed(wording.denied, message, Remedy.PAUSE)
-    if status == 404 or (status == 400 and error.param in wording.setting_params):
+    # a server that speaks alike may say more of it than a name
+    param = error.param if isinstance(error.param, str) else ""
+    if status == 404 or (status == 400 and param in wording.setting_params):
         message = f"{who} has no such model, or not like this ({status}): {said}. Look at {wording.look_at}."
         return failed(wording.denied, message, Remedy.PAUSE)
     if status == 429 and (large := _larger_than_a_minute(error)):
