@@ -25,13 +25,18 @@ async def rows(world: World, query: str) -> list[asyncpg.Record]:
         await connection.close()
 
 
+async def needed(world: World) -> Counter[str]:
+    """How often each text has to be paid for: once for each user who has it, in however many chunks."""
+    chunks = await rows(world, "select distinct user_id, text from upload_pipeline.document_chunks")
+    return Counter(chunk["text"] for chunk in chunks)
+
+
 async def paid_more_than_needed(world: World, simulator: OpenAISimulator) -> dict[str, int]:
-    """Texts that were paid for more often than chunks have them and their answers were lost."""
-    chunks = await rows(world, "select text from upload_pipeline.document_chunks where live")
-    needed = Counter(row["text"] for row in chunks)
-    assert set(needed) <= set(simulator.books.paid)
-    books = simulator.books
-    return {text: times for text, times in books.paid.items() if times > needed[text] + books.lost[text]}
+    """Texts that were paid for more often than users have them and their answers were lost."""
+    live = await rows(world, "select distinct text from upload_pipeline.document_chunks where live")
+    books, texts = simulator.books, await needed(world)
+    assert {row["text"] for row in live} <= set(books.paid)
+    return {text: times for text, times in books.paid.items() if times > texts[text] + books.lost[text]}
 
 
 async def run_command(world: World, *arguments: str) -> subprocess.CompletedProcess[str]:

@@ -5,22 +5,26 @@ from __future__ import annotations
 import asyncio
 import random
 import signal
-import time
 from collections import Counter, defaultdict
-from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from subprocess import Popen
 
 import asyncpg
-import psutil
 import pytest
-from aiohttp import web
 
 from tests.sample_documents import make_document
+from tests.scenarios.paid_answers import (
+    Kill,
+    NamingOpenAI,
+    look_at_kill,
+    paid_though_kept,
+    paid_too_often,
+)
+from tests.scenarios.paid_world import needed
 from tests.scenarios.world import World, live_jobs, spread_over_users
 from tests.simulators.llama_cloud import KEY as LLAMA_KEY
 from tests.simulators.llama_cloud import LlamaCloudSimulator
 from tests.simulators.openai_embeddings import KEY as OPENAI_KEY
-from tests.simulators.openai_embeddings import OpenAISimulator
 from upload_pipeline.errors import ErrorCode
 
 USERS = 25
@@ -35,12 +39,13 @@ BAD_DAY = {"rate_limited": 0.10, "server_error": 0.05, "dropped": 0.02, "hang": 
 
 FREQUENT = ("rate_limited", "server_error")
 
-ON_ITS_WAY = 5.0
-"""Seconds that an answer may be on its way into the database, on a busy machine. What a worker was answered that is
-killed in them is paid for again."""
+BATCH, CONCURRENCY = 8, 1
+UNDER_WAY = BATCH * (2 * CONCURRENCY + 1)
+"""Texts that a worker may have been answered and not stored: while requests are under way others are written, and one
+more waits for its turn."""
 
-DYING = 1.0
-"""Seconds for which the system may take a killed worker's connections for open."""
+LONG, SECTIONS = 3, 90
+"""Documents of so many sections: their texts take many requests, between which workers are killed."""
 
 AT_WORK = """
     select distinct w.pid
@@ -50,34 +55,16 @@ AT_WORK = """
      order by w.pid
 """
 
+EMBEDDED = """
+    select w.pid, c.text
+      from upload_pipeline.upload_jobs j
+      join upload_pipeline.workers w using (worker_id)
+      join upload_pipeline.document_chunks c using (document_id)
+     where j.state = 'working' and j.stage = 'embedding' and j.lease_expires_at > now()
+"""
+
 STATED = {ErrorCode.PARSE_UNAVAILABLE, ErrorCode.EMBED_FAILED, ErrorCode.WORKER_LOST}
 """Why a document may end in the dead letters: a provider failed four tries of a step, or their workers died."""
-
-
-@dataclass(frozen=True)
-class Killed:
-    """A worker: when it was killed, by the monotonic clock, and the ports at which it was answered."""
-
-    at: float
-    ports: frozenset[int]
-
-
-class TimedOpenAI(OpenAISimulator):
-    """Notes when each request came, and when and at which port of a worker each text was answered."""
-
-    def __init__(self, **options: Any) -> None:
-        super().__init__(**options)
-        self.asked_at: list[float] = []
-        self.answered_at: defaultdict[str, list[tuple[float, int]]] = defaultdict(list)
-
-    async def answer(self, request: web.Request, body: dict[str, Any]) -> web.StreamResponse:
-        self.asked_at.append(time.monotonic())
-        response = await super().answer(request, body)
-        if response.status == 200 and request.transport is not None:
-            port = request.transport.get_extra_info("peername")[1]
-            for text in body["input"]:
-                self.answered_at[text].append((time.monotonic(), port))
-        return response
 
 
 @pytest.mark.parametrize("documents", [50, pytest.param(200, marks=pytest.mark.slow)])
@@ -86,8 +73,8 @@ async def test_documents_on_a_bad_day_are_paid_for_once(world: World, documents:
         LlamaCloudSimulator(
             pending=0.1, running=0.3, faults=BAD_DAY, seed=5, retry_after=0.5, requests_per_minute=PARSES_PER_MINUTE
         ) as parses,
-        TimedOpenAI(
-            latency=0.05,
+        NamingOpenAI(
+            latency=0.1,
             faults=BAD_DAY,
             seed=7,
             retry_after=0.5,
@@ -106,10 +93,10 @@ async def test_documents_on_a_bad_day_are_paid_for_once(world: World, documents:
             "UPLOAD_PIPELINE_LLAMAPARSE_REQUESTS_PER_MINUTE": str(PARSES_PER_MINUTE),
             "UPLOAD_PIPELINE_EMBEDDER": "openai",
             "UPLOAD_PIPELINE_OPENAI_API_KEY": OPENAI_KEY,
-            "UPLOAD_PIPELINE_OPENAI_BASE_URL": embeddings.url,
             "UPLOAD_PIPELINE_OPENAI_DIMENSIONS": str(DIMENSIONS),
             "UPLOAD_PIPELINE_OPENAI_TIMEOUT": "3",
-            "UPLOAD_PIPELINE_EMBED_BATCH_SIZE": "8",
+            "UPLOAD_PIPELINE_OPENAI_CONCURRENCY": str(CONCURRENCY),
+            "UPLOAD_PIPELINE_EMBED_BATCH_SIZE": str(BATCH),
             "UPLOAD_PIPELINE_WORKER_CONCURRENCY": "12",
         }
         admin = await asyncpg.connect(world.admin_url)
@@ -118,9 +105,10 @@ async def test_documents_on_a_bad_day_are_paid_for_once(world: World, documents:
             name = await admin.fetchval("select current_database()")
             await admin.execute(f"""alter database "{name}" set upload_pipeline.backoff_base = '300 milliseconds'""")
             await _take_in(world, documents)
-            killed = await _kill_workers_until_ended(world, admin, seconds=600)
+            kills = await _kill_workers_until_ended(world, admin, embeddings, seconds=600)
             await _check_outcomes(admin, documents)
-            await _check_books(admin, parses, embeddings, killed)
+            await _check_parses(admin, parses)
+            await _check_texts(world, admin, embeddings, kills)
             if documents == 200:
                 limit, asked = EMBEDDINGS_PER_MINUTE[documents], embeddings.asked_at
                 busiest = max(sum(at <= other < at + 60 for other in asked) for at in asked)
@@ -134,33 +122,77 @@ async def test_documents_on_a_bad_day_are_paid_for_once(world: World, documents:
 async def _take_in(world: World, documents: int) -> None:
     folder = world.home / "files"
     folder.mkdir()
-    paths = []
-    for seed in range(documents):
+    paths = [_long_document(folder / "long-0.html", 0), _long_document(folder / "long-1.html", 1)]
+    for seed in range(documents - LONG):
         kind = "html" if seed % 4 else "pdf"
         path = folder / f"claim-{seed}.{kind}"
         path.write_bytes(make_document(kind, seed, pages=1 + seed % MOST_PAGES))  # type: ignore[arg-type]
         paths.append(path)
-    await world.ingest(spread_over_users(paths, users=USERS))
+    # the first is another user's too, who pays for it again
+    await world.ingest(spread_over_users([*paths, paths[0]], users=USERS))
 
 
-async def _kill_workers_until_ended(world: World, admin: asyncpg.Connection, *, seconds: float) -> list[Killed]:
+def _long_document(path: Path, number: int) -> Path:
+    """Sections of words of their own, and now and then one that stands in the document several times."""
+    terms = "# Terms\n\n" + " ".join(f"The deductible of clause {number}.{part} applies once." for part in range(40))
+    parts = ["<!doctype html>\n<html><body>"]
+    for section in range(SECTIONS):
+        parts.append(f"# Section {section}")
+        parts.append(" ".join(f"Of claim {number}.{section}, part {part} was looked at." for part in range(40)))
+        if section % 20 == 10:
+            parts.append(terms)
+    path.write_text("\n\n".join(parts))
+    return path
+
+
+def _start_worker(world: World, embeddings: NamingOpenAI) -> Popen[bytes]:
+    world.environment["UPLOAD_PIPELINE_OPENAI_BASE_URL"] = embeddings.address_of(len(world.workers))
+    return world.start_worker()
+
+
+async def _kill_workers_until_ended(
+    world: World, admin: asyncpg.Connection, embeddings: NamingOpenAI, *, seconds: float
+) -> list[Kill]:
     choose = random.Random(11)
-    running = {worker.pid: worker for worker in (world.start_worker() for _ in range(WORKERS))}
-    killed: list[Killed] = []
+    running = {worker.pid: worker for worker in (_start_worker(world, embeddings) for _ in range(WORKERS))}
+    kills: list[Kill] = []
+    midway = 0
     async with asyncio.timeout(seconds):
         while await live_jobs(admin):
-            await asyncio.sleep(choose.uniform(1.0, 3.0))
-            busy = [row["pid"] for row in await admin.fetch(AT_WORK) if row["pid"] in running]
-            if busy and len(killed) < KILLS:
+            await asyncio.sleep(choose.uniform(0.5, 1.5))
+            if len(kills) == KILLS:
+                continue
+            busy = [row["pid"] for row in await admin.fetch(AT_WORK)]
+            if len(kills) % 2 == 0:
+                busy = await _embedding_midway(admin, embeddings)
+            busy = [pid for pid in busy if pid in running]
+            if busy:
+                midway += len(kills) % 2 == 0
                 victim = running.pop(choose.choice(busy))
-                ports = frozenset(c.laddr.port for c in psutil.Process(victim.pid).net_connections("tcp"))
                 victim.send_signal(signal.SIGKILL)
-                killed.append(Killed(time.monotonic(), ports))
                 await asyncio.to_thread(victim.wait)
-                successor = world.start_worker()
+                kills.append(await look_at_kill(admin, world.workers.index(victim)))
+                successor = _start_worker(world, embeddings)
                 running[successor.pid] = successor
-    assert len(killed) >= KILLS // 2, "the documents were through before workers could be killed"
-    return killed
+    assert len(kills) >= KILLS // 2, "the documents were through before workers could be killed"
+    assert midway, "no worker was killed in the midst of a document's texts"
+    return kills
+
+
+async def _embedding_midway(admin: asyncpg.Connection, embeddings: NamingOpenAI) -> list[int]:
+    """Workers of whose documents many texts were answered and others were not, as soon as there are any."""
+    while await live_jobs(admin):
+        texts = defaultdict[int, set[str]](set)
+        for row in await admin.fetch(EMBEDDED):
+            texts[row["pid"]].add(row["text"])
+        answered = {paid.text for paid in embeddings.payments}
+        midway = [
+            pid for pid, its in texts.items() if len(its & answered) > 2 * UNDER_WAY and len(its - answered) > BATCH
+        ]
+        if midway:
+            return midway
+        await asyncio.sleep(0.02)
+    return []
 
 
 async def _check_outcomes(admin: asyncpg.Connection, documents: int) -> None:
@@ -182,36 +214,26 @@ async def _check_outcomes(admin: asyncpg.Connection, documents: int) -> None:
     assert reaped > 0, "no worker was killed with a job in its hands"
 
 
-async def _check_books(
-    admin: asyncpg.Connection, parses: LlamaCloudSimulator, embeddings: TimedOpenAI, killed: list[Killed]
-) -> None:
+async def _check_parses(admin: asyncpg.Connection, parses: LlamaCloudSimulator) -> None:
     # A job whose answer was dropped is found again by listing, so even lost answers cost nothing.
     assert parses.books.paid_again() == {}
     assert parses.books.over_limit == 0
     assert all(parses.books.faults[fault] > 0 for fault in FREQUENT)
-
-    rows = await admin.fetch("select text from upload_pipeline.document_chunks where live")
-    needed = Counter(row["text"] for row in rows)
-    assert set(needed) <= set(embeddings.books.paid)
-    again = {
-        text: times - needed[text] - embeddings.books.lost[text]
-        for text, times in embeddings.books.paid.items()
-        if times > max(1, needed[text]) + embeddings.books.lost[text]
-    }
-    excused = {
-        text
-        for text in again
-        if any(
-            worker.at - ON_ITS_WAY <= answered <= worker.at + DYING and port in worker.ports
-            for answered, port in embeddings.answered_at[text]
-            for worker in killed
-        )
-    }
-    assert {text: embeddings.answered_at[text] for text in set(again) - excused} == {}, killed
-    assert len(excused) <= KILLS * 8 * 4, "more than the requests that a killed worker had under way"
-    assert embeddings.books.over_limit == 0
-    assert embeddings.books.faults["rate_limited"] > 0
     # A parse is recorded when its result comes: of a document that died before that it is in the books alone.
     counted = await admin.fetchval("select sum(pages) from upload_pipeline.usage_records where provider = 'llamaparse'")
     dead = await admin.fetchval("select count(*) from upload_pipeline.upload_jobs where state = 'deadletter'")
     assert parses.books.pages - MOST_PAGES * dead <= counted <= parses.books.pages
+
+
+async def _check_texts(world: World, admin: asyncpg.Connection, embeddings: NamingOpenAI, kills: list[Kill]) -> None:
+    texts = await needed(world)
+    assert Counter(texts.values())[2] > SECTIONS, "texts that two users have"
+    live = await admin.fetch("select distinct text from upload_pipeline.document_chunks where live")
+    assert {row["text"] for row in live} <= set(embeddings.books.paid) <= set(texts)
+    for kill in kills:
+        assert kill.kept, "nothing was stored when a worker was killed"
+        assert sum(kill.unstored(embeddings).values()) <= UNDER_WAY, "an answer is stored when it comes"
+        assert paid_though_kept(embeddings, texts, kill) == {}
+    assert paid_too_often(embeddings, texts, kills) == {}
+    assert embeddings.books.over_limit == 0
+    assert embeddings.books.faults["rate_limited"] > 0

@@ -18,6 +18,9 @@ async def test_faults_and_a_killed_worker_leave_every_vector_and_nothing_paid_tw
     world: World, simulator: OpenAISimulator
 ) -> None:
     files = write_documents(world.home / "files", 12)
+    files.append(world.home / "files" / "terms.md")
+    terms = "# Terms\n\n" + "The deductible applies once. " * 50
+    files[-1].write_text("\n\n".join([terms, "# Scope\n\n" + "Wear is excluded. " * 80] * 3))
     await world.ingest(spread_over_users(files, users=4))
     simulator.latency = 0.3
     simulator.faults = {"rate_limited": 0.1, "server_error": 0.05, "dropped": 0.05, "truncated": 0.02, "hang": 0.01}
@@ -34,7 +37,7 @@ async def test_faults_and_a_killed_worker_leave_every_vector_and_nothing_paid_tw
     victim.send_signal(signal.SIGKILL)
     world.start_worker()
     assert await asyncio.to_thread(victim.wait) != 0
-    assert await world.until_ended(120) == {"done": 12}
+    assert await world.until_ended(120) == {"done": 13}
 
     assert await paid_more_than_needed(world, simulator) == {}
     assert simulator.books.over_limit == 0

@@ -5,13 +5,12 @@ from __future__ import annotations
 import asyncio
 import json
 import signal
-from collections import Counter
 from uuid import UUID, uuid4
 
 import numpy as np
 import pytest
 
-from tests.scenarios.paid_world import DIMENSIONS, rows, run_command
+from tests.scenarios.paid_world import DIMENSIONS, needed, rows, run_command
 from tests.scenarios.test_embedding_cache import long_document
 from tests.scenarios.world import World
 from tests.simulators.openai_embeddings import Fault, OpenAISimulator, vector_of
@@ -39,12 +38,6 @@ async def owner(world: World, simulator: OpenAISimulator) -> UUID:
     assert await world.until_ended(120) == {"done": 3}
     assert simulator.books.requests == 0
     return owner
-
-
-async def needed(world: World) -> Counter[str]:
-    """How often each text has to be paid for: once for each user who has it."""
-    chunks = await rows(world, "select distinct user_id, text from upload_pipeline.document_chunks where live")
-    return Counter(chunk["text"] for chunk in chunks)
 
 
 async def until(world: World, query: str, expected: int) -> None:

@@ -135,17 +135,22 @@ class OpenAISimulator(OpenAIServer):
             return full
         if self.latency:
             await asyncio.sleep(self.latency)
-        self.books.paid.update(inputs)
-        self.books.tokens += tokens
         gone = request.transport is None or request.transport.is_closing()
-        if gone or fault in _UNUSABLE:
-            self.books.lost.update(inputs)
-        if fault == Fault.NAN:
-            self.books.lost.update(self._poisoned(inputs, Fault.NAN) or inputs[:1])
+        lost = inputs if gone or fault in _UNUSABLE else []
+        if fault == Fault.NAN and not gone:
+            lost = self._poisoned(inputs, Fault.NAN) or inputs[:1]
+        self.pay(request, inputs, tokens, lost)
         if fault == Fault.DROPPED and request.transport is not None:
             request.transport.abort()
         self.books.answered += not gone and fault != Fault.DROPPED
         return self.vectors(body, inputs, tokens, fault)
+
+    def pay(self, request: web.Request, inputs: list[str], tokens: int, lost: list[str]) -> None:
+        """Writes down what was paid for, and what of it nobody gets."""
+        del request
+        self.books.paid.update(inputs)
+        self.books.tokens += tokens
+        self.books.lost.update(lost)
 
     def count(self, text: str) -> int:
         """Tokens of a text."""
