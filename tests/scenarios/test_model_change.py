@@ -163,6 +163,18 @@ async def until(connection: asyncpg.Connection, condition: str, seconds: float) 
 
 FILLED = f"(select lacking_chunks = 0 from upload_pipeline.model_overview where model = '{NEW}')"
 
+WRITE_HALF = """
+    select document_id, chunk_count from upload_pipeline.documents where user_id = $1
+     order by document_id limit (select count(*) / 2 from upload_pipeline.documents where user_id = $1)
+       for no key update
+"""
+AWAY = f"""
+    select count(*)
+      from upload_pipeline.document_chunks c
+      join upload_pipeline.chunk_vectors s on s.chunk_id = c.chunk_id and s.embed_model = '{NEW}'
+     where c.live and c.user_id = $1 and c.embed_model = '{OLD}'
+"""
+
 
 @pytest.mark.parametrize("chunks", [1200, pytest.param(20_000, marks=pytest.mark.slow)])
 async def test_a_model_takes_anothers_place_while_searches_go_on(world: World, chunks: int) -> None:
@@ -198,23 +210,33 @@ async def test_a_model_takes_anothers_place_while_searches_go_on(world: World, c
     figures["filled"] = time.monotonic() - filling
     assert told.by_model.keys() == {OLD}
 
-    activating = time.monotonic()
-    assert await asyncio.to_thread(activate_model, operator, NEW, grace=timedelta(days=1)) == OLD
-    figures["activated"] = time.monotonic() - activating
-    new = "select embed_model, count(*) from upload_pipeline.document_chunks where live group by 1"
-    figures["at home then"] = dict(await admin.fetch(new))
-    await until(admin, f"not exists (select from upload_pipeline.document_chunks where embed_model = '{OLD}')", 300)
-    figures["settled"] = time.monotonic() - activating
-    before = told.by_model[NEW]
-    async with asyncio.timeout(60):
-        while told.by_model[NEW] < before + 20:
-            await asyncio.sleep(0.05)
     mine = await admin.fetch(
         "select chunk_id, text from upload_pipeline.document_chunks where live and user_id = $1 order by chunk_id",
         shelf.user,
     )
     assert len(mine) > len(shelf.ids)
     shelf = Shelf(world, shelf.user, [row["chunk_id"] for row in mine], [row["text"] for row in mine])
+    writer = await asyncpg.connect(world.admin_url)
+    async with writer.transaction():
+        # no vector comes home to a document that is being written, as half of the user's are
+        written = sum(row["chunk_count"] for row in await writer.fetch(WRITE_HALF, shelf.user))
+        activating = time.monotonic()
+        assert await asyncio.to_thread(activate_model, operator, NEW, grace=timedelta(days=1)) == OLD
+        figures["activated"] = time.monotonic() - activating
+        figures["recall at once"] = await shelf.recall(db, models, 128)
+        async with asyncio.timeout(120):
+            while await admin.fetchval(AWAY, shelf.user) != written:
+                await asyncio.sleep(0.1)
+        assert 0.3 < written / len(mine) < 0.7
+        figures["recall on the way"] = await shelf.recall(db, models, 128)
+        assert await admin.fetchval(AWAY, shelf.user) == written
+    await writer.close()
+    await until(admin, f"not exists (select from upload_pipeline.document_chunks where embed_model = '{OLD}')", 300)
+    figures["settled"] = time.monotonic() - activating
+    before = told.by_model[NEW]
+    async with asyncio.timeout(60):
+        while told.by_model[NEW] < before + 20:
+            await asyncio.sleep(0.05)
     figures["recall after"] = await shelf.recall(db, models, 128)
 
     # the old vectors go when they are told to, and nothing of it shows
@@ -236,5 +258,6 @@ async def test_a_model_takes_anothers_place_while_searches_go_on(world: World, c
     assert told.empty == 0
     assert told.done > 100
     assert {row["state"] for row in states} == {"done"}
-    for moment in ("recall before", "recall after", "recall at the end"):
-        assert figures[moment] >= 0.95, moment
+    recalls = {moment: share for moment, share in figures.items() if moment.startswith("recall")}
+    assert len(recalls) == 5
+    assert min(recalls.values()) >= 0.95, recalls
