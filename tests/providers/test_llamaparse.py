@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from aiohttp import web
 
-from tests.simulators.llama_cloud import KEY, LlamaCloudSimulator, _File
+from tests.simulators.llama_cloud import KEY, LlamaCloudSimulator
 from upload_pipeline.errors import ErrorCode, PipelineError
 from upload_pipeline.providers.llamaparse import LlamaParse
 from upload_pipeline.providers.llamaparse_results import FinishedParse, ParseError, Remedy, warnings_of
@@ -25,7 +25,7 @@ TIER = {"tier": "cost_effective", "version": "2026-09-28"}
 
 @pytest.fixture
 async def simulator() -> AsyncIterator[LlamaCloudSimulator]:
-    async with LlamaCloudSimulator() as simulator:
+    async with LlamaCloudSimulator(uploads_per_5_s=1000, parses_per_10_s=1000) as simulator:
         yield simulator
 
 
@@ -151,15 +151,16 @@ async def test_what_is_announced_at_the_last_moment_can_stop_the_call(
     assert simulator.books.requests["submit"] == 0
 
 
-async def test_a_file_that_is_about_to_expire_is_not_found(simulator: LlamaCloudSimulator, parser: LlamaParse) -> None:
-    class Expiring(_File):
-        def as_json(self) -> dict[str, Any]:
-            return {**super().as_json(), "expires_at": (datetime.now(UTC) + timedelta(minutes=5)).isoformat()}
-
-    simulator._files["dfl-1"] = Expiring("dfl-1", "d1.txt", "d1", b"one")
-    assert await parser.find_file("d1") is None
-    simulator._files["dfl-2"] = _File("dfl-2", "d1.txt", "d1", b"one")
-    assert await parser.find_file("d1") == "dfl-2"
+@pytest.mark.parametrize("listed", [False, True])
+async def test_a_file_that_is_about_to_expire_or_has_is_not_found(
+    simulator: LlamaCloudSimulator, parser: LlamaParse, path: Path, listed: bool
+) -> None:
+    simulator.expired_listed = listed
+    file_id = await upload(parser, path)
+    for simulator.file_life in (0.0, 300.0):
+        assert await parser.find_file("d1") is None
+    simulator.file_life = 3600.0
+    assert await parser.find_file("d1") == file_id
 
 
 @pytest.mark.parametrize(("minutes", "found"), [(5, None), (60, "dfl-1")])

@@ -17,6 +17,7 @@ import hashlib
 import hmac
 import io
 import json
+import math
 import random
 import re
 import time
@@ -24,7 +25,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from enum import StrEnum
 from typing import Any, Self
 from uuid import uuid4
@@ -32,7 +33,7 @@ from uuid import uuid4
 from aiohttp import ClientError, ClientSession, ClientTimeout, web
 from python_multipart import parse_form
 
-from tests.simulators.openai_server import Window
+from tests.simulators.openai_server import Window, until_gone
 
 KEY = "llx-simulated"
 """The API key that is accepted."""
@@ -53,6 +54,7 @@ class Fault(StrEnum):
     REJECTED = "rejected"  # 422
     SERVER_ERROR = "server_error"  # 500 and x-should-retry: true
     HANG = "hang"  # no answer, ever, and nothing done
+    STALLED = "stalled"  # done, and no answer, ever
     DROPPED = "dropped"  # done, and the connection is closed without an answer
     TRUNCATED = "truncated"  # done, and half of the JSON
     GONE = "gone"  # 404: the retention is over
@@ -78,6 +80,7 @@ class Books:
         uploads: how often each external file id was uploaded.
         requests: by operation: upload, find, submit, list, poll.
         over_limit: requests refused since a minute was full; a client with a true budget causes none.
+        over_window: by operation, those refused since too many of its kind came in some seconds.
         faults: what was done wrong, and how often.
         webhooks: messages sent, and those among them that were answered by 2xx.
     """
@@ -89,6 +92,7 @@ class Books:
     uploads: Counter[str] = field(default_factory=Counter)
     requests: Counter[str] = field(default_factory=Counter)
     over_limit: int = 0
+    over_window: Counter[str] = field(default_factory=Counter)
     faults: Counter[str] = field(default_factory=Counter)
     webhooks: Counter[str] = field(default_factory=Counter)
 
@@ -103,8 +107,9 @@ class _File:
     name: str
     external_file_id: str | None
     content: bytes
+    made: float
 
-    def as_json(self) -> dict[str, Any]:
+    def as_json(self, expires_at: datetime) -> dict[str, Any]:
         kind = self.name.rsplit(".", 1)[-1]
         return {
             "id": self.id,
@@ -113,6 +118,7 @@ class _File:
             "external_file_id": self.external_file_id,
             "file_type": kind,
             "purpose": "parse",
+            "expires_at": expires_at.isoformat(),
         }
 
 
@@ -137,6 +143,10 @@ class LlamaCloudSimulator:
         pending: seconds that a job waits.
         running: seconds that it then takes.
         requests_per_minute: refused beyond it; the free plan has 20.
+        uploads_per_5_s: files, refused beyond it.
+        parses_per_10_s: jobs that are made, refused beyond it.
+        file_life: seconds after which an uploaded file is gone. A job that was made of it goes on.
+        expired_listed: whether such a file is still found, with the time that is over; unknown of the real one.
         faults: share of requests for each fault, by `seed`.
         retry_after: what a 429 says.
         unique_external_ids: whether a second file with the same external id is refused (409); unknown of the real one.
@@ -151,6 +161,10 @@ class LlamaCloudSimulator:
     pending: float = 0.0
     running: float = 0.0
     requests_per_minute: int = 1_000_000
+    uploads_per_5_s: int = 50
+    parses_per_10_s: int = 50
+    file_life: float = 48 * 3600.0
+    expired_listed: bool = False
     faults: Mapping[str, float] = field(default_factory=dict)
     seed: int = 0
     retry_after: float = 1.0
@@ -171,6 +185,10 @@ class LlamaCloudSimulator:
     def __post_init__(self) -> None:
         self._chance = random.Random(self.seed)
         self._minute = Window(self.requests_per_minute, 60.0, self.clock)
+        self._windows = {
+            "upload": Window(self.uploads_per_5_s, 5.0, self.clock),
+            "submit": Window(self.parses_per_10_s, 10.0, self.clock),
+        }
 
     async def __aenter__(self) -> Self:
         """Serves on the loopback address; `url` is then what a client takes as its base URL."""
@@ -188,6 +206,11 @@ class LlamaCloudSimulator:
             await self._telling
         await self._session.close()
         await self._runner.cleanup()
+
+    @property
+    def busiest_minute(self) -> int:
+        """The most requests that counted in a minute."""
+        return self._minute.most
 
     def misbehave(self, fault: str, *, operation: str | None = None, times: int = 1) -> None:
         """The next `times` requests (of this operation: upload, find, submit, list, poll) have this fault."""
@@ -233,15 +256,23 @@ class LlamaCloudSimulator:
                 self.books.over_limit += 1
                 return _refusal(429, "Rate limit exceeded", {"retry-after": f"{self._minute.reset():.0f}"})
             self._minute.take(1)
+            window = self._windows.get(name)
+            if window is not None and window.remaining() < 1:
+                self.books.over_window[name] += 1
+                return _refusal(429, f"Too many {name} requests", {"retry-after": f"{math.ceil(window.reset())}"})
+            if window is not None:
+                window.take(1)
             fault = self._next_fault(name)
             if fault is not None:
                 self.books.faults[fault.value] += 1
-            if fault not in (None, Fault.DROPPED, Fault.TRUNCATED):
+            if fault not in (None, Fault.STALLED, Fault.DROPPED, Fault.TRUNCATED):
                 await request.read()
                 return await self._refuse(request, fault)
             response: web.Response = await answer(request)
             if fault is not None and name == "submit" and response.status == 200:
                 self.books.lost[_document_of(self._jobs[json.loads(response.text or "")["id"]])] += 1
+            if fault is Fault.STALLED:
+                await until_gone(request)
             if fault is Fault.DROPPED and request.transport is not None:
                 request.transport.abort()
             if fault is Fault.TRUNCATED:
@@ -278,8 +309,7 @@ class LlamaCloudSimulator:
             case Fault.GONE:
                 return _refusal(404, "Job not found")
             case Fault.HANG:
-                while request.transport is not None and not request.transport.is_closing():
-                    await asyncio.sleep(0.05)
+                await until_gone(request)
                 return web.Response()
             case _:
                 return _refusal(500, "Internal server error", {"x-should-retry": "true"})
@@ -291,29 +321,40 @@ class LlamaCloudSimulator:
         name = fields.get("external_file_id")
         if self.unique_external_ids and any(file.external_file_id == name for file in self._files.values() if name):
             return _refusal(409, "A file with this external_file_id exists.")
-        file = _File(f"dfl-{uuid4()}", sent[0], name, sent[1])
+        file = _File(f"dfl-{uuid4()}", sent[0], name, sent[1], self.clock())
         self._files[file.id] = file
         self.books.uploads[name or file.id] += 1
-        return web.json_response(file.as_json())
+        return web.json_response(self._file_json(file))
 
     async def _list_files(self, request: web.Request) -> web.Response:
         wanted = request.query.get("external_file_id")
         found = [file for file in self._files.values() if wanted in (None, file.external_file_id)]
-        return _page(request, [file.as_json() for file in found])
+        shown = [file for file in found if self.expired_listed or self._left(file) > 0]
+        return _page(request, [self._file_json(file) for file in shown])
 
     async def _one_file(self, request: web.Request) -> web.Response:
-        file = self._files.get(request.match_info["id"])
-        return web.json_response(file.as_json()) if file else _refusal(404, "File not found")
+        file = self._file(request.match_info["id"])
+        return web.json_response(self._file_json(file)) if file else _refusal(404, "File not found")
 
     async def _delete_file(self, request: web.Request) -> web.Response:
         gone = self._files.pop(request.match_info["id"], None)
         return web.Response(status=204) if gone else _refusal(404, "File not found")
 
+    def _file(self, file_id: str) -> _File | None:
+        file = self._files.get(file_id)
+        return file if file is not None and self._left(file) > 0 else None
+
+    def _left(self, file: _File) -> float:
+        return file.made + self.file_life - self.clock()
+
+    def _file_json(self, file: _File) -> dict[str, Any]:
+        return file.as_json(datetime.now(UTC) + timedelta(seconds=self._left(file)))
+
     async def _submit(self, request: web.Request) -> web.Response:
         body = await request.json()
         if body.get("tier") not in CREDITS or not isinstance(body.get("version"), str):
             return _refusal(422, [{"loc": ["body", "tier"], "msg": "Input should be a tier", "type": "enum"}])
-        file = self._files.get(body.get("file_id"))
+        file = self._file(body.get("file_id"))
         if file is None:
             return _refusal(404, "File not found")
         ending, failed = self._endings.pop(0) if self._endings else (Ending.COMPLETED, frozenset[int]())
@@ -475,8 +516,11 @@ def main() -> None:
     parser.add_argument("--faults", type=json.loads, default={}, help='as {"rate_limited": 0.1, "dropped": 0.02}')
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--requests-per-minute", type=int, default=1_000_000, help="of the free plan: 20")
+    parser.add_argument("--uploads-per-5-s", type=int, default=50)
+    parser.add_argument("--parses-per-10-s", type=int, default=50)
+    parser.add_argument("--file-life", type=float, default=48 * 3600.0, help="seconds")
     parser.add_argument("--retry-after", type=float, default=1.0)
-    for switch in ("unique-external-ids", "webhooks-doubled", "webhooks-reversed"):
+    for switch in ("expired-listed", "unique-external-ids", "webhooks-doubled", "webhooks-reversed"):
         parser.add_argument(f"--{switch}", action="store_true")
     options = vars(parser.parse_args())
 

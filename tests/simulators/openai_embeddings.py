@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 from aiohttp import web
 
-from tests.simulators.openai_server import KEY, UNPAID, OpenAIServer, Traffic, refusal, serve_by_name
+from tests.simulators.openai_server import KEY, UNPAID, OpenAIServer, Traffic, refusal, serve_by_name, until_gone
 
 __all__ = ["KEY", "Fault", "OpenAISimulator", "count_tokens", "vector_of"]
 
@@ -47,6 +47,7 @@ class Fault(StrEnum):
     UNAUTHORISED = "unauthorised"  # before: 401
     HANG = "hang"  # before: no answer, ever
     REJECTED = "rejected"  # before: 400 that names no size
+    STALLED = "stalled"  # no answer, ever
     DROPPED = "dropped"  # the connection is closed without an answer
     TRUNCATED = "truncated"  # half of the JSON
     SHUFFLED = "shuffled"  # each vector with its own index, in another order: allowed
@@ -57,7 +58,15 @@ class Fault(StrEnum):
     EMPTY = "empty"  # 200 and no vector at all
 
 
-_UNUSABLE = {Fault.DROPPED, Fault.TRUNCATED, Fault.WRONG_INDEX, Fault.SHORT, Fault.WRONG_DIMENSIONS, Fault.EMPTY}
+_UNUSABLE = {
+    Fault.STALLED,
+    Fault.DROPPED,
+    Fault.TRUNCATED,
+    Fault.WRONG_INDEX,
+    Fault.SHORT,
+    Fault.WRONG_DIMENSIONS,
+    Fault.EMPTY,
+}
 
 
 @dataclass
@@ -126,13 +135,13 @@ class OpenAISimulator(OpenAIServer):
             self.books.too_large += 1
             return refused
         fault, retry_after = self._fault_of(inputs)
+        full = self.full(body["model"], tokens, fault)
+        if full is not None:
+            return full
         if fault is not None:
             self.books.faults[fault] += 1
         if fault in UNPAID:
             return await self.unpaid(request, fault, retry_after)
-        full = self.full(body["model"], tokens)
-        if full is not None:
-            return full
         if self.latency:
             await asyncio.sleep(self.latency)
         gone = request.transport is None or request.transport.is_closing()
@@ -140,6 +149,9 @@ class OpenAISimulator(OpenAIServer):
         if fault == Fault.NAN and not gone:
             lost = self._poisoned(inputs, Fault.NAN) or inputs[:1]
         self.pay(request, inputs, tokens, lost)
+        if fault == Fault.STALLED:
+            await until_gone(request)
+            return web.Response()
         if fault == Fault.DROPPED and request.transport is not None:
             request.transport.abort()
         self.books.answered += not gone and fault != Fault.DROPPED

@@ -55,13 +55,19 @@ class Traffic:
 
 @dataclass
 class Window:
-    """A minute that slides: what was let in counts for `seconds`."""
+    """A minute that slides: what was let in counts for `seconds`.
+
+    Attributes:
+        used: what counts.
+        most: the most that ever did at once.
+    """
 
     limit: int
     seconds: float
     clock: Callable[[], float]
     _let_in: deque[tuple[float, int]] = field(default_factory=deque)
     used: int = 0
+    most: int = 0
 
     def remaining(self) -> int:
         """What would be let in now."""
@@ -72,8 +78,10 @@ class Window:
 
     def take(self, amount: int) -> None:
         """Lets in."""
+        self.remaining()
         self._let_in.append((self.clock(), amount))
         self.used += amount
+        self.most = max(self.most, self.used)
 
     def reset(self) -> float:
         """Seconds until all is free again."""
@@ -92,6 +100,8 @@ class OpenAIServer(ABC):
         latency: seconds that an answer takes.
         faults: share of requests for each fault, by `seed`.
         retry_after: what a 429 by fault says.
+        counts_failed: whether a request that fails before anything is paid for has its place in the minute all the
+            same; of the real one nobody says.
         tells_too_large: whether a request that is larger than a whole minute is told from one that came too early: by
             the message alone, and without headers, as OpenAI does.
         clock: seconds that only grow.
@@ -105,6 +115,7 @@ class OpenAIServer(ABC):
     faults: Mapping[str, float] = field(default_factory=dict)
     seed: int = 0
     retry_after: float = 1.0
+    counts_failed: bool = False
     tells_too_large: bool = False
     clock: Callable[[], float] = time.monotonic
     port: int = 0
@@ -176,8 +187,15 @@ class OpenAIServer(ABC):
             draw -= share
         return None, None
 
-    def full(self, model: object, tokens: int) -> web.Response | None:
-        """The refusal of a request for which a minute has no room; otherwise it has taken its place."""
+    @property
+    def busiest_minute(self) -> int:
+        """The most requests that counted in a minute."""
+        return self._requests.most
+
+    def full(self, model: object, tokens: int, fault: str | None = None) -> web.Response | None:
+        """The refusal of a request for which a minute has no room; otherwise it has its place, if it counts."""
+        if fault in UNPAID and not self.counts_failed:
+            return None
         if self._requests.remaining() < 1 or self._tokens.remaining() < tokens:
             self.traffic.over_limit += 1
             if self.tells_too_large and tokens > self.tokens_per_minute:
@@ -198,8 +216,7 @@ class OpenAIServer(ABC):
         """The answer with one of the faults `UNPAID`."""
         match fault:
             case "hang":
-                while request.transport is not None and not request.transport.is_closing():
-                    await asyncio.sleep(0.05)
+                await until_gone(request)
                 return web.Response()
             case "rate_limited":
                 wait = self.retry_after if retry_after is None else retry_after
@@ -252,6 +269,12 @@ class OpenAIServer(ABC):
         return web.json_response({})
 
 
+async def until_gone(request: web.Request) -> None:
+    """Waits until the client has closed the connection."""
+    while request.transport is not None and not request.transport.is_closing():
+        await asyncio.sleep(0.05)
+
+
 def refusal(
     status: int,
     message: str,
@@ -273,6 +296,7 @@ def serve_by_name(simulator: type[OpenAIServer], document: str | None) -> None:
     parser.add_argument("--latency", type=float, default=0.0)
     parser.add_argument("--requests-per-minute", type=int, default=3000)
     parser.add_argument("--tokens-per-minute", type=int, default=1_000_000)
+    parser.add_argument("--counts-failed", action="store_true", help="requests that fail, in the minute")
     parser.add_argument("--tells-too-large", action="store_true", help="of a request larger than a whole minute")
     parser.add_argument("--faults", type=json.loads, default={}, help='as {"rate_limited": 0.1, "dropped": 0.02}')
     parser.add_argument("--seed", type=int, default=0)

@@ -109,15 +109,15 @@ class VisionSimulator(OpenAIServer):
         picture = sha256(image).hexdigest()
         self.books.largest_image = max(self.books.largest_image, len(image))
         fault, retry_after = (self.poison[picture], None) if picture in self.poison else self.next_fault()
+        content = json.dumps({"detections": findings_of(image, types)})
+        usage = _usage(body, content)
+        full = self.full(body["model"], usage["prompt_tokens"] + body["max_completion_tokens"], fault)
+        if full is not None:
+            return full
         if fault is not None:
             self.books.faults[str(fault)] += 1
         if fault in UNPAID:
             return await self.unpaid(request, fault, retry_after)
-        content = json.dumps({"detections": findings_of(image, types)})
-        usage = _usage(body, content)
-        full = self.full(body["model"], usage["prompt_tokens"] + body["max_completion_tokens"])
-        if full is not None:
-            return full
         if self.latency:
             await asyncio.sleep(self.latency)
         self.books.paid[picture] += 1

@@ -163,6 +163,65 @@ async def test_a_hang_does_nothing(simulator: LlamaCloudSimulator, client: llama
     assert simulator.books.paid == {}
 
 
+async def test_a_stalled_answer_leaves_a_paid_job_behind(
+    simulator: LlamaCloudSimulator, client: llama_cloud.AsyncLlamaCloud
+) -> None:
+    simulator.misbehave("stalled", operation="submit")
+    with pytest.raises(llama_cloud.APITimeoutError):
+        await submit(client.with_options(timeout=0.2))
+    assert (simulator.books.paid, simulator.books.lost) == ({"d1": 1}, {"d1": 1})
+    assert [job.user_metadata async for job in client.parsing.list()] == [{"document": "d1"}]
+
+
+@pytest.mark.parametrize(("kind", "seconds"), [("upload", 5), ("submit", 10)])
+async def test_of_some_requests_few_seconds_hold_only_so_many(clock: Clock, kind: str, seconds: int) -> None:
+    limits = {"upload": "uploads_per_5_s", "submit": "parses_per_10_s"}
+    async with (
+        LlamaCloudSimulator(clock=clock, **{limits[kind]: 3}) as simulator,
+        llama_cloud.AsyncLlamaCloud(api_key=KEY, base_url=simulator.url, max_retries=0) as client,
+    ):
+        for clock.now in (0.0, 1.0, 2.0):
+            await submit(client)
+        with pytest.raises(llama_cloud.RateLimitError) as caught:
+            await submit(client)
+        assert caught.value.response.headers["retry-after"] == str(seconds)
+        assert simulator.books.over_window == {kind: 1}
+        assert simulator.books.over_limit == 0
+        assert simulator.books.requests[kind] == 4
+        assert simulator.books.paid == {"d1": 3}
+        clock.now = float(seconds)
+        await submit(client)
+        with pytest.raises(llama_cloud.RateLimitError):
+            await submit(client)
+
+
+async def test_by_default_the_windows_are_those_of_the_documentation(simulator: LlamaCloudSimulator) -> None:
+    limits = {kind: (window.limit, window.seconds) for kind, window in simulator._windows.items()}
+    assert limits == {"upload": (50, 5.0), "submit": (50, 10.0)}
+
+
+@pytest.mark.parametrize("listed", [False, True])
+async def test_a_file_is_gone_when_its_time_is_over_and_what_was_made_of_it_is_not(
+    simulator: LlamaCloudSimulator, client: llama_cloud.AsyncLlamaCloud, clock: Clock, listed: bool
+) -> None:
+    simulator.expired_listed = listed
+    file = await client.files.create(file=("a.txt", PAGES, "text/plain"), purpose="parse", external_file_id="e1")
+    left = file.expires_at - datetime.now(UTC)  # type: ignore[operator]
+    assert timedelta(hours=47.9) < left <= timedelta(hours=48)
+    made = await client.parsing.create(file_id=file.id, tier="fast", version="2026-06-15")
+    clock.now = 48 * 3600 - 1
+    await client.parsing.create(file_id=file.id, tier="fast", version="2026-06-15")
+    clock.now = 48 * 3600
+    found = [file async for file in client.files.list(external_file_id="e1")]
+    assert len(found) == listed
+    assert all(file.expires_at <= datetime.now(UTC) for file in found)
+    with pytest.raises(llama_cloud.NotFoundError):
+        await client.get(f"/api/v1/beta/files/{file.id}", cast_to=object)
+    with pytest.raises(llama_cloud.NotFoundError):
+        await client.parsing.create(file_id=file.id, tier="fast", version="2026-06-15")
+    assert (await client.parsing.get(made.id, expand=["markdown"])).markdown is not None
+
+
 async def test_a_wrong_key_is_refused(simulator: LlamaCloudSimulator) -> None:
     async with llama_cloud.AsyncLlamaCloud(api_key="llx-other", base_url=simulator.url, max_retries=0) as client:
         with pytest.raises(llama_cloud.AuthenticationError):

@@ -117,6 +117,26 @@ async def test_minutes_are_full_by_requests_and_by_tokens_and_slide() -> None:
     assert simulator.books.over_limit == 2
 
 
+@pytest.mark.parametrize("counts_failed", [False, True])
+async def test_requests_that_fail_may_have_their_place_in_the_minute_or_not(counts_failed: bool) -> None:
+    async with (
+        OpenAISimulator(requests_per_minute=3, counts_failed=counts_failed) as simulator,
+        openai.AsyncOpenAI(api_key=KEY, base_url=simulator.url, max_retries=0) as client,
+    ):
+        for fault in ("server_error", "rate_limited"):
+            simulator.misbehave(fault)
+            with pytest.raises(openai.APIStatusError):
+                await client.embeddings.create(model=MODEL, input=["a"])
+        answered = 1 if counts_failed else 3
+        for _ in range(answered):
+            await client.embeddings.create(model=MODEL, input=["a"])
+        with pytest.raises(openai.RateLimitError):
+            await client.embeddings.create(model=MODEL, input=["a"])
+    assert simulator.books.answered == answered
+    assert simulator.books.over_limit == 1
+    assert simulator.busiest_minute == 3
+
+
 async def test_a_request_larger_than_a_minute_is_told_by_its_message_alone() -> None:
     async with (
         OpenAISimulator(tokens_per_minute=10, tells_too_large=True) as simulator,
@@ -160,13 +180,19 @@ async def test_each_fault_arrives_as_the_client_knows_it(
         await client.with_options(timeout=0.2).embeddings.create(model=MODEL, input=["a"])
     assert simulator.books.paid == {}
 
+    simulator.misbehave("stalled")
+    with pytest.raises(openai.APITimeoutError):
+        await client.with_options(timeout=0.2).embeddings.create(model=MODEL, input=["s"])
+    assert simulator.books.paid == simulator.books.lost == {"s": 1}
+    assert simulator.books.answered == 0
+
     simulator.misbehave("dropped")
     with pytest.raises(openai.APIConnectionError):
         await ask()
     simulator.misbehave("truncated")
     with pytest.raises((openai.APIError, ValueError)):
         await ask()
-    assert simulator.books.paid == simulator.books.lost == {"a": 2, "b": 2}
+    assert simulator.books.paid == simulator.books.lost == {"s": 1, "a": 2, "b": 2}
 
     simulator.misbehave("shuffled")
     assert [row.index for row in (await ask()).data] == [1, 0]

@@ -83,6 +83,22 @@ async def test_limits_of_a_minute_are_never_exceeded_by_workers_together(open_be
         assert simulator.books.answered >= 3
 
 
+async def test_requests_that_fail_fill_the_minute_too(open_bench: OpenBench) -> None:
+    """Whether the provider counts them is said nowhere, and no good answer comes that tells what remains."""
+    async with OpenAISimulator(requests_per_minute=6, counts_failed=True) as simulator:
+        benches = [open_bench(simulator, most=10) for _ in range(3)]
+        await benches[0].embed(["warm"])
+        simulator.misbehave("server_error", times=100)
+        told = await asyncio.gather(
+            *(one.embed(texts(30, f"w{number}"), seconds=5) for number, one in enumerate(benches)),
+            return_exceptions=True,
+        )
+        assert all(isinstance(error, PutOff | PipelineError) for error in told)
+        assert any(isinstance(error, PutOff) for error in told)
+        assert simulator.books.over_limit == 0
+        assert simulator.busiest_minute == 6
+
+
 async def test_a_request_larger_than_a_minute_goes_in_parts(open_bench: OpenBench) -> None:
     async with OpenAISimulator(tokens_per_minute=500) as simulator:
         bench = open_bench(simulator)
