@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -26,12 +27,12 @@ class Payment:
 
 
 class NamingOpenAI(OpenAISimulator):
-    """Has an address for each worker, so that it knows who asks; notes when each request came and what it paid for."""
+    """Has an address for each worker, so that it knows who asks, and notes what each request paid for."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
-        self.asked_at: list[float] = []
         self.payments: list[Payment] = []
+        self._more = asyncio.Event()
 
     def address_of(self, worker: int) -> str:
         """The base URL by which a worker is known."""
@@ -43,16 +44,21 @@ class NamingOpenAI(OpenAISimulator):
         app.router.add_post("/{worker:[0-9]+}" + self.path, self._serve)
         return app
 
-    async def answer(self, request: web.Request, body: dict[str, Any]) -> web.StreamResponse:
-        """Notes the moment."""
-        self.asked_at.append(time.monotonic())
-        return await super().answer(request, body)
-
     def pay(self, request: web.Request, inputs: list[str], tokens: int, lost: list[str]) -> None:
         """Notes who paid."""
         super().pay(request, inputs, tokens, lost)
         now, worker = time.monotonic(), int(request.match_info["worker"])
         self.payments += [Payment(now, worker, text, text in lost) for text in inputs]
+        self._more.set()
+
+    async def until_answered(self, mark: str, *, least: int, most: int) -> int:
+        """Waits until a worker has just been answered so many texts that hold a mark, and not more; the worker."""
+        while True:
+            self._more.clear()
+            await self._more.wait()
+            worker = self.payments[-1].worker
+            if least <= sum(times for text, times in self.answered(worker).items() if mark in text) <= most:
+                return worker
 
     def answered(self, worker: int) -> Counter[str]:
         """How often a worker was given the vector of each text."""
