@@ -13,7 +13,7 @@ import pytest
 
 from tests.api.job_rows import add_job, advance, claim
 from tests.api.live_service import LiveService, new_user, running_service, service_settings
-from tests.simulators.llama_cloud import sign
+from tests.simulators.llama_cloud_wire import sign
 from upload_pipeline.providers.llamaparse_webhook import MAX_BYTES, ended_parse
 
 SECRET = "a secret that LlamaParse signs with, for tests"

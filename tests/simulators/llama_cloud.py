@@ -13,26 +13,21 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import hashlib
-import hmac
-import io
 import json
 import math
 import random
-import re
 import time
-from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
-from enum import StrEnum
 from typing import Any, Self
 from uuid import uuid4
 
 from aiohttp import ClientError, ClientSession, ClientTimeout, web
-from python_multipart import parse_form
 
+from tests.simulators.llama_cloud_books import Books, Ending, Fault, ParseJob, StoredFile
+from tests.simulators.llama_cloud_wire import page_of, pages_of, read_form, refusal, sign
 from tests.simulators.openai_server import Window, until_gone
 
 KEY = "llx-simulated"
@@ -41,98 +36,6 @@ CREDITS = {"fast": 1, "cost_effective": 3, "agentic": 10, "agentic_plus": 45}
 """Of a page, by tier."""
 _TERMINAL = ("COMPLETED", "FAILED", "CANCELLED")
 _EVENTS = {"PENDING": "pending", "RUNNING": "running", "COMPLETED": "success", "FAILED": "error"}
-_PDF_PAGE = re.compile(rb"/Type\s*/Page\b")
-
-
-class Fault(StrEnum):
-    """How an answer can go wrong."""
-
-    RATE_LIMITED = "rate_limited"  # 429 and Retry-After
-    RATE_LIMITED_SILENT = "rate_limited_silent"  # 429 without it
-    QUOTA = "quota"  # 402
-    UNAUTHORISED = "unauthorised"  # 401
-    REJECTED = "rejected"  # 422
-    SERVER_ERROR = "server_error"  # 500 and x-should-retry: true
-    HANG = "hang"  # no answer, ever, and nothing done
-    STALLED = "stalled"  # done, and no answer, ever
-    DROPPED = "dropped"  # done, and the connection is closed without an answer
-    TRUNCATED = "truncated"  # done, and half of the JSON
-    GONE = "gone"  # 404: the retention is over
-
-
-class Ending(StrEnum):
-    """How a job that is made ends."""
-
-    COMPLETED = "COMPLETED"
-    FAILED = "FAILED"
-    CANCELLED = "CANCELLED"
-
-
-@dataclass
-class Books:
-    """What was done and paid for.
-
-    Attributes:
-        paid: how often each document was paid for: by the `document` of its job's user_metadata, or its file's id.
-        lost: of these, whose answer was dropped or cut off by the simulator.
-        pages: paid for, in all.
-        credits: paid, in all.
-        uploads: how often each external file id was uploaded.
-        requests: by operation: upload, find, submit, list, poll.
-        over_limit: requests refused since a minute was full; a client with a true budget causes none.
-        over_window: by operation, those refused since too many of its kind came in some seconds.
-        faults: what was done wrong, and how often.
-        webhooks: messages sent, and those among them that were answered by 2xx.
-    """
-
-    paid: Counter[str] = field(default_factory=Counter)
-    lost: Counter[str] = field(default_factory=Counter)
-    pages: int = 0
-    credits: int = 0
-    uploads: Counter[str] = field(default_factory=Counter)
-    requests: Counter[str] = field(default_factory=Counter)
-    over_limit: int = 0
-    over_window: Counter[str] = field(default_factory=Counter)
-    faults: Counter[str] = field(default_factory=Counter)
-    webhooks: Counter[str] = field(default_factory=Counter)
-
-    def paid_again(self) -> dict[str, int]:
-        """Documents that were paid for more often than once, and how much more often: lost answers excuse nothing."""
-        return {document: times - 1 for document, times in self.paid.items() if times > 1}
-
-
-@dataclass
-class _File:
-    id: str
-    name: str
-    external_file_id: str | None
-    content: bytes
-    made: float
-
-    def as_json(self, expires_at: datetime) -> dict[str, Any]:
-        kind = self.name.rsplit(".", 1)[-1]
-        return {
-            "id": self.id,
-            "name": self.name,
-            "project_id": "prj-1",
-            "external_file_id": self.external_file_id,
-            "file_type": kind,
-            "purpose": "parse",
-            "expires_at": expires_at.isoformat(),
-        }
-
-
-@dataclass
-class _Job:
-    id: str
-    file: _File
-    body: dict[str, Any]
-    made: float
-    made_at: datetime
-    ending: Ending
-    failed_pages: frozenset[int]
-    cost: int
-    told: list[str] = field(default_factory=list)
 
 
 @dataclass
@@ -179,8 +82,8 @@ class LlamaCloudSimulator:
     url: str = ""
     _asked: list[tuple[Fault, str | None]] = field(default_factory=list)
     _endings: list[tuple[Ending, frozenset[int]]] = field(default_factory=list)
-    _files: dict[str, _File] = field(default_factory=dict)
-    _jobs: dict[str, _Job] = field(default_factory=dict)
+    _files: dict[str, StoredFile] = field(default_factory=dict)
+    _jobs: dict[str, ParseJob] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self._chance = random.Random(self.seed)
@@ -251,15 +154,15 @@ class LlamaCloudSimulator:
         async def handle(request: web.Request) -> web.StreamResponse:
             self.books.requests[name] += 1
             if request.headers.get("Authorization") != f"Bearer {KEY}":
-                return _refusal(401, "Invalid API key")
+                return refusal(401, "Invalid API key")
             if self._minute.remaining() < 1:
                 self.books.over_limit += 1
-                return _refusal(429, "Rate limit exceeded", {"retry-after": f"{self._minute.reset():.0f}"})
+                return refusal(429, "Rate limit exceeded", {"retry-after": f"{self._minute.reset():.0f}"})
             self._minute.take(1)
             window = self._windows.get(name)
             if window is not None and window.remaining() < 1:
                 self.books.over_window[name] += 1
-                return _refusal(429, f"Too many {name} requests", {"retry-after": f"{math.ceil(window.reset())}"})
+                return refusal(429, f"Too many {name} requests", {"retry-after": f"{math.ceil(window.reset())}"})
             if window is not None:
                 window.take(1)
             fault = self._next_fault(name)
@@ -297,31 +200,31 @@ class LlamaCloudSimulator:
     async def _refuse(self, request: web.Request, fault: Fault | None) -> web.Response:
         match fault:
             case Fault.RATE_LIMITED:
-                return _refusal(429, "Rate limit exceeded", {"retry-after": f"{self.retry_after:g}"})
+                return refusal(429, "Rate limit exceeded", {"retry-after": f"{self.retry_after:g}"})
             case Fault.RATE_LIMITED_SILENT:
-                return _refusal(429, "Rate limit exceeded")
+                return refusal(429, "Rate limit exceeded")
             case Fault.QUOTA:
-                return _refusal(402, "You have used all credits of your plan.")
+                return refusal(402, "You have used all credits of your plan.")
             case Fault.UNAUTHORISED:
-                return _refusal(401, f"Invalid API key {KEY}")
+                return refusal(401, f"Invalid API key {KEY}")
             case Fault.REJECTED:
-                return _refusal(422, "Unsupported file type.")
+                return refusal(422, "Unsupported file type.")
             case Fault.GONE:
-                return _refusal(404, "Job not found")
+                return refusal(404, "Job not found")
             case Fault.HANG:
                 await until_gone(request)
                 return web.Response()
             case _:
-                return _refusal(500, "Internal server error", {"x-should-retry": "true"})
+                return refusal(500, "Internal server error", {"x-should-retry": "true"})
 
     async def _upload(self, request: web.Request) -> web.Response:
-        fields, sent = await _read_form(request)
+        fields, sent = await read_form(request)
         if sent is None or "purpose" not in fields:
-            return _refusal(422, [{"loc": ["body", "file"], "msg": "Field required", "type": "missing"}])
+            return refusal(422, [{"loc": ["body", "file"], "msg": "Field required", "type": "missing"}])
         name = fields.get("external_file_id")
         if self.unique_external_ids and any(file.external_file_id == name for file in self._files.values() if name):
-            return _refusal(409, "A file with this external_file_id exists.")
-        file = _File(f"dfl-{uuid4()}", sent[0], name, sent[1], self.clock())
+            return refusal(409, "A file with this external_file_id exists.")
+        file = StoredFile(f"dfl-{uuid4()}", sent[0], name, sent[1], self.clock())
         self._files[file.id] = file
         self.books.uploads[name or file.id] += 1
         return web.json_response(self._file_json(file))
@@ -330,37 +233,37 @@ class LlamaCloudSimulator:
         wanted = request.query.get("external_file_id")
         found = [file for file in self._files.values() if wanted in (None, file.external_file_id)]
         shown = [file for file in found if self.expired_listed or self._left(file) > 0]
-        return _page(request, [self._file_json(file) for file in shown])
+        return page_of(request, [self._file_json(file) for file in shown])
 
     async def _one_file(self, request: web.Request) -> web.Response:
         file = self._file(request.match_info["id"])
-        return web.json_response(self._file_json(file)) if file else _refusal(404, "File not found")
+        return web.json_response(self._file_json(file)) if file else refusal(404, "File not found")
 
     async def _delete_file(self, request: web.Request) -> web.Response:
         gone = self._files.pop(request.match_info["id"], None)
-        return web.Response(status=204) if gone else _refusal(404, "File not found")
+        return web.Response(status=204) if gone else refusal(404, "File not found")
 
-    def _file(self, file_id: str) -> _File | None:
+    def _file(self, file_id: str) -> StoredFile | None:
         file = self._files.get(file_id)
         return file if file is not None and self._left(file) > 0 else None
 
-    def _left(self, file: _File) -> float:
+    def _left(self, file: StoredFile) -> float:
         return file.made + self.file_life - self.clock()
 
-    def _file_json(self, file: _File) -> dict[str, Any]:
+    def _file_json(self, file: StoredFile) -> dict[str, Any]:
         return file.as_json(datetime.now(UTC) + timedelta(seconds=self._left(file)))
 
     async def _submit(self, request: web.Request) -> web.Response:
         body = await request.json()
         if body.get("tier") not in CREDITS or not isinstance(body.get("version"), str):
-            return _refusal(422, [{"loc": ["body", "tier"], "msg": "Input should be a tier", "type": "enum"}])
+            return refusal(422, [{"loc": ["body", "tier"], "msg": "Input should be a tier", "type": "enum"}])
         file = self._file(body.get("file_id"))
         if file is None:
-            return _refusal(404, "File not found")
+            return refusal(404, "File not found")
         ending, failed = self._endings.pop(0) if self._endings else (Ending.COMPLETED, frozenset[int]())
         pages = len(pages_of(file.content))
         cost = CREDITS[body["tier"]] * pages if ending is Ending.COMPLETED or self.bills_failures else 0
-        job = _Job(f"pjb-{uuid4()}", file, body, self.clock(), datetime.now(UTC), ending, failed, cost)
+        job = ParseJob(f"pjb-{uuid4()}", file, body, self.clock(), datetime.now(UTC), ending, failed, cost)
         self._jobs[job.id] = job
         if cost:
             self.books.paid[_document_of(job)] += 1
@@ -374,12 +277,12 @@ class LlamaCloudSimulator:
         until = request.query.get("created_at_on_or_before")
         last = datetime.fromisoformat(until) if until else datetime.max.replace(tzinfo=UTC)
         newest_first = [job for job in reversed(self._jobs.values()) if first <= job.made_at <= last]
-        return _page(request, [self._job_json(job) for job in newest_first])
+        return page_of(request, [self._job_json(job) for job in newest_first])
 
     async def _poll(self, request: web.Request) -> web.Response:
         job = self._jobs.get(request.match_info["id"])
         if job is None:
-            return _refusal(404, "Job not found")
+            return refusal(404, "Job not found")
         asked = request.query.getall("expand", [])
         answer: dict[str, Any] = {"job": self._job_json(job)}
         if "usage" in asked:
@@ -396,13 +299,13 @@ class LlamaCloudSimulator:
             }
         return web.json_response(answer)
 
-    def _status(self, job: _Job) -> str:
+    def _status(self, job: ParseJob) -> str:
         age = self.clock() - job.made
         if age < self.pending:
             return "PENDING"
         return "RUNNING" if age < self.pending + self.running else job.ending.value
 
-    def _job_json(self, job: _Job) -> dict[str, Any]:
+    def _job_json(self, job: ParseJob) -> dict[str, Any]:
         status = self._status(job)
         return {
             "id": job.id,
@@ -422,7 +325,7 @@ class LlamaCloudSimulator:
                 if job.body.get("webhook_configurations"):
                     await self._tell_of(job)
 
-    async def _tell_of(self, job: _Job) -> None:
+    async def _tell_of(self, job: ParseJob) -> None:
         status = self._status(job)
         order = ["PENDING", "RUNNING", job.ending.value]
         if self.webhooks_reversed and status not in _TERMINAL:
@@ -434,7 +337,7 @@ class LlamaCloudSimulator:
                 for _ in range(2 if self.webhooks_doubled else 1):
                     await self._post(hook, job, _event_name(event, job))
 
-    async def _post(self, hook: dict[str, Any], job: _Job, event: str) -> None:
+    async def _post(self, hook: dict[str, Any], job: ParseJob, event: str) -> None:
         if hook.get("webhook_events") and event not in hook["webhook_events"]:
             return
         message: Any = {
@@ -455,56 +358,13 @@ class LlamaCloudSimulator:
                 self.books.webhooks["taken"] += response.ok
 
 
-async def _read_form(request: web.Request) -> tuple[dict[str, str], tuple[str, bytes] | None]:
-    """The fields of a form, and its file by name and content."""
-    # Not aiohttp's own reader: it leaves its temporary file open where a client is killed while it sends.
-    fields: dict[str, str] = {}
-    files: list[tuple[str, bytes]] = []
-
-    def on_field(field: Any) -> None:
-        fields[field.field_name.decode()] = (field.value or b"").decode()
-
-    def on_file(file: Any) -> None:
-        file.file_object.seek(0)
-        files.append((file.file_name.decode(), file.file_object.read()))
-        file.close()
-
-    body = await request.read()
-    parse_form({"Content-Type": request.headers["Content-Type"].encode()}, io.BytesIO(body), on_field, on_file)
-    return fields, files[0] if files else None
-
-
-def sign(raw: bytes, secret: str) -> str:
-    """What `LC-Signature` says of a message."""
-    return "sha256=" + hmac.new(secret.encode(), raw, hashlib.sha256).hexdigest()
-
-
-def pages_of(content: bytes) -> list[str]:
-    """The Markdown of each page of a file, as this server parses it."""
-    if content.startswith(b"%PDF"):
-        mark = hashlib.sha256(content).hexdigest()[:12]
-        count = len(_PDF_PAGE.findall(content)) or 1
-        return [f"# Page {number}\n\nText of the file {mark}." for number in range(1, count + 1)]
-    return content.decode("utf-8", "replace").split("\f")
-
-
-def _document_of(job: _Job) -> str:
+def _document_of(job: ParseJob) -> str:
     return str((job.body.get("user_metadata") or {}).get("document") or job.file.id)
 
 
-def _event_name(status: str, job: _Job) -> str:
+def _event_name(status: str, job: ParseJob) -> str:
     partial = status == "COMPLETED" and job.failed_pages
     return "parse." + ("partial_success" if partial else _EVENTS.get(status, "cancelled"))
-
-
-def _page(request: web.Request, items: list[dict[str, Any]]) -> web.Response:
-    size, start = int(request.query.get("page_size", 10)), int(request.query.get("page_token") or 0)
-    following = str(start + size) if start + size < len(items) else None
-    return web.json_response({"items": items[start : start + size], "next_page_token": following})
-
-
-def _refusal(status: int, detail: Any, headers: Mapping[str, str] | None = None) -> web.Response:
-    return web.json_response({"detail": detail}, status=status, headers=headers)
 
 
 def main() -> None:

@@ -13,7 +13,8 @@ import llama_cloud
 import pytest
 from aiohttp import web
 
-from tests.simulators.llama_cloud import KEY, LlamaCloudSimulator, sign
+from tests.simulators.llama_cloud import KEY, LlamaCloudSimulator
+from tests.simulators.llama_cloud_wire import sign
 from tests.simulators.simulator_process import running_simulator
 
 PAGES = b"one\ftwo\fthree"
