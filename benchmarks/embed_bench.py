@@ -49,7 +49,7 @@ def main(arguments: list[str]) -> None:
         prog="scripts/bench embed", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
-    parser.add_argument("--texts", type=int, default=10_240)
+    parser.add_argument("--texts", type=int, default=20_480)
     parser.add_argument("--concurrency", type=int, nargs="+", default=[1, 2, 4], help="requests at once, in turn")
     parser.add_argument("--latency", type=float, default=0.05, help="seconds that the embedder takes")
     parser.add_argument("--repetitions", type=int, default=3)

@@ -15,6 +15,7 @@ import pytest
 from aiohttp import web
 
 from tests.simulators.llama_cloud import KEY, LlamaCloudSimulator
+from tests.simulators.llama_cloud_books import StoredFile
 from upload_pipeline.errors import ErrorCode, PipelineError
 from upload_pipeline.providers.llamaparse import LlamaParse
 from upload_pipeline.providers.llamaparse_results import FinishedParse, ParseError, Remedy, warnings_of
@@ -167,7 +168,7 @@ async def test_a_file_that_is_about_to_expire_or_has_is_not_found(
 async def test_a_time_without_a_zone_is_taken_for_utc(
     simulator: LlamaCloudSimulator, parser: LlamaParse, minutes: int, found: str | None
 ) -> None:
-    class Expiring(_File):
+    class Expiring(StoredFile):
         def as_json(self) -> dict[str, Any]:
             at = (datetime.now(UTC) + timedelta(minutes=minutes)).replace(tzinfo=None)
             return {**super().as_json(), "expires_at": at.isoformat()}

@@ -36,6 +36,10 @@ LOG_FILE = "server.log"
 _INITDB_SECONDS = 300.0
 _LOG_BYTES = 10 * 1024 * 1024
 
+# For glibc (mallopt(3)); others do not look. A statement with some hundred vectors takes megabytes several times over.
+# Left to itself the library gives them back to the system each time, which clears them anew for the next statement.
+_ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": str(32 * 1024 * 1024), "MALLOC_TRIM_THRESHOLD_": str(64 * 1024 * 1024)}
+
 
 @dataclass(frozen=True, slots=True)
 class Cluster:
@@ -257,7 +261,7 @@ def _run(cluster: Cluster, program: str, arguments: Sequence[str], *, directory:
             code = subprocess.run(
                 command,
                 cwd=directory,
-                env={**environment, "LC_ALL": "C"},
+                env={**_ALLOCATOR, **environment, "LC_ALL": "C"},
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
