@@ -80,4 +80,5 @@ async def _fill_in_company(job: ClaimedJob, context: StepContext, batcher: Embed
             async for positions, _ in arriving:
                 given += len(positions)
         if given == len(texts) and filled.found + len(texts) < limit:
+            # The look saw all that the job lacks, and each has its vector now; the job's commit asks once more.
             return
