@@ -179,6 +179,7 @@ async def test_where_the_rows_cannot_be_asked_for_the_bytes_are_back(store):
         keys.hosted_output_key(uuid4(), uuid4(), "parse"),
         photo_key(uuid4(), date(2026, 3, 1), uuid4(), "image/png"),
     ],
+    ids=["raw", "parser output", "markdown", "hosted output", "photo"],
 )
 def test_the_key_of_what_is_aside_names_the_one_that_it_had(key):
     aside = aside_key(key, uuid4())
