@@ -20,6 +20,7 @@ from upload_pipeline.database.photos import reserve_photo
 from upload_pipeline.database.queue import Advance, ClaimedJob
 from upload_pipeline.stages import PHOTO_STAGES
 from upload_pipeline.storage.photo_keys import photo_key
+from upload_pipeline.storage.store_mark import MARK_KEY
 
 URL = "/api/v1/photos/upload-url"
 
@@ -127,5 +128,5 @@ async def photo_rows(admin: asyncpg.Connection) -> int:
 
 
 async def keys(service: LiveService) -> set[str]:
-    """The objects in the store."""
-    return {info.key async for info in service.resources.store.list()}
+    """The objects in the store, but for the mark that maintenance leaves."""
+    return {info.key async for info in service.resources.store.list() if info.key != MARK_KEY}

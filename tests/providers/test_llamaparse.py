@@ -169,11 +169,11 @@ async def test_a_time_without_a_zone_is_taken_for_utc(
     simulator: LlamaCloudSimulator, parser: LlamaParse, minutes: int, found: str | None
 ) -> None:
     class Expiring(StoredFile):
-        def as_json(self) -> dict[str, Any]:
+        def as_json(self, expires_at: datetime) -> dict[str, Any]:
             at = (datetime.now(UTC) + timedelta(minutes=minutes)).replace(tzinfo=None)
-            return {**super().as_json(), "expires_at": at.isoformat()}
+            return {**super().as_json(expires_at), "expires_at": at.isoformat()}
 
-    simulator._files["dfl-1"] = Expiring("dfl-1", "d1.txt", "d1", b"one")
+    simulator._files["dfl-1"] = Expiring("dfl-1", "d1.txt", "d1", b"one", simulator.clock())
     assert await parser.find_file("d1") == found
 
 

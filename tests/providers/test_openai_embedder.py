@@ -202,9 +202,7 @@ async def test_a_request_larger_than_a_minute_is_told_from_one_that_came_too_ear
     remedy: Remedy,
     minute: int | None,
 ) -> None:
-    monkeypatch.setattr(
-        simulator, "full", lambda model, tokens: refusal(429, message, kind=kind, code="rate_limit_exceeded")
-    )
+    monkeypatch.setattr(simulator, "full", lambda *_: refusal(429, message, kind=kind, code="rate_limit_exceeded"))
     with pytest.raises(EmbeddingError) as caught:
         await embedder.request(TEXTS)
     assert (caught.value.code, caught.value.remedy, caught.value.minute) == (code, remedy, minute)

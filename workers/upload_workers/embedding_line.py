@@ -148,7 +148,7 @@ class Line:
     def take(self, most: int, limit: int) -> list[Item]:
         """The next request's texts: from the front, those that may share it with the first, at most so many tokens.
 
-        A text that has gone out in other company is not sent a second time, unless it has failed there before: who
+        A text that has gone out in other company is not sent a second time, unless it has failed in one of the two: who
         waits for it here waits for that one.
         """
         part: list[Item] = []
@@ -159,7 +159,7 @@ class Line:
             sent = self._under_way.get((item.user_id, item.text))
             if not item.waiting:
                 self._items.pop(item.key, None)
-            elif sent is not None and not sent.tries:
+            elif sent is not None and not sent.tries and not item.tries:
                 self._items.pop(item.key, None)
                 sent.waiting += item.waiting
             elif part and item.company != part[0].company:
@@ -181,7 +181,10 @@ class Line:
         return taken
 
     def put_back(self, part: list[Item]) -> None:
-        """To the front, in order. A job that goes by itself and waited for a request of others stands in line now."""
+        """To the front, in order. A job that goes by itself and waited for a request of others stands in line now.
+
+        Its text has been tried as often as theirs.
+        """
         for item in part:
             self._landed(item)
         self._waiting.extendleft(reversed(part))
@@ -190,7 +193,7 @@ class Line:
                 company = _company(ticket.job)
                 if company not in (None, item.company):
                     item.waiting.remove((ticket, position))
-                    self._stand(ticket, position, (item.user_id, company, item.text))
+                    self._stand(ticket, position, (item.user_id, company, item.text), tries=item.tries)
 
     def forget(self, item: Item) -> None:
         """It is done: the same text stands in line anew."""
@@ -235,10 +238,10 @@ class Line:
             for ticket, _ in item.waiting:
                 ticket.fail(1, error)
 
-    def _stand(self, ticket: Ticket, position: int, key: tuple[UUID, UUID | None, str]) -> None:
+    def _stand(self, ticket: Ticket, position: int, key: tuple[UUID, UUID | None, str], *, tries: int = 0) -> None:
         item = self._items.get(key)
         if item is None:
-            item = self._items[key] = Item(key, bound_tokens(key[2]), [], ticket.job.job_id)
+            item = self._items[key] = Item(key, bound_tokens(key[2]), [], ticket.job.job_id, tries)
             self._waiting.append(item)
         item.waiting.append((ticket, position))
 

@@ -196,6 +196,22 @@ async def test_a_text_of_jobs_that_keep_apart_is_paid_once_where_both_stand_in_l
         assert simulator.books.paid == {"warm": 1, "first": 1, "shared": 1, "own 0": 1, "own 1": 1}
 
 
+def test_texts_that_went_out_together_and_failed_go_apart_and_have_no_more_tries_for_it() -> None:
+    line, jobs = Line(), [a_job(retries=1), a_job(retries=1)]
+    for job in jobs:
+        line.join(job, ["text"])
+    sent = line.take(1, 1000)
+    assert line.take(1, 1000) == []
+    assert len(sent[0].waiting) == 2
+    for tries in (1, 2, 3):
+        for item in sent:
+            item.tries += 1
+        line.put_back(sent)
+        sent = line.take(1, 1000) + line.take(1, 1000)
+        assert {item.company for item in sent} == {job.job_id for job in jobs}
+        assert [(item.tries, len(item.waiting)) for item in sent] == [(tries, 1), (tries, 1)]
+
+
 async def test_a_worker_that_stops_sends_no_more_and_waits_for_what_is_under_way(
     open_bench: OpenBench, admin: asyncpg.Connection
 ) -> None:
