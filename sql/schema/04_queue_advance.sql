@@ -85,7 +85,9 @@ begin
       from moved m
   ), kept as (
     insert into upload_pipeline.job_outcomes as o (job_id, user_id, results, updated_at)
-    select m.job_id, m.user_id, m.results, v_now from moved m where m.results is not null
+    select m.job_id, m.user_id,
+           case when m.state = 'cancelled' then m.results || upload_pipeline.job_cost(m.job_id) else m.results end, v_now
+      from moved m where m.results is not null
     on conflict (job_id) do update
       set results = excluded.results, error_code = null, error_message = null, error_details = null, updated_at = v_now
   ), woken as (
@@ -93,8 +95,9 @@ begin
       from (select m.pool, array_agg(m.user_id) as user_ids from moved m where m.state = 'queued' group by m.pool
              order by m.pool) h
   ), costs as (
-    -- what is done says its cost by its results
-    select upload_pipeline.keep_costs(array_agg(m.job_id)) from moved m where m.state = 'cancelled' having count(*) > 0
+    -- what is done says its cost by its results; an outcome is written by `kept` or here, and not twice
+    select upload_pipeline.keep_costs(array_agg(m.job_id))
+      from moved m where m.state = 'cancelled' and m.results is null having count(*) > 0
   )
   -- `woken` and `costs` are named here so that they run: a CTE that only reads runs only where it is asked for
   select m.job_id, m.stage, m.state, m.lease_expires_at

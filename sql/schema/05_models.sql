@@ -520,16 +520,15 @@ begin
   end if;
 
   for v_retired in select m.model from upload_pipeline.embedding_models m where m.status = 'retired' loop
+    -- by place, so that the limit is asked once: joined, it would be asked for each row that is looked at
     delete from upload_pipeline.chunk_vectors s
-     using (select g.chunk_id from upload_pipeline.chunk_vectors g
-             where g.embed_model = v_retired limit p_limit for update skip locked) g
-     where s.chunk_id = g.chunk_id and s.embed_model = v_retired;
+     where s.ctid = any (array(
+       select g.ctid from upload_pipeline.chunk_vectors g where g.embed_model = v_retired limit p_limit for update skip locked));
     get diagnostics v_part = row_count;
     v_removed := v_removed + v_part;
     delete from upload_pipeline.document_vector_buffer b
-     using (select g.chunk_id from upload_pipeline.document_vector_buffer g
-             where g.embed_model = v_retired limit p_limit for update skip locked) g
-     where b.chunk_id = g.chunk_id and b.embed_model = v_retired;
+     where b.ctid = any (array(
+       select g.ctid from upload_pipeline.document_vector_buffer g where g.embed_model = v_retired limit p_limit for update skip locked));
   end loop;
   return query select v_moved, v_removed;
 end

@@ -309,9 +309,9 @@ class Settings(BaseSettings):
         default=3600.0, description="Seconds that an object without a document is left alone."
     )
     sweep_interval: Seconds = Field(
-        default=3600.0,
+        default=1800.0,
         description="Seconds between two looks through the whole store for such objects, by one worker of all; "
-        "ORPHAN_GRACE where that is less.",
+        "half of ORPHAN_GRACE where that is less.",
     )
     health_host: str = Field(default="127.0.0.1", description="Address of the worker's health endpoint.")
     health_port: int = Field(default=0, ge=0, le=65535, description="Its port; 0 turns it off.")

@@ -1043,7 +1043,9 @@ begin
       from moved m
   ), kept as (
     insert into upload_pipeline.job_outcomes as o (job_id, user_id, results, updated_at)
-    select m.job_id, m.user_id, m.results, v_now from moved m where m.results is not null
+    select m.job_id, m.user_id,
+           case when m.state = 'cancelled' then m.results || upload_pipeline.job_cost(m.job_id) else m.results end, v_now
+      from moved m where m.results is not null
     on conflict (job_id) do update
       set results = excluded.results, error_code = null, error_message = null, error_details = null, updated_at = v_now
   ), woken as (
@@ -1051,8 +1053,9 @@ begin
       from (select m.pool, array_agg(m.user_id) as user_ids from moved m where m.state = 'queued' group by m.pool
              order by m.pool) h
   ), costs as (
-    -- what is done says its cost by its results
-    select upload_pipeline.keep_costs(array_agg(m.job_id)) from moved m where m.state = 'cancelled' having count(*) > 0
+    -- what is done says its cost by its results; an outcome is written by `kept` or here, and not twice
+    select upload_pipeline.keep_costs(array_agg(m.job_id))
+      from moved m where m.state = 'cancelled' and m.results is null having count(*) > 0
   )
   -- `woken` and `costs` are named here so that they run: a CTE that only reads runs only where it is asked for
   select m.job_id, m.stage, m.state, m.lease_expires_at
@@ -3408,16 +3411,15 @@ begin
   end if;
 
   for v_retired in select m.model from upload_pipeline.embedding_models m where m.status = 'retired' loop
+    -- by place, so that the limit is asked once: joined, it would be asked for each row that is looked at
     delete from upload_pipeline.chunk_vectors s
-     using (select g.chunk_id from upload_pipeline.chunk_vectors g
-             where g.embed_model = v_retired limit p_limit for update skip locked) g
-     where s.chunk_id = g.chunk_id and s.embed_model = v_retired;
+     where s.ctid = any (array(
+       select g.ctid from upload_pipeline.chunk_vectors g where g.embed_model = v_retired limit p_limit for update skip locked));
     get diagnostics v_part = row_count;
     v_removed := v_removed + v_part;
     delete from upload_pipeline.document_vector_buffer b
-     using (select g.chunk_id from upload_pipeline.document_vector_buffer g
-             where g.embed_model = v_retired limit p_limit for update skip locked) g
-     where b.chunk_id = g.chunk_id and b.embed_model = v_retired;
+     where b.ctid = any (array(
+       select g.ctid from upload_pipeline.document_vector_buffer g where g.embed_model = v_retired limit p_limit for update skip locked));
   end loop;
   return query select v_moved, v_removed;
 end

@@ -107,6 +107,20 @@ def test_a_document_that_is_being_written_is_settled_later(
     assert second
 
 
+def test_no_more_vectors_of_a_given_up_model_go_at_once_than_asked_for_whatever_the_statistics_say(
+    admin: Connection, worker: Connection, old: None
+) -> None:
+    """Those of a table that was empty: joined to its own limit, the removal took all, and minutes for many."""
+    admin.execute("alter table upload_pipeline.chunk_vectors set (autovacuum_enabled = off)")
+    admin.execute("vacuum analyze upload_pipeline.chunk_vectors")
+    for _ in range(3):
+        add_chunks(admin, count=100)
+    add(worker)
+    fill(worker)
+    retire(worker, NEW)
+    assert [settle(worker, 100) for _ in range(4)] == [(0, 100), (0, 100), (0, 100), (0, 0)]
+
+
 def test_a_document_that_is_written_for_long_holds_up_no_other_and_no_removal(
     admin: Connection, worker: Connection, connect: Connect, old: None
 ) -> None:

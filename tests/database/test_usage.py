@@ -215,6 +215,11 @@ def _cancel_and_end_the_step(worker: Connection, lease: Any) -> None:
     advance(worker, lease, "queued", "job_validated")
 
 
+def _cancel_and_end_the_step_with_results(worker: Connection, lease: Any) -> None:
+    cancel(worker, lease.job_id)
+    assert advance(worker, lease, "queued", "job_validated", results='{"pages": 3}').state == "cancelled"
+
+
 def _cancel_and_fail(worker: Connection, lease: Any) -> None:
     cancel(worker, lease.job_id)
     fail(worker, lease)
@@ -228,6 +233,7 @@ def _cancel_and_fail(worker: Connection, lease: Any) -> None:
         _cancel_and_snooze,
         _cancel_and_lose_the_worker,
         _cancel_and_end_the_step,
+        _cancel_and_end_the_step_with_results,
         _cancel_and_fail,
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import importlib.machinery
 import sys
 import time
@@ -10,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from aiohttp import web
 
 from tests.simulators.openai_embeddings import KEY, Fault, OpenAISimulator, vector_of
 from tests.simulators.openai_server import refusal
@@ -248,6 +250,15 @@ async def test_a_vector_that_is_no_direction_is_told_and_the_others_are_good(
     answer = await embedder.request(TEXTS)
     assert answer.unusable == (1,)
     np.testing.assert_allclose(answer.vectors[[0, 2]], expected(["water damage", "roof"]), rtol=1e-5)
+
+
+async def test_a_vector_whose_length_is_no_number_of_its_kind_is_no_direction(
+    simulator: OpenAISimulator, embedder: OpenAIEmbedder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vast = base64.b64encode(np.full(embedder.dimensions, 3e38, "<f4").tobytes()).decode()
+    answer = {"data": [{"index": 0, "embedding": vast}], "usage": {"prompt_tokens": 1}}
+    monkeypatch.setattr(simulator, "vectors", lambda *_: web.json_response(answer))
+    assert (await embedder.request(["one"])).unusable == (0,)
 
 
 @pytest.mark.parametrize("param", [["input", 0], {"input": 0}, 7])

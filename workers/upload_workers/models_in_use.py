@@ -88,6 +88,7 @@ class ModelsInUse:
         self._calls = calls
         self._settings = settings
         self._clock = clock
+        self._stopping = False
         self._opened: dict[str, ModelInUse] = {}
         self._view: ModelRegistry | None = None
         self._viewed = 0.0
@@ -133,6 +134,7 @@ class ModelsInUse:
 
     def send_no_more(self) -> None:
         """The worker stops: nothing more is sent to a provider that is paid, what is under way goes on."""
+        self._stopping = True
         for model in self._opened.values():
             if model.batcher is not None:
                 model.batcher.send_no_more()
@@ -177,6 +179,8 @@ class ModelsInUse:
         if opened is None:
             own = open_model(EmbeddingModel(model.model, model.provider, model.dimensions), self._settings)
             batcher = open_batcher(own, self._db, self._calls, self._settings)
+            if batcher is not None and self._stopping:
+                batcher.send_no_more()
             opened = self._opened[model.model] = ModelInUse(
                 MeasuredEmbedder(own, self._calls),
                 batcher,

@@ -2,8 +2,8 @@
 
 A job that is cancelled, fails or is started again leaves a parse behind that is paid for all the same. Upkeep asks what
 became of each: the pages or the credits that it tells are recorded under the parse's own id, so nothing counts twice.
-Of one that is no longer kept, or has not ended for as long as LlamaParse keeps anything, an estimate is recorded: the
-pages that the document is known to have, or one.
+Of one that is no longer kept, or of which nothing is learnt for as long as LlamaParse keeps anything, an estimate is
+recorded: the pages that the document is known to have, or one.
 
 A parse of a document that was deleted meanwhile is not known any more, and nothing is recorded.
 """
@@ -97,11 +97,12 @@ class ParseAccounts:
             else:
                 pages = parse.page_count or 1
         except ParseError as error:
-            if error.code is not ErrorCode.PARSE_FAILED:
+            ended = error.code is ErrorCode.PARSE_FAILED
+            if not ended and parse.age < ASKED_FOR.total_seconds():
                 log.warning("parse_not_accounted", parse_id=parse.parse_id, error=error.message)
                 return
             told = error.credits
-            if error.gone:
+            if error.gone or not ended:
                 pages = parse.page_count or 1
         if pages or told:
             await record_parse(

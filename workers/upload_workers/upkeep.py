@@ -203,7 +203,7 @@ class Upkeep:
     orphan_grace: float
     session_grace: float
     wake: Callable[[], None]
-    sweep_interval: float = 3600.0
+    sweep_interval: float = 1800.0
     cache_life: timedelta = CACHE_LIFE
     account: Callable[[], Awaitable[None]] | None = None
 
@@ -275,8 +275,9 @@ class Upkeep:
             orphan_grace=timedelta(seconds=self.orphan_grace),
             session_grace=timedelta(seconds=self.session_grace),
             cache_life=self.cache_life,
-            # Further apart, and what is old enough to be removed could be younger than the store's last mark.
-            sweep_interval=timedelta(seconds=min(self.sweep_interval, self.orphan_grace)),
+            # Further apart than the grace, and what is old enough to be removed could be younger than the store's last
+            # mark; half of it, so that a round which fails or comes late does no harm.
+            sweep_interval=timedelta(seconds=min(self.sweep_interval, self.orphan_grace / 2)),
         )
         log.debug("maintained", report=report)
 

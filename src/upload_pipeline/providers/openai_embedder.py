@@ -294,8 +294,8 @@ def _to_unit_length(vectors: NDArray[np.float32]) -> tuple[int, ...]:
     """Scales each row in place; the positions of those that cannot be."""
     import numpy as np
 
-    lengths = np.sqrt(np.einsum("ij,ij->i", vectors, vectors, dtype=np.float64))
+    with np.errstate(over="ignore"):  # a length that is no float32 is not finite, and its row not used
+        lengths = np.sqrt(np.einsum("ij,ij->i", vectors, vectors, dtype=np.float64)).astype(np.float32)
     usable = np.isfinite(lengths) & (lengths > 0)
-    with np.errstate(over="ignore", invalid="ignore"):  # of rows that are not to be used
-        np.divide(vectors, lengths.astype(np.float32)[:, None], out=vectors, where=usable[:, None])
+    np.divide(vectors, lengths[:, None], out=vectors, where=usable[:, None])
     return tuple(int(position) for position in np.flatnonzero(~usable))

@@ -4,7 +4,8 @@ To a database that is not the store's own, every file of the other is an orphan:
 was given the address of the real store, to one that is restored from yesterday's backup. So each round leaves a
 new mark in the store, of which its database alone knows. One that finds a mark that it does not know was not the last
 to look here; a restored one does not know the marks that came after its backup. As long as rounds come no further apart
-than orphans are left alone, all that is old enough to be removed is older than the last mark.
+than orphans are left alone, all that is old enough to be removed is older than the last mark. A database that is put
+back to a moment after that mark is not told from one that was not: `docs/storage.md` says what to do then.
 
 A store without a mark is taken for the database's own where nearly all in it has a row. And whatever the marks
 say: a round that would remove many objects, and not few of all, removes none. Crashes leave single objects; so many

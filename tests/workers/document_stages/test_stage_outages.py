@@ -124,6 +124,12 @@ async def test_an_outage_costs_a_filling_no_document_and_no_retry(filling: Filli
     assert sum(filling.simulator.books.paid_again().values()) == 0
 
 
+async def test_a_model_that_is_opened_while_the_worker_stops_asks_nothing(filling: Filling) -> None:
+    filling.line.context.models.send_no_more()
+    assert await filling.turn() == ["snoozed", "snoozed"]
+    assert filling.simulator.books.requests == 0
+
+
 async def test_a_text_at_which_the_provider_always_fails_fails_its_own_document(filling: Filling) -> None:
     filling.simulator.poison = {"poison": Fault.SERVER_ERROR}
     well, poisoned = filling.documents

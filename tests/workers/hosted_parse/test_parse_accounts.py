@@ -117,7 +117,7 @@ async def test_a_parse_that_failed_and_costs_nothing_is_not_recorded(open_line: 
     assert (await recorded(line), line.requests["poll"]) == ([], 2)
 
 
-@pytest.mark.parametrize("why", ["gone", "running"])
+@pytest.mark.parametrize("why", ["gone", "running", "failing"])
 async def test_of_a_parse_that_nothing_is_known_of_an_estimate_is_recorded(open_line: OpenLine, why: str) -> None:
     line = await open_line()
     line.simulator.running = 10**6
@@ -131,6 +131,8 @@ async def test_of_a_parse_that_nothing_is_known_of_an_estimate_is_recorded(open_
         line.simulator.misbehave("gone", operation="poll")
     else:
         await line.pass_time(48 * 3600)
+        if why == "failing":
+            line.simulator.misbehave("server_error", operation="poll")
     await settle(line)
     assert await recorded(line) == [(1, 3)]
     await settle(line)
