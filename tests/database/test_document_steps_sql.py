@@ -191,6 +191,7 @@ def test_chunks_buffered_anew_replace_what_an_earlier_try_had_buffered(worker: C
     [
         (lambda c: c.clear(), "UP005"),
         (lambda c: c[0].update(ordinal=1), "23505"),
+        (lambda c: c[-1].update(ordinal=4), "UP005"),
         (lambda c: c[0].update(end_offset=0), "23514"),
         (lambda c: c[0].update(section_ids=[]), "23514"),
         (lambda c: c[0].update(page_from=1), "23514"),

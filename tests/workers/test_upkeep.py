@@ -53,6 +53,12 @@ def scratch(tmp_path: Path) -> Path:
     return folder
 
 
+def an_upkeep(pool: asyncpg.Pool, store: ObjectStore, scratch: Path, **options: Any) -> Upkeep:
+    """That of a worker whose times are a minute where `options` do not say otherwise."""
+    minute = dict.fromkeys(("lease_ttl", "maintenance_interval", "orphan_grace", "session_grace"), 60.0)
+    return Upkeep(pool, store, scratch, **{**minute, "wake": lambda: None, **options})
+
+
 async def stored_document(world: ProbeWorld, store: ObjectStore, *, row: bool = True) -> tuple[UUID, UUID, list[str]]:
     """A document with every object that it can have; or, without the row, what an intake that died leaves."""
     user, document = uuid4(), uuid4()
@@ -104,20 +110,7 @@ async def test_many_workers_look_through_the_store_once_in_an_interval_of_at_mos
             os.utime(tmp_path / "objects" / key, (time.time() - 1200,) * 2)
         return keys
 
-    works = [
-        Upkeep(
-            pool,
-            store,
-            scratch,
-            lease_ttl=60.0,
-            maintenance_interval=60.0,
-            orphan_grace=600.0,
-            session_grace=60.0,
-            sweep_interval=interval,
-            wake=lambda: None,
-        )
-        for _ in range(3)
-    ]
+    works = [an_upkeep(pool, store, scratch, orphan_grace=600.0, sweep_interval=interval) for _ in range(3)]
     first = await old_orphan()
     await works[0]._maintain()
     assert await present(store, first) == [False] * 3
@@ -377,16 +370,7 @@ async def test_all_that_is_due_is_promoted_in_one_round_and_wakes_the_worker(
     await world.enqueue(250)
     await world.admin.execute("update upload_pipeline.upload_jobs set state = 'retryable', run_at = now()")
     woken: list[int] = []
-    work = Upkeep(
-        pool,
-        store,
-        scratch,
-        lease_ttl=60.0,
-        maintenance_interval=60.0,
-        orphan_grace=60.0,
-        session_grace=60.0,
-        wake=lambda: woken.append(1),
-    )
+    work = an_upkeep(pool, store, scratch, wake=lambda: woken.append(1))
     await work._promote()
     ready = "select count(*) from upload_pipeline.upload_jobs where state = 'queued'"
     assert await world.admin.fetchval(ready) == 250
@@ -402,16 +386,7 @@ async def test_all_whose_lease_ran_out_are_taken_back_in_one_round(
             pool, worker_id=uuid4(), pool="default", limit=200, after_user=None, ttl=timedelta(milliseconds=1)
         )
     await asyncio.sleep(0.01)
-    work = Upkeep(
-        pool,
-        store,
-        scratch,
-        lease_ttl=60.0,
-        maintenance_interval=60.0,
-        orphan_grace=60.0,
-        session_grace=60.0,
-        wake=lambda: None,
-    )
+    work = an_upkeep(pool, store, scratch)
     await work._reap()
     assert await world.admin.fetchval("select count(*) from upload_pipeline.upload_jobs where state = 'working'") == 0
 
@@ -423,19 +398,7 @@ async def test_a_batch_that_is_over_is_told_once(
     user, batch = uuid4(), uuid4()
     refused = RefusedFile("empty.txt", "EMPTY_FILE", "It is empty.")
     await create_batch(pool, batch_id=batch, user_id=user, files=[refused], warnings=[], correlation_id="c-9")
-    works = [
-        Upkeep(
-            pool,
-            store,
-            scratch,
-            lease_ttl=60,
-            maintenance_interval=60,
-            orphan_grace=60,
-            session_grace=60,
-            wake=lambda: None,
-        )
-        for _ in range(3)
-    ]
+    works = [an_upkeep(pool, store, scratch) for _ in range(3)]
     told = "select count(*) from upload_pipeline.events where code = 'batch_completed' and correlation_id = 'c-9'"
     with capture_logs() as lines:
         tasks = [asyncio.create_task(work.run()) for work in works]
@@ -459,17 +422,7 @@ async def test_accounts_are_settled_again_and_again_also_after_a_failure(
         rounds.append(1)
         raise OSError
 
-    work = Upkeep(
-        pool,
-        store,
-        scratch,
-        lease_ttl=60,
-        maintenance_interval=60,
-        orphan_grace=60,
-        session_grace=60,
-        wake=lambda: None,
-        account=account,
-    )
+    work = an_upkeep(pool, store, scratch, account=account)
     task = asyncio.create_task(work.run())
     await until_true(lambda: len(rounds) > 1, "two rounds")
     task.cancel()
