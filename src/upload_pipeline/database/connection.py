@@ -15,9 +15,9 @@ from urllib.parse import quote, urlencode
 
 import asyncpg
 import psycopg
-from pgvector.asyncpg import register_vector
 from psycopg.conninfo import conninfo_to_dict
 
+from upload_pipeline.database.vector_wire import register_vectors
 from upload_pipeline.errors import ErrorCode, PipelineError
 
 if TYPE_CHECKING:
@@ -194,7 +194,7 @@ async def prepare_connection(connection: asyncpg.Connection) -> None:
         PipelineError: `MIGRATIONS_PENDING` where the database has no such types.
     """
     try:
-        await register_vector(connection, schema=VECTOR_SCHEMA)
+        await register_vectors(connection, schema=VECTOR_SCHEMA)
     except ValueError as error:
         raise PipelineError(
             ErrorCode.MIGRATIONS_PENDING,

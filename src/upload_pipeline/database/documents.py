@@ -10,9 +10,8 @@ import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from pgvector import Vector
-
 from upload_pipeline.database.queue import Transition
+from upload_pipeline.database.vector_wire import vector_rows
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -263,8 +262,7 @@ async def buffer_vectors(
         lease.token,
         model,
         list(chunk_ids),
-        # as Vector: asyncpg takes an array of numpy rows for an array of two dimensions
-        [Vector(row) for row in embeddings],
+        vector_rows(embeddings),
     )
     return stored
 

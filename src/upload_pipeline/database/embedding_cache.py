@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from hashlib import sha256
 from typing import TYPE_CHECKING
 
-from pgvector import Vector
+from upload_pipeline.database.vector_wire import vector_rows
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     import numpy as np
     import numpy.typing as npt
+    from pgvector import Vector
 
     from upload_pipeline.database.queue import Executor, Lease
 
@@ -101,8 +102,7 @@ async def keep_vectors(
         model,
         [user_id for user_id, _ in texts],
         [_key(text) for _, text in texts],
-        # as Vector: asyncpg takes an array of numpy rows for an array of two dimensions
-        [Vector(row) for row in vectors],
+        vector_rows(vectors),
         [chunk.lease.job_id for chunk in waiting],
         [chunk.lease.token for chunk in waiting],
         [chunk.chunk_id for chunk in waiting],
