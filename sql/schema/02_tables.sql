@@ -41,7 +41,10 @@ insert into upload_pipeline.stages (pipeline, stage, position, progress, pool, f
   ('reembed', 'queued', 0,   0, 'background', false),
   ('reembed', 'filled', 1, 100, 'background', true);
 
--- Which vectors exist and which serve searches. One model is active once any is registered; one at a time is filled.
+-- Which vectors exist and which serve searches. One model is active once any is registered; one at a time is filled. Rows
+-- with vectors name their model and have no foreign key: every one of them would lock the one row of the model, at the price
+-- of an index entry, and workers at once would do it in turns. Their verbs ask for the model once, and keep_named_models
+-- keeps one that is named.
 create table upload_pipeline.embedding_models (
   model          text primary key,
   provider       text not null,
@@ -293,7 +296,7 @@ create index embedding_cache_used on upload_pipeline.embedding_cache (last_used_
 -- is forgotten before it was committed, the chunk is pending again.
 create table upload_pipeline.document_vector_buffer (
   chunk_id    uuid not null,
-  embed_model text not null references upload_pipeline.embedding_models,
+  embed_model text not null,
   document_id uuid not null references upload_pipeline.documents on delete cascade,
   embedding   extensions.vector,
   text_sha256 bytea,
@@ -338,7 +341,7 @@ create table upload_pipeline.document_chunks (
   section_ids   uuid[] not null,
   search_vector tsvector not null generated always as
                   (upload_pipeline.chunk_search_vector(heading_path, text)) stored,
-  embed_model   text references upload_pipeline.embedding_models,
+  embed_model   text,
   embedding     extensions.vector,
   live          boolean not null default false,
   created_at    timestamptz not null default upload_pipeline.now(),
@@ -374,7 +377,7 @@ create index document_chunks_model on upload_pipeline.document_chunks (embed_mod
 -- the one before. Empty but while a model changes (05_models tells how they move).
 create table upload_pipeline.chunk_vectors (
   chunk_id    uuid not null references upload_pipeline.document_chunks on delete cascade,
-  embed_model text not null references upload_pipeline.embedding_models,
+  embed_model text not null,
   document_id uuid not null,
   embedding   extensions.vector not null,
   created_at  timestamptz not null default upload_pipeline.now(),

@@ -121,7 +121,9 @@ declare
   v_dimensions integer;
   v_building text;
   v_chunks   integer;
-  v_missing  integer;
+  v_stored   integer;
+  v_gone     integer;
+  v_moved    integer;
   v_placed   integer;
   v_lacking  integer;
   v_nodes    integer;
@@ -142,27 +144,36 @@ begin
     raise exception 'vectors of "%" were made for document %, and the active embedding model is "%"', p_model, v_document, v_active
       using errcode = 'UP007', hint = 'Embed what lacks a vector of that model, then commit again.';
   end if;
-  select count(*), count(*) filter (where c.chunk_id is null) into v_chunks, v_missing
-    from upload_pipeline.document_chunk_buffer b
-    left join upload_pipeline.document_chunks c on c.chunk_id = b.chunk_id
-   where b.document_id = v_document;
-  if v_chunks = 0 or v_missing > 0 then
-    raise exception 'document %: % of % buffered chunks lack a row', v_document, v_missing, v_chunks
+  -- one look at both sets: most documents are new, and have nothing that goes or moves
+  select count(*) into v_chunks from upload_pipeline.document_chunk_buffer b where b.document_id = v_document;
+  select count(b.chunk_id), count(*) filter (where b.chunk_id is null),
+         count(*) filter (where (c.start_offset, c.end_offset, c.page_from, c.page_to, c.heading_path, c.section_ids)
+                                is distinct from (b.start_offset, b.end_offset, b.page_from, b.page_to, b.heading_path, b.section_ids))
+    into v_stored, v_gone, v_moved
+    from upload_pipeline.document_chunks c
+    left join upload_pipeline.document_chunk_buffer b on b.chunk_id = c.chunk_id
+   where c.document_id = v_document;
+  if v_chunks = 0 or v_stored < v_chunks then
+    raise exception 'document %: % of % buffered chunks lack a row', v_document, v_chunks - v_stored, v_chunks
       using errcode = 'UP005', hint = 'Retry the job from stage "chunking".';
   end if;
 
-  delete from upload_pipeline.document_chunks c
-   where c.document_id = v_document
-     and not exists (select from upload_pipeline.document_chunk_buffer b where b.chunk_id = c.chunk_id);
+  if v_gone > 0 then
+    delete from upload_pipeline.document_chunks c
+     where c.document_id = v_document
+       and not exists (select from upload_pipeline.document_chunk_buffer b where b.chunk_id = c.chunk_id);
+  end if;
 
   -- apart from the vectors: what names heading_path computes search_vector anew, at more than all else costs
-  update upload_pipeline.document_chunks c
-     set start_offset = b.start_offset, end_offset = b.end_offset, page_from = b.page_from, page_to = b.page_to,
-         heading_path = b.heading_path, section_ids = b.section_ids
-    from upload_pipeline.document_chunk_buffer b
-   where b.document_id = v_document and c.chunk_id = b.chunk_id
-     and (c.start_offset, c.end_offset, c.page_from, c.page_to, c.heading_path, c.section_ids)
-         is distinct from (b.start_offset, b.end_offset, b.page_from, b.page_to, b.heading_path, b.section_ids);
+  if v_moved > v_gone then
+    update upload_pipeline.document_chunks c
+       set start_offset = b.start_offset, end_offset = b.end_offset, page_from = b.page_from, page_to = b.page_to,
+           heading_path = b.heading_path, section_ids = b.section_ids
+      from upload_pipeline.document_chunk_buffer b
+     where b.document_id = v_document and c.chunk_id = b.chunk_id
+       and (c.start_offset, c.end_offset, c.page_from, c.page_to, c.heading_path, c.section_ids)
+           is distinct from (b.start_offset, b.end_offset, b.page_from, b.page_to, b.heading_path, b.section_ids);
+  end if;
   with placed as (
     update upload_pipeline.document_chunks c
        set embedding = coalesce(c.embedding, v.embedding, e.embedding), embed_model = coalesce(c.embed_model, p_model), live = true

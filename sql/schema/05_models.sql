@@ -51,6 +51,36 @@ begin
 end
 $$;
 
+-- In place of foreign keys (embedding_models): a model that vectors name is not deleted, and keeps its name.
+create function upload_pipeline.keep_named_models()
+returns trigger
+language plpgsql
+security definer
+set search_path = ''
+set enable_seqscan = off
+set enable_bitmapscan = off
+set enable_hashjoin = off
+set enable_mergejoin = off
+set enable_material = off
+as $$
+begin
+  -- no commit of vectors is under way
+  perform upload_pipeline.hold_models(p_alone => true);
+  if exists (select from upload_pipeline.document_chunks c where c.embed_model = old.model)
+     or exists (select from upload_pipeline.chunk_vectors s where s.embed_model = old.model)
+     or exists (select from upload_pipeline.document_vector_buffer v where v.embed_model = old.model) then
+    raise exception 'embedding model "%" has vectors', old.model
+      using errcode = '23503', hint = 'Retire it: its vectors are removed, and its name stays.';
+  end if;
+  return coalesce(new, old);
+end
+$$;
+
+create trigger keep_named_models before delete on upload_pipeline.embedding_models
+  for each row execute function upload_pipeline.keep_named_models();
+create trigger keep_model_names before update on upload_pipeline.embedding_models
+  for each row when (old.model is distinct from new.model) execute function upload_pipeline.keep_named_models();
+
 create function upload_pipeline.note_model_change(p_model text, p_to upload_pipeline.model_status, p_more jsonb default '{}')
 returns void
 language sql

@@ -90,8 +90,8 @@ begin
        and p.proname not in ('new_job_id', 'wake_lanes', 'check_step', 'prepare_restart', 'drop_event_partitions',
                              'notify_watchers', 'settle_batch_members', 'wake_job', 'lock_awaited', 'lock_latest_job',
                              'check_no_stranger', 'look_for_upload', 'resume_upload_job', 'move_session_documents',
-                             'forget_session_document', 'lock_budget', 'job_cost', 'keep_costs', 'note_photo_status', 'lock_photo_job',
-                             'start_photo_deletion', 'check_owner', 'check_vectors', 'today', 'touch_vectors',
+                             'forget_session_document', 'keep_named_models', 'lock_budget', 'job_cost', 'keep_costs', 'note_photo_status',
+                             'lock_photo_job', 'start_photo_deletion', 'check_owner', 'check_vectors', 'today', 'touch_vectors',
                              'move_user_vectors', 'note_parse', 'set_detections', 'detection_results', 'hold_models',
                              'lacks_vectors', 'note_model_change', 'pending_chunks', 'place_vectors')
   loop

@@ -176,7 +176,10 @@ insert into upload_pipeline.stages (pipeline, stage, position, progress, pool, f
   ('reembed', 'queued', 0,   0, 'background', false),
   ('reembed', 'filled', 1, 100, 'background', true);
 
--- Which vectors exist and which serve searches. One model is active once any is registered; one at a time is filled.
+-- Which vectors exist and which serve searches. One model is active once any is registered; one at a time is filled. Rows
+-- with vectors name their model and have no foreign key: every one of them would lock the one row of the model, at the price
+-- of an index entry, and workers at once would do it in turns. Their verbs ask for the model once, and keep_named_models
+-- keeps one that is named.
 create table upload_pipeline.embedding_models (
   model          text primary key,
   provider       text not null,
@@ -428,7 +431,7 @@ create index embedding_cache_used on upload_pipeline.embedding_cache (last_used_
 -- is forgotten before it was committed, the chunk is pending again.
 create table upload_pipeline.document_vector_buffer (
   chunk_id    uuid not null,
-  embed_model text not null references upload_pipeline.embedding_models,
+  embed_model text not null,
   document_id uuid not null references upload_pipeline.documents on delete cascade,
   embedding   extensions.vector,
   text_sha256 bytea,
@@ -473,7 +476,7 @@ create table upload_pipeline.document_chunks (
   section_ids   uuid[] not null,
   search_vector tsvector not null generated always as
                   (upload_pipeline.chunk_search_vector(heading_path, text)) stored,
-  embed_model   text references upload_pipeline.embedding_models,
+  embed_model   text,
   embedding     extensions.vector,
   live          boolean not null default false,
   created_at    timestamptz not null default upload_pipeline.now(),
@@ -509,7 +512,7 @@ create index document_chunks_model on upload_pipeline.document_chunks (embed_mod
 -- the one before. Empty but while a model changes (05_models tells how they move).
 create table upload_pipeline.chunk_vectors (
   chunk_id    uuid not null references upload_pipeline.document_chunks on delete cascade,
-  embed_model text not null references upload_pipeline.embedding_models,
+  embed_model text not null,
   document_id uuid not null,
   embedding   extensions.vector not null,
   created_at  timestamptz not null default upload_pipeline.now(),
@@ -2012,7 +2015,9 @@ declare
   v_dimensions integer;
   v_building text;
   v_chunks   integer;
-  v_missing  integer;
+  v_stored   integer;
+  v_gone     integer;
+  v_moved    integer;
   v_placed   integer;
   v_lacking  integer;
   v_nodes    integer;
@@ -2033,27 +2038,36 @@ begin
     raise exception 'vectors of "%" were made for document %, and the active embedding model is "%"', p_model, v_document, v_active
       using errcode = 'UP007', hint = 'Embed what lacks a vector of that model, then commit again.';
   end if;
-  select count(*), count(*) filter (where c.chunk_id is null) into v_chunks, v_missing
-    from upload_pipeline.document_chunk_buffer b
-    left join upload_pipeline.document_chunks c on c.chunk_id = b.chunk_id
-   where b.document_id = v_document;
-  if v_chunks = 0 or v_missing > 0 then
-    raise exception 'document %: % of % buffered chunks lack a row', v_document, v_missing, v_chunks
+  -- one look at both sets: most documents are new, and have nothing that goes or moves
+  select count(*) into v_chunks from upload_pipeline.document_chunk_buffer b where b.document_id = v_document;
+  select count(b.chunk_id), count(*) filter (where b.chunk_id is null),
+         count(*) filter (where (c.start_offset, c.end_offset, c.page_from, c.page_to, c.heading_path, c.section_ids)
+                                is distinct from (b.start_offset, b.end_offset, b.page_from, b.page_to, b.heading_path, b.section_ids))
+    into v_stored, v_gone, v_moved
+    from upload_pipeline.document_chunks c
+    left join upload_pipeline.document_chunk_buffer b on b.chunk_id = c.chunk_id
+   where c.document_id = v_document;
+  if v_chunks = 0 or v_stored < v_chunks then
+    raise exception 'document %: % of % buffered chunks lack a row', v_document, v_chunks - v_stored, v_chunks
       using errcode = 'UP005', hint = 'Retry the job from stage "chunking".';
   end if;
 
-  delete from upload_pipeline.document_chunks c
-   where c.document_id = v_document
-     and not exists (select from upload_pipeline.document_chunk_buffer b where b.chunk_id = c.chunk_id);
+  if v_gone > 0 then
+    delete from upload_pipeline.document_chunks c
+     where c.document_id = v_document
+       and not exists (select from upload_pipeline.document_chunk_buffer b where b.chunk_id = c.chunk_id);
+  end if;
 
   -- apart from the vectors: what names heading_path computes search_vector anew, at more than all else costs
-  update upload_pipeline.document_chunks c
-     set start_offset = b.start_offset, end_offset = b.end_offset, page_from = b.page_from, page_to = b.page_to,
-         heading_path = b.heading_path, section_ids = b.section_ids
-    from upload_pipeline.document_chunk_buffer b
-   where b.document_id = v_document and c.chunk_id = b.chunk_id
-     and (c.start_offset, c.end_offset, c.page_from, c.page_to, c.heading_path, c.section_ids)
-         is distinct from (b.start_offset, b.end_offset, b.page_from, b.page_to, b.heading_path, b.section_ids);
+  if v_moved > v_gone then
+    update upload_pipeline.document_chunks c
+       set start_offset = b.start_offset, end_offset = b.end_offset, page_from = b.page_from, page_to = b.page_to,
+           heading_path = b.heading_path, section_ids = b.section_ids
+      from upload_pipeline.document_chunk_buffer b
+     where b.document_id = v_document and c.chunk_id = b.chunk_id
+       and (c.start_offset, c.end_offset, c.page_from, c.page_to, c.heading_path, c.section_ids)
+           is distinct from (b.start_offset, b.end_offset, b.page_from, b.page_to, b.heading_path, b.section_ids);
+  end if;
   with placed as (
     update upload_pipeline.document_chunks c
        set embedding = coalesce(c.embedding, v.embedding, e.embedding), embed_model = coalesce(c.embed_model, p_model), live = true
@@ -2941,6 +2955,36 @@ begin
   perform pg_advisory_xact_lock(v_key);
 end
 $$;
+
+-- In place of foreign keys (embedding_models): a model that vectors name is not deleted, and keeps its name.
+create function upload_pipeline.keep_named_models()
+returns trigger
+language plpgsql
+security definer
+set search_path = ''
+set enable_seqscan = off
+set enable_bitmapscan = off
+set enable_hashjoin = off
+set enable_mergejoin = off
+set enable_material = off
+as $$
+begin
+  -- no commit of vectors is under way
+  perform upload_pipeline.hold_models(p_alone => true);
+  if exists (select from upload_pipeline.document_chunks c where c.embed_model = old.model)
+     or exists (select from upload_pipeline.chunk_vectors s where s.embed_model = old.model)
+     or exists (select from upload_pipeline.document_vector_buffer v where v.embed_model = old.model) then
+    raise exception 'embedding model "%" has vectors', old.model
+      using errcode = '23503', hint = 'Retire it: its vectors are removed, and its name stays.';
+  end if;
+  return coalesce(new, old);
+end
+$$;
+
+create trigger keep_named_models before delete on upload_pipeline.embedding_models
+  for each row execute function upload_pipeline.keep_named_models();
+create trigger keep_model_names before update on upload_pipeline.embedding_models
+  for each row when (old.model is distinct from new.model) execute function upload_pipeline.keep_named_models();
 
 create function upload_pipeline.note_model_change(p_model text, p_to upload_pipeline.model_status, p_more jsonb default '{}')
 returns void
@@ -7292,8 +7336,8 @@ begin
        and p.proname not in ('new_job_id', 'wake_lanes', 'check_step', 'prepare_restart', 'drop_event_partitions',
                              'notify_watchers', 'settle_batch_members', 'wake_job', 'lock_awaited', 'lock_latest_job',
                              'check_no_stranger', 'look_for_upload', 'resume_upload_job', 'move_session_documents',
-                             'forget_session_document', 'lock_budget', 'job_cost', 'keep_costs', 'note_photo_status', 'lock_photo_job',
-                             'start_photo_deletion', 'check_owner', 'check_vectors', 'today', 'touch_vectors',
+                             'forget_session_document', 'keep_named_models', 'lock_budget', 'job_cost', 'keep_costs', 'note_photo_status',
+                             'lock_photo_job', 'start_photo_deletion', 'check_owner', 'check_vectors', 'today', 'touch_vectors',
                              'move_user_vectors', 'note_parse', 'set_detections', 'detection_results', 'hold_models',
                              'lacks_vectors', 'note_model_change', 'pending_chunks', 'place_vectors')
   loop

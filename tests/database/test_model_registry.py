@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from model_verbs import NEW, add, refused, retire, statuses
+import psycopg
+import pytest
+from model_verbs import NEW, OLD, add, add_chunks, refused, retire, statuses, to_commit
 from sessions import Connect, Connection
-from verbs import await_lock_wait, in_background
+from verbs import await_lock_wait, in_background, value
 
 
 def test_the_first_model_is_the_active_one_and_a_worker_is_told_which_it_is(worker: Connection) -> None:
@@ -47,3 +49,56 @@ def test_one_model_at_a_time_is_filled(worker: Connection, old: None) -> None:
     assert "models retire m2" in str(error.diag.message_hint)
     retire(worker, NEW)
     assert add(worker, "m5", 5) == "building"
+
+
+@pytest.mark.parametrize(
+    "change", ["delete from {} where model = '{}'", "update {} set model = 'x' where model = '{}'"]
+)
+def test_a_model_that_vectors_name_is_not_deleted_nor_renamed(
+    admin: Connection, worker: Connection, old: None, change: str
+) -> None:
+    """No vector has a foreign key to its model; whichever place names it, it stays."""
+    add(worker)
+    document = add_chunks(admin, count=1)
+    admin.execute("update upload_pipeline.documents set embed_model = null, searchable_at = null")
+    chunk = value(admin, "select chunk_id from upload_pipeline.document_chunks")
+    admin.execute(
+        """
+        insert into upload_pipeline.chunk_vectors (chunk_id, embed_model, document_id, embedding)
+        values (%s, 'm2', %s, '[0,1]')
+        """,
+        [chunk, document],
+    )
+    for model in (OLD, NEW):
+        refused(
+            admin.execute, change.format("upload_pipeline.embedding_models", model), state="23503", says="has vectors"
+        )
+    admin.execute("delete from upload_pipeline.chunk_vectors")
+    admin.execute(
+        """
+        insert into upload_pipeline.document_vector_buffer (chunk_id, embed_model, document_id, embedding)
+        values (%s, 'm2', %s, '[0,1]')
+        """,
+        [chunk, document],
+    )
+    refused(admin.execute, change.format("upload_pipeline.embedding_models", NEW), state="23503", says="has vectors")
+    admin.execute("delete from upload_pipeline.document_vector_buffer")
+    admin.execute("delete from upload_pipeline.document_chunks")
+    for model in (OLD, NEW):
+        admin.execute(change.format("upload_pipeline.embedding_models", model).replace("'x'", f"'x{model}'"))
+    assert OLD not in statuses(admin)
+    assert NEW not in statuses(admin)
+
+
+def test_a_models_end_waits_for_a_commit_of_its_vectors(admin: Connection, worker: Connection, old: None) -> None:
+    lease = to_commit(worker)
+    worker.execute("begin")
+    worker.execute(
+        "select * from upload_pipeline.commit_embeddings(%s, %s, %s)", [lease.job_id, lease.lease_token, OLD]
+    )
+    admin.execute("set lock_timeout = '200ms'")
+    with pytest.raises(psycopg.errors.LockNotAvailable):
+        admin.execute("delete from upload_pipeline.embedding_models")
+    worker.execute("commit")
+    refused(admin.execute, "delete from upload_pipeline.embedding_models", state="23503", says="has vectors")
+    assert statuses(worker) == {OLD: "active"}

@@ -102,6 +102,7 @@ CALLERS = {
             "prepare_restart",
             "drop_event_partitions",
             "forget_session_document",
+            "keep_named_models",
             "job_cost",
             "keep_costs",
             "lock_budget",
