@@ -6058,6 +6058,8 @@ $$;
 -- sql/schema/06_provider_budget.sql
 
 -- What hosted providers let us call: requests and tokens in a minute, for each key and model, shared by all processes.
+-- A provider that counts some calls in a shorter period too has a budget more for these, under a name of its own; what is said
+-- here of a minute holds for any period, as long as a budget has one.
 --
 -- A call is reserved before it is made and settled when its answer is there. It arrives at the provider at some moment
 -- between the two, nobody knows which; so it counts from its reservation until a minute after it was settled. Then no
@@ -6109,6 +6111,7 @@ create table upload_pipeline.provider_budgets (
 
 -- What is reserved, or waits to be. `until`: when the row no longer counts, or the place in line is lost. In line while
 -- `granted_at` is null, by `place`; under way while `settled_at` is. `…_before`: all that had ever been granted when it asked.
+-- `period`: in which the provider counts it.
 create table upload_pipeline.provider_reservations (
   reservation_id uuid primary key,
   budget_id      bigint not null references upload_pipeline.provider_budgets on delete cascade,
@@ -6117,10 +6120,12 @@ create table upload_pipeline.provider_reservations (
   tokens         bigint not null,
   calls_before   bigint not null,
   tokens_before  bigint not null,
+  period         interval not null,
   granted_at     timestamptz,
   settled_at     timestamptz,
   until          timestamptz not null,
   constraint provider_reservations_size check (calls >= 0 and tokens >= 0),
+  constraint provider_reservations_period check (period > interval '0'),
   constraint provider_reservations_settled check (settled_at is null or granted_at is not null)
 ) with (autovacuum_vacuum_scale_factor = 0.05, autovacuum_vacuum_threshold = 500);
 
@@ -6178,6 +6183,7 @@ $$;
 --
 --   p_request_limit, p_token_limit   what an operator allows in a minute, where that is less than the provider does
 --   p_ttl                            the call ends within this time, or is given up
+--   p_period                         in which the limits hold; the same for all calls of a budget
 --   granted                          then `seconds` is what is left of p_ttl; else how long to wait before asking again
 --
 -- Before the provider has told its limits, and where none are given, one call at a time finds them out. More tokens or
@@ -6191,7 +6197,8 @@ create function upload_pipeline.reserve_calls(
   p_tokens         bigint,
   p_request_limit  bigint default null,
   p_token_limit    bigint default null,
-  p_ttl            interval default '2 minutes'
+  p_ttl            interval default '2 minutes',
+  p_period         interval default '1 minute'
 )
 returns table (granted boolean, seconds double precision)
 language plpgsql
@@ -6202,7 +6209,6 @@ set jit = off
 as $$
 #variable_conflict use_column
 declare
-  v_minute  constant interval := '1 minute';
   v_id      bigint;
   v_locked  record;
   v_budget  upload_pipeline.provider_budgets;
@@ -6233,14 +6239,15 @@ begin
   v_calls := least(v_budget.request_limit, p_request_limit);
   v_tokens := least(v_budget.token_limit, p_token_limit);
   if p_calls > v_calls or p_tokens > v_tokens then
-    raise exception '% call(s) of % tokens are more than a whole minute of "%" of % holds: % calls, % tokens',
-        p_calls, p_tokens, p_model, p_provider, coalesce(v_calls::text, 'any number of'), coalesce(v_tokens::text, 'any number of')
+    raise exception '% call(s) of % tokens are more than a whole % of "%" of % holds: % calls, % tokens', p_calls, p_tokens,
+        case p_period when '1 minute' then 'minute' else p_period::text end, p_model, p_provider, coalesce(v_calls::text, 'any number of'),
+        coalesce(v_tokens::text, 'any number of')
       using errcode = 'UP005', hint = 'Send it in smaller parts.';
   end if;
 
   select r.* into v_mine from upload_pipeline.provider_reservations r where r.reservation_id = p_reservation_id;
   if v_mine.granted_at is not null then
-    return query select true, greatest(0, extract(epoch from v_mine.until - v_minute - v_now))::double precision;
+    return query select true, greatest(0, extract(epoch from v_mine.until - v_mine.period - v_now))::double precision;
     return;
   end if;
 
@@ -6249,7 +6256,7 @@ begin
   elsif v_budget.answered_at is null and v_calls is null and v_tokens is null then
     -- the first to ask finds the limits out
     if exists (select from upload_pipeline.provider_reservations r
-                where r.budget_id = v_id and r.granted_at is not null and r.settled_at is null and r.until >= v_now + v_minute)
+                where r.budget_id = v_id and r.granted_at is not null and r.settled_at is null and r.until >= v_now + r.period)
        or exists (select from upload_pipeline.provider_reservations r
                    where r.budget_id = v_id and r.granted_at is null and (v_mine.place is null or r.place < v_mine.place)) then
       v_ready := v_now + interval '250 milliseconds';
@@ -6273,8 +6280,8 @@ begin
     end if;
     if v_short > 0 or v_lacking > 0 then
       -- When to look again: when enough is settled and gone, if nothing else comes; or others' use of the key ends. What is
-      -- under way does not go within a minute.
-      v_ready := least(v_now + v_minute,
+      -- under way does not go within a period.
+      v_ready := least(v_now + p_period,
                        case when v_short > 0 and v_budget.foreign_calls > 0 then v_budget.foreign_calls_until end,
                        case when v_lacking > 0 and v_budget.foreign_tokens > 0 then v_budget.foreign_tokens_until end);
       for v_other in
@@ -6299,10 +6306,10 @@ begin
   end if;
 
   insert into upload_pipeline.provider_reservations as r
-    (reservation_id, budget_id, calls, tokens, calls_before, tokens_before, granted_at, until)
-  values (p_reservation_id, v_id, p_calls, p_tokens, v_budget.granted_calls, v_budget.granted_tokens,
+    (reservation_id, budget_id, calls, tokens, calls_before, tokens_before, period, granted_at, until)
+  values (p_reservation_id, v_id, p_calls, p_tokens, v_budget.granted_calls, v_budget.granted_tokens, p_period,
           case when v_ready is null then v_now end,
-          case when v_ready is null then v_now + p_ttl + v_minute else v_ready + interval '15 seconds' end)
+          case when v_ready is null then v_now + p_ttl + p_period else v_ready + interval '15 seconds' end)
   on conflict (reservation_id) do update
     set granted_at = excluded.granted_at, until = excluded.until, calls = excluded.calls, tokens = excluded.tokens;
   if v_ready is null then
@@ -6316,7 +6323,7 @@ begin
 end
 $$;
 
--- The call has ended. It counts for a minute from now, with p_tokens where that is known, and else with what was reserved.
+-- The call has ended. It counts for its period from now, with p_tokens where that is known, and else with what was reserved.
 -- p_calls 0 and p_tokens 0: it was never made, and all is free at once; so a place in line is given up.
 --
 -- What the answer told of the provider's own books, each null where it told nothing: limits, which hold from now on; what
@@ -6377,7 +6384,7 @@ begin
     delete from upload_pipeline.provider_reservations r where r.reservation_id = p_reservation_id;
   else
     update upload_pipeline.provider_reservations r
-       set calls = v_calls, tokens = v_tokens, settled_at = v_now, until = v_now + interval '1 minute'
+       set calls = v_calls, tokens = v_tokens, settled_at = v_now, until = v_now + r.period
      where r.reservation_id = p_reservation_id;
   end if;
   v_budget.calls := v_budget.calls - v_mine.calls + v_calls;

@@ -1,4 +1,4 @@
-"""The turns of requests to a hosted parser: within the budget that all workers share, and not while it is paused.
+"""The turns of requests to a hosted parser: within the budgets that all workers share, and not while it is paused.
 
     a request                                   then
     has to wait longer than PATIENCE            the job is put off (NoRoom)
@@ -41,8 +41,24 @@ log = structlog.get_logger(__name__)
 BUDGET = "requests"
 """The model that the budget is kept under: the account's requests are limited, whatever tier they are of."""
 
-_LIFE_SLACK = timedelta(seconds=10)  # between a request's timeout and the end of its reservation
+_LIFE_SLACK = timedelta(seconds=10 + PATIENCE)  # between a request's timeout and the end of its first reservation
 _UNTOLD_WAIT = 5.0  # seconds, where a 429 says no time
+
+
+@dataclass(frozen=True, slots=True)
+class Limit:
+    """Requests that may be made in a period, and the name under which they are counted; None: any number."""
+
+    budget: str
+    requests: int | None
+    period: timedelta
+
+
+SHORT_LIMITS = {
+    "upload": Limit("uploads in 5 s", 50, timedelta(seconds=5)),
+    "submit": Limit("parses in 10 s", 50, timedelta(seconds=10)),
+}
+"""What LlamaCloud counts apart from the minute, by operation (its documentation: "Rate limits")."""
 
 
 class NoRoom(PutOff):
@@ -73,19 +89,7 @@ class ParseTurns:
             PutOff: not now; the provider is paused.
             ParseError: what helps is `AGAIN` or `NEVER`.
         """
-        granted = await provider_budget.reserve_in_turn(
-            self.db,
-            provider=PROVIDER,
-            key_id=self.key_id,
-            model=BUDGET,
-            requests=1,
-            tokens=0,
-            longest=PATIENCE,
-            request_limit=self.request_limit,
-            life=timedelta(seconds=seconds) + _LIFE_SLACK,
-        )
-        if isinstance(granted, provider_budget.Wait):
-            raise NoRoom(_later(granted.seconds))
+        reserved = await self._reserve(operation, timedelta(seconds=seconds) + _LIFE_SLACK)
         limits: RateLimits | None = None
         made = False
         try:
@@ -106,7 +110,7 @@ class ParseTurns:
                 raise NoRoom(_later(wait or 0.0)) from error
             raise
         finally:
-            settling = asyncio.create_task(self._settle(granted.reservation_id, limits))
+            settling = asyncio.create_task(self._settle(reserved, limits))
             self._settling.add(settling)
             settling.add_done_callback(self._settling.discard)
             if not made:
@@ -116,10 +120,37 @@ class ParseTurns:
         """Waits until the budget is told of all that has ended, though not for long."""
         await asyncio.gather(*self._settling, return_exceptions=True)
 
-    async def _settle(self, reservation_id: UUID, limits: RateLimits | None) -> None:
+    async def _reserve(self, operation: str, life: timedelta) -> list[UUID]:
+        """In each period that the request counts in, the minute first: all, or none."""
+        minute = Limit(BUDGET, self.request_limit, provider_budget.MINUTE)
+        short = SHORT_LIMITS.get(operation)
+        reserved: list[UUID] = []
+        for limit in [minute, short] if short and not _implies(minute, short) else [minute]:
+            granted = await provider_budget.reserve_in_turn(
+                self.db,
+                provider=PROVIDER,
+                key_id=self.key_id,
+                model=limit.budget,
+                requests=1,
+                tokens=0,
+                longest=PATIENCE,
+                request_limit=limit.requests,
+                life=life,
+                period=limit.period,
+            )
+            if isinstance(granted, provider_budget.Wait):
+                for reservation_id in reserved:
+                    await provider_budget.release(self.db, reservation_id)
+                raise NoRoom(_later(granted.seconds))
+            reserved.append(granted.reservation_id)
+        return reserved
+
+    async def _settle(self, reserved: list[UUID], limits: RateLimits | None) -> None:
         """What was reserved counts until its end where this cannot be written; the answer is worth more."""
         try:
-            await bounded(provider_budget.settle(self.db, reservation_id, limits=limits), PATIENCE)
+            for place, reservation_id in enumerate(reserved):
+                told = None if place else limits  # an answer tells of the minute
+                await bounded(provider_budget.settle(self.db, reservation_id, limits=told), PATIENCE)
         except Exception as error:  # noqa: BLE001 - see above
             log.warning("budget_not_settled", error=str(error) or type(error).__name__)
 
@@ -137,6 +168,11 @@ class ParseTurns:
             )
         except Exception as failure:  # noqa: BLE001 - other workers will find out by themselves
             log.warning("pause_not_recorded", error=str(failure) or type(failure).__name__)
+
+
+def _implies(minute: Limit, short: Limit) -> bool:
+    """No short period holds more than its limit where no minute does."""
+    return minute.requests is not None and short.requests is not None and minute.requests <= short.requests
 
 
 def put_off(seconds: float) -> PutOff:

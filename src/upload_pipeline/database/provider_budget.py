@@ -1,8 +1,9 @@
 """The budget of a hosted provider's key and model, kept in Postgres and shared by all processes.
 
 Before each call: `reserve`, or `reserve_in_turn`, which also waits. After it, whatever came of it: `settle`. Why no
-window of a minute ever holds more than the limit is told in `sql/schema/06_provider_budget.sql`; of the caller it asks
-that what it reserves is no less than what the provider will count, and that a call is over before its grant is.
+window of a minute, or of another period, ever holds more than the limit is told in
+`sql/schema/06_provider_budget.sql`; of the caller it asks that what it reserves is no less than what the provider will
+count, and that a call is over before its grant is.
 """
 
 from __future__ import annotations
@@ -27,6 +28,9 @@ if TYPE_CHECKING:
 
 RESERVATION_LIFE = timedelta(minutes=2)
 """In which a call must be over unless another time is asked for."""
+
+MINUTE = timedelta(minutes=1)
+"""In which providers count, but for the few that have shorter periods too."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +69,7 @@ async def reserve(
     request_limit: int | None = None,
     token_limit: int | None = None,
     life: timedelta = RESERVATION_LIFE,
+    period: timedelta = MINUTE,
 ) -> Granted | Wait:
     """Asks for a call, once; one round trip. Asking again with the same id is answered the same once it was granted.
 
@@ -74,9 +79,10 @@ async def reserve(
         requests: calls that are made; 1 but for rare cases.
         tokens: no less than what the provider will count; 0 where it counts none.
         reservation_id: of the call that is asked for again.
-        request_limit: what is allowed in a minute, where that is less than the provider allows or tells; None: no less.
+        request_limit: what is allowed in a period, where that is less than the provider allows or tells; None: no less.
         token_limit: the same for tokens.
         life: how long the call may take.
+        period: in which the limits hold; the same for all calls of a model.
 
     Raises:
         PipelineError: `REQUEST_OVER_BUDGET` where a whole minute does not hold it, so that waiting is no use.
@@ -84,7 +90,7 @@ async def reserve(
     reservation_id = reservation_id or uuid4()
     try:
         row = await db.fetchrow(
-            "select granted, seconds from upload_pipeline.reserve_calls($1, $2, $3, $4, $5, $6, $7, $8, $9)",
+            "select granted, seconds from upload_pipeline.reserve_calls($1, $2, $3, $4, $5, $6, $7, $8, $9, $10)",
             reservation_id,
             provider,
             key_id,
@@ -94,6 +100,7 @@ async def reserve(
             request_limit,
             token_limit,
             life,
+            period,
         )
     except asyncpg.PostgresError as error:
         if error.sqlstate != NOT_WHOLE:
@@ -120,6 +127,7 @@ async def reserve_in_turn(
     request_limit: int | None = None,
     token_limit: int | None = None,
     life: timedelta = RESERVATION_LIFE,
+    period: timedelta = MINUTE,
     sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
     clock: Callable[[], float] = time.monotonic,
 ) -> Granted | Wait:
@@ -134,7 +142,7 @@ async def reserve_in_turn(
         The grant; or a `Wait` that tells how long it would still have been.
 
     Raises:
-        PipelineError: `REQUEST_OVER_BUDGET` where a whole minute does not hold it.
+        PipelineError: `REQUEST_OVER_BUDGET` where a whole period does not hold it.
     """
     deadline = clock() + longest
     reservation_id = reservation_id or uuid4()
@@ -150,6 +158,7 @@ async def reserve_in_turn(
             request_limit=request_limit,
             token_limit=token_limit,
             life=life,
+            period=period,
         )
         if isinstance(answer, Granted):
             return answer
@@ -167,7 +176,7 @@ async def settle(
     tokens: int | None = None,
     limits: RateLimits | None = None,
 ) -> bool:
-    """Says that a call has ended: it counts for another minute. Safe to repeat.
+    """Says that a call has ended: it counts for another period. Safe to repeat.
 
     Args:
         tokens: what the provider counted; None where nobody knows, then what was reserved.

@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+from datetime import timedelta
+from pathlib import Path
 
+import asyncpg
 import pytest
-from hosted_line import OpenLine
+from hosted_line import PAGES, PDF, OpenLine
 
 from upload_pipeline.errors import ErrorCode
+from upload_pipeline.providers.calls import ProviderCalls
+from upload_workers import parse_turns
+from upload_workers.hosted_parse import HostedParser, open_hosted_parser
+from upload_workers.parse_turns import BUDGET, SHORT_LIMITS, Limit, NoRoom
 
 
 @pytest.mark.parametrize("kind", ["upload", "submit"])
@@ -26,6 +33,66 @@ async def test_a_window_that_is_full_puts_the_job_off_and_counts_no_retry(open_l
     await line.parsed()
     assert line.simulator.books.over_window == {kind: 1}
     assert (line.requests[kind], line.requests["upload"], line.paid) == (2, 2 if kind == "upload" else 1, 1)
+
+
+@pytest.mark.parametrize("kind", ["upload", "submit"])
+async def test_no_request_is_more_than_a_few_seconds_hold_whoever_makes_it(
+    open_line: OpenLine, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, kind: str
+) -> None:
+    """Ours is a budget of its own, so that the minute need not be smaller; no 429 is met."""
+    line = await open_line(llamaparse_requests_per_minute=0)
+    window = line.simulator._windows[kind]
+    window.limit, window.seconds = 4, 1.0
+    monkeypatch.setitem(SHORT_LIMITS, kind, Limit(f"{kind} tried", 4, timedelta(seconds=1)))
+    workers = [open_hosted_parser(line.context.db, ProviderCalls(), line.context.settings) for _ in range(4)]
+    path = tmp_path / "a.pdf"
+    path.write_bytes(PAGES)
+    file = await workers[0].client.upload(path, name="a.pdf", media_type=PDF, external_id="a")
+
+    async def work(number: int, hosted: HostedParser) -> None:
+        for turn in range(3):
+            name = f"{number}-{turn}"
+            if kind == "submit":
+                await hosted.client.submit(file, document=name, submission=name)
+            else:
+                await hosted.client.upload(path, name="a.pdf", media_type=PDF, external_id=name)
+
+    try:
+        await asyncio.gather(*(work(number, hosted) for number, hosted in enumerate(workers)))
+    finally:
+        for hosted in workers:
+            await hosted.close()
+    books = line.simulator.books
+    assert (books.over_window.total(), books.over_limit) == (0, 0)
+    assert books.requests[kind] == 12 + (kind == "upload")
+    assert window.most == 4  # the limit held them back, and nothing smaller
+
+
+async def test_a_request_that_a_few_seconds_do_not_hold_takes_nothing_of_the_minute(
+    open_line: OpenLine, monkeypatch: pytest.MonkeyPatch, admin: asyncpg.Connection
+) -> None:
+    monkeypatch.setattr(parse_turns, "PATIENCE", 0.1)
+    monkeypatch.setitem(SHORT_LIMITS, "submit", Limit("full", 1, timedelta(seconds=30)))
+    line = await open_line()
+    hosted = line.context.hosted_parser
+    assert hosted is not None
+    async with hosted.turns("submit", 5.0):
+        pass
+    with pytest.raises(NoRoom) as caught:
+        async with hosted.turns("submit", 5.0):
+            pytest.fail("it is not made")
+    assert caught.value.seconds > 20
+    await hosted.turns.close()
+    counted = await admin.fetch("select model, calls from upload_pipeline.provider_budgets order by model")
+    assert [tuple(row) for row in counted] == [("full", 1), (BUDGET, 1)]
+
+
+async def test_where_no_minute_holds_more_than_a_few_seconds_do_these_are_not_asked(
+    open_line: OpenLine, admin: asyncpg.Connection
+) -> None:
+    line = await open_line(llamaparse_requests_per_minute=50)
+    await line.parsed()
+    assert await admin.fetchval("select count(*) from upload_pipeline.provider_budgets") == 1
 
 
 @pytest.mark.parametrize("listed", [False, True])

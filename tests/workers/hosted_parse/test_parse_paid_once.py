@@ -59,7 +59,7 @@ async def test_a_worker_that_dies_with_the_jobs_id_in_its_hands_leaves_it_to_be_
 
 
 async def test_the_jobs_id_is_stored_though_the_budget_cannot_be_told(open_line: OpenLine) -> None:
-    line = await open_line()
+    line = await open_line(llamaparse_requests_per_minute=50)  # one budget for all
     held = HeldDatabase(line.context.db, "settle_calls", lambda: line.requests.get("submit", 0) > 0)
     hosted = open_hosted_parser(held, ProviderCalls(), line.context.settings)  # type: ignore[arg-type]
     assert hosted is not None
