@@ -121,11 +121,14 @@ class ParseTurns:
         await asyncio.gather(*self._settling, return_exceptions=True)
 
     async def _reserve(self, operation: str, life: timedelta) -> list[UUID]:
-        """In each period that the request counts in, the minute first: all, or none."""
+        """In each period that the request counts in: all, or none.
+
+        The minute last: a refusal or a pause that came while the other was waited for freezes it, and is met here.
+        """
         minute = Limit(BUDGET, self.request_limit, provider_budget.MINUTE)
         short = SHORT_LIMITS.get(operation)
         reserved: list[UUID] = []
-        for limit in [minute, short] if short and not _implies(minute, short) else [minute]:
+        for limit in [short, minute] if short and not _implies(minute, short) else [minute]:
             granted = await provider_budget.reserve_in_turn(
                 self.db,
                 provider=PROVIDER,
@@ -148,8 +151,8 @@ class ParseTurns:
     async def _settle(self, reserved: list[UUID], limits: RateLimits | None) -> None:
         """What was reserved counts until its end where this cannot be written; the answer is worth more."""
         try:
-            for place, reservation_id in enumerate(reserved):
-                told = None if place else limits  # an answer tells of the minute
+            for reservation_id in reserved:
+                told = limits if reservation_id == reserved[-1] else None  # an answer tells of the minute
                 await bounded(provider_budget.settle(self.db, reservation_id, limits=told), PATIENCE)
         except Exception as error:  # noqa: BLE001 - see above
             log.warning("budget_not_settled", error=str(error) or type(error).__name__)

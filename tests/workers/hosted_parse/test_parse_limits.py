@@ -10,8 +10,10 @@ import asyncpg
 import pytest
 from hosted_line import PAGES, PDF, OpenLine
 
+from upload_pipeline.database import provider_budget
 from upload_pipeline.errors import ErrorCode
 from upload_pipeline.providers.calls import ProviderCalls
+from upload_pipeline.providers.llamaparse_results import PROVIDER
 from upload_workers import parse_turns
 from upload_workers.hosted_parse import HostedParser, open_hosted_parser
 from upload_workers.parse_turns import BUDGET, SHORT_LIMITS, Limit, NoRoom
@@ -85,6 +87,47 @@ async def test_a_request_that_a_few_seconds_do_not_hold_takes_nothing_of_the_min
     await hosted.turns.close()
     counted = await admin.fetch("select model, calls from upload_pipeline.provider_budgets order by model")
     assert [tuple(row) for row in counted] == [("full", 1), (BUDGET, 1)]
+
+
+async def test_a_request_that_the_minute_does_not_hold_takes_nothing_of_a_few_seconds(
+    open_line: OpenLine, monkeypatch: pytest.MonkeyPatch, admin: asyncpg.Connection
+) -> None:
+    """The minute, which a 429 freezes, is asked last."""
+    monkeypatch.setattr(parse_turns, "PATIENCE", 0.1)
+    line = await open_line(llamaparse_requests_per_minute=51)
+    hosted = line.context.hosted_parser
+    assert hosted is not None
+    await line.use_up()
+    with pytest.raises(NoRoom):
+        async with hosted.turns("upload", 5.0):
+            pytest.fail("it is not made")
+    counted = await admin.fetch("select model, calls from upload_pipeline.provider_budgets order by model")
+    assert [tuple(row) for row in counted] == [(BUDGET, 51), (SHORT_LIMITS["upload"].budget, 0)]
+
+
+async def test_a_refusal_that_comes_while_a_few_seconds_are_waited_for_is_kept(
+    open_line: OpenLine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(SHORT_LIMITS, "submit", Limit("busy", 1, timedelta(seconds=1)))
+    line = await open_line()
+    hosted = line.context.hosted_parser
+    assert hosted is not None
+    async with hosted.turns("submit", 5.0):
+        pass
+    await hosted.turns.close()
+
+    async def submit() -> None:
+        async with hosted.turns("submit", 5.0):
+            pytest.fail("it is not made")
+
+    waiting = asyncio.create_task(submit())
+    await asyncio.sleep(0.3)
+    await provider_budget.freeze(
+        line.context.db, provider=PROVIDER, key_id=hosted.turns.key_id, model=BUDGET, seconds=60
+    )
+    with pytest.raises(NoRoom) as caught:
+        await waiting
+    assert caught.value.seconds > 50
 
 
 async def test_where_no_minute_holds_more_than_a_few_seconds_do_these_are_not_asked(
