@@ -3887,8 +3887,9 @@ $$;
 
 -- The provider says that a parse has ended: the jobs that wait for it look now. How many there are; 0 for an id that
 -- nobody waits for. Whoever says so need not be right: a job that looks too early waits again.
--- Locks the jobs, and no submission before them: the other verbs come that way. What became of the parse is read behind that
--- lock, so that a look that is about to say it is waited for, and is not repeated.
+-- Locks the jobs in id order, each before its submissions, and lanes last, in user order: a parse id may belong to several
+-- documents, and whoever else locks several jobs comes that way. What became of the parse is read behind the lock on its
+-- job, so that a look that is about to say it is waited for, and is not repeated.
 create function upload_pipeline.wake_parse(p_provider text, p_parse_id text)
 returns integer
 language plpgsql
@@ -3900,29 +3901,36 @@ as $$
 declare
   v_document uuid;
   v_id       uuid;
+  v_found    uuid[] := '{}';
   v_job      upload_pipeline.upload_jobs;
-  v_count    integer := 0;
+  v_jobs     upload_pipeline.upload_jobs[] := '{}';
 begin
   -- step by step, and by the id alone: on old statistics the planner reads all jobs first, or all that has not failed
   for v_document in
     select distinct s.document_id from upload_pipeline.parse_submissions s
      where s.parse_id = p_parse_id and s.provider = p_provider
-     order by s.document_id
   loop
     select j.job_id into v_id from upload_pipeline.upload_jobs j
      where j.document_id = v_document and j.pipeline = 'document' and j.state in ('queued', 'working', 'retryable');
-    continue when not found;
-    select j.* into v_job from upload_pipeline.upload_jobs j where j.job_id = v_id for no key update;
-    continue when v_job.stage <> 'parsing' or v_job.state not in ('working', 'retryable')
-      or (select d.parse_id is distinct from p_parse_id from upload_pipeline.documents d where d.document_id = v_document)
-      or (select bool_and(s.finished_at is not null or s.failed_at is not null) from upload_pipeline.parse_submissions s
-           where s.parse_id = p_parse_id and s.provider = p_provider and s.document_id = v_document);
-    perform upload_pipeline.wake_job(v_id);
-    update upload_pipeline.parse_submissions s set told_at = upload_pipeline.now()
-     where s.parse_id = p_parse_id and s.provider = p_provider and s.document_id = v_document and s.told_at is null;
-    v_count := v_count + 1;
+    if found then
+      v_found := v_found || v_id;
+    end if;
   end loop;
-  return v_count;
+  -- all of them before the first lane: who holds a lane waits for no job
+  for v_id in select f from unnest(v_found) f order by f loop
+    select j.* into v_job from upload_pipeline.upload_jobs j where j.job_id = v_id for no key update;
+    continue when not found or v_job.stage <> 'parsing' or v_job.state not in ('working', 'retryable')
+      or (select d.parse_id is distinct from p_parse_id from upload_pipeline.documents d where d.document_id = v_job.document_id)
+      or (select bool_and(s.finished_at is not null or s.failed_at is not null) from upload_pipeline.parse_submissions s
+           where s.parse_id = p_parse_id and s.provider = p_provider and s.document_id = v_job.document_id);
+    v_jobs := v_jobs || v_job;
+    update upload_pipeline.parse_submissions s set told_at = upload_pipeline.now()
+     where s.parse_id = p_parse_id and s.provider = p_provider and s.document_id = v_job.document_id and s.told_at is null;
+  end loop;
+  for v_id in select j.job_id from unnest(v_jobs) j order by j.pool, j.user_id loop
+    perform upload_pipeline.wake_job(v_id);
+  end loop;
+  return cardinality(v_jobs);
 end
 $$;
 

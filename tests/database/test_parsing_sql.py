@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from typing import Any
 from uuid import UUID, uuid4
@@ -9,7 +10,18 @@ from uuid import UUID, uuid4
 import psycopg
 import pytest
 from sessions import Connect, Connection
-from verbs import add_job, advance_to, await_lock_wait, claim_one, in_background, job_row, retry, value
+from verbs import (
+    add_job,
+    advance_to,
+    await_lock_wait,
+    claim_one,
+    in_background,
+    job_row,
+    renew,
+    retry,
+    snooze,
+    value,
+)
 
 DOCUMENTS = 3000
 
@@ -117,6 +129,45 @@ def test_a_hint_at_the_moment_of_the_verdict_sees_it(
     job = job_row(admin, lease.job_id)
     assert job.run_at <= job.updated_at
     assert value(admin, "select told_at from upload_pipeline.parse_submissions") is None
+
+
+def submitted_in_opposite_order(admin: Connection, worker: Connection) -> tuple[Any, Any, int]:
+    """Two leases of one parse id, the lower job first and its document last, and how many jobs have that parse."""
+    leases: list[Any] = []
+    while True:
+        leases.append(submitted(admin, worker)[0])
+        for low, high in itertools.permutations(leases, 2):
+            if low.job_id < high.job_id and low.document_id > high.document_id:
+                return low, high, len(leases)
+
+
+def test_a_hint_for_several_jobs_and_their_heartbeat_do_not_block_each_other_in_a_ring(
+    admin: Connection, worker: Connection, other: Connection
+) -> None:
+    low, high, number = submitted_in_opposite_order(admin, worker)
+    worker.execute("begin")
+    renew(worker, [low])
+    waking = in_background(value, other, "select upload_pipeline.wake_parse('p', 'pjb-1')")
+    await_lock_wait(admin, other)
+    assert set(renew(worker, [high])) == {high.job_id}  # as one heartbeat goes on to its next job
+    worker.execute("commit")
+    assert waking.result(10) == number
+
+
+def test_a_hint_that_waits_for_a_job_holds_no_lane(admin: Connection, worker: Connection, other: Connection) -> None:
+    low, high, number = submitted_in_opposite_order(admin, worker)
+    for lease in (low, high):
+        snooze(worker, lease)
+    for held, free in ((low, high), (high, low)):
+        with admin.transaction():
+            admin.execute("select from upload_pipeline.upload_jobs where job_id = %s for update", [held.job_id])
+            other.execute("begin")
+            waking = in_background(value, other, "select upload_pipeline.wake_parse('p', 'pjb-1')")
+            await_lock_wait(worker, other)  # not by `admin`, which sees one state of the others in a transaction
+            owner = job_row(admin, free.job_id).user_id
+            admin.execute("select from upload_pipeline.lanes where user_id = %s for no key update nowait", [owner])
+        assert waking.result(10) == number
+        other.execute("rollback")
 
 
 def test_a_document_cannot_take_the_submission_of_another(admin: Connection, worker: Connection) -> None:
