@@ -19,12 +19,15 @@ CONNECT_SECONDS = 10.0
 async def check_detector(settings: Settings) -> str:
     """Has a vision model look at a small grey picture; of a team's own model, sees that its server takes connections.
 
-    That one is sent no message: there is no photo for it to answer about.
+    The vision model is asked within the budget, and the usage has what it took. The team's own is sent no message:
+    there is no photo for it to answer about.
 
     Raises:
         PipelineError: what is wrong, and the remedy.
     """
+    from upload_pipeline.cli.paid_trials import NoRoomError, try_detector
     from upload_pipeline.providers.detection import DetectionMessage, DetectionRequest, open_detector
+    from upload_pipeline.providers.openai_detector import OpenAIDetector
     from upload_pipeline.providers.webhook_detector import WebhookDetector
 
     detector = open_detector(settings)
@@ -34,8 +37,15 @@ async def check_detector(settings: Settings) -> str:
             return f"{detector.url} takes connections; answers go to {settings.api_public_url}"
         message = DetectionMessage(uuid4(), "local:///doctor.jpg", ("damage",), "normal")
         request = DetectionRequest(message, delivery_id=uuid4(), attempt=1, thumbnail=_grey_picture)
-        await detector.detect(request)
-        return f"{settings.detection_model} at {settings.openai_base_url} answers"
+        if not isinstance(detector, OpenAIDetector):
+            await detector.detect(request)
+            return f"{detector.name} answers"
+        about = f"{settings.detection_model} at {settings.openai_base_url}"
+        try:
+            await try_detector(detector, request, settings)
+        except NoRoomError as error:
+            return f"{about}; {error}"
+        return f"{about} answers"
     finally:
         await detector.close()
 

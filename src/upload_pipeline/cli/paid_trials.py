@@ -9,12 +9,15 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from datetime import timedelta
 from typing import TYPE_CHECKING
+from uuid import uuid4
 
 from upload_pipeline.errors import ErrorCode, PipelineError
 
 if TYPE_CHECKING:
     from upload_pipeline.database.queue import Executor
+    from upload_pipeline.providers.detection import DetectionRequest
     from upload_pipeline.providers.llamaparse import LlamaParse, Turn
+    from upload_pipeline.providers.openai_detector import OpenAIDetector
     from upload_pipeline.providers.openai_embedder import OpenAIEmbedder
     from upload_pipeline.rate_headers import RateLimits
     from upload_pipeline.settings import Settings
@@ -79,6 +82,55 @@ async def try_embedder(embedder: OpenAIEmbedder, text: str, settings: Settings) 
             key_id = key_id_of(embedder.api_key)
             await _check_pause(db, PROVIDER, key_id, embedder.api_model, ErrorCode.EMBED_FAILED)
             raise NoRoomError(error.seconds) from error
+
+
+async def try_detector(detector: OpenAIDetector, request: DetectionRequest, settings: Settings) -> None:
+    """Has a picture looked at that is nobody's; the usage has it as `trial`, also what brought nothing.
+
+    Raises:
+        NoRoomError: nothing was asked.
+        PipelineError: as `OpenAIDetector.detect`; `REQUEST_OVER_BUDGET`; `DETECT_UNAVAILABLE` where the provider is
+            paused.
+    """
+    from upload_pipeline.database import provider_budget
+    from upload_pipeline.database.usage import Usage, record_usage
+    from upload_pipeline.providers.detection import DetectionError
+    from upload_pipeline.rate_headers import key_id_of, read_rate_limits
+
+    key_id, model = key_id_of(detector.api_key), detector.api_model
+    bound = detector.bound_tokens(request.message.detection_types)
+    async with budget_database(settings) as db:
+        granted = await provider_budget.reserve_in_turn(
+            db,
+            provider=detector.name,
+            key_id=key_id,
+            model=model,
+            requests=1,
+            tokens=bound,
+            longest=PATIENCE,
+            request_limit=settings.detection_requests_per_minute or None,
+            token_limit=settings.detection_tokens_per_minute or None,
+            life=timedelta(seconds=settings.detection_timeout) + _LIFE_SLACK,
+        )
+        if isinstance(granted, provider_budget.Wait):
+            await _check_pause(db, detector.name, key_id, model, ErrorCode.DETECT_UNAVAILABLE)
+            raise NoRoomError(granted.seconds)
+        tokens: int | None = None
+        limits: RateLimits | None = None
+        paid = False
+        try:
+            answer = await detector.detect(request)
+            tokens, limits, paid = answer.tokens, read_rate_limits(answer.headers or {}), True
+        except DetectionError as error:
+            tokens, limits, paid = error.tokens, error.limits(), error.broken or bool(error.tokens)
+            raise
+        finally:
+            await provider_budget.settle(db, granted.reservation_id, tokens=tokens, limits=limits)
+            if paid:
+                used = bound if tokens is None else tokens
+                await record_usage(
+                    db, [Usage(uuid4(), detector.name, model, "trial", requests=1, tokens=used)], settings.prices
+                )
 
 
 def parse_turn(client: LlamaParse, db: Executor, settings: Settings) -> Turn:
