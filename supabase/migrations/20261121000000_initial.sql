@@ -6194,8 +6194,8 @@ $$;
 --   p_period                         in which the limits hold; the same for all calls of a budget
 --   granted                          then `seconds` is what is left of p_ttl; else how long to wait before asking again
 --
--- Before the provider has told its limits, and where none are given, one call at a time finds them out. More tokens or
--- calls than the limit can never be granted and raise UP005.
+-- Before the provider has told its limits, and where none are given, one call at a time finds them out, and another one
+-- after 20 s without an answer. More tokens or calls than the limit can never be granted and raise UP005.
 create function upload_pipeline.reserve_calls(
   p_reservation_id uuid,
   p_provider       text,
@@ -6262,9 +6262,11 @@ begin
   if v_budget.frozen_until > v_now then
     v_ready := v_budget.frozen_until;
   elsif v_budget.answered_at is null and v_calls is null and v_tokens is null then
-    -- the first to ask finds the limits out
+    -- The first to ask finds the limits out. Who has no answer in 20 s may have died: the next one goes as well. Each
+    -- counts until it is settled or its own life is over, whoever goes meanwhile: so the limits hold once they are known.
     if exists (select from upload_pipeline.provider_reservations r
-                where r.budget_id = v_id and r.granted_at is not null and r.settled_at is null and r.until >= v_now + r.period)
+                where r.budget_id = v_id and r.granted_at is not null and r.settled_at is null and r.until >= v_now + r.period
+                  and r.granted_at > v_now - interval '20 seconds')
        or exists (select from upload_pipeline.provider_reservations r
                    where r.budget_id = v_id and r.granted_at is null and (v_mine.place is null or r.place < v_mine.place)) then
       v_ready := v_now + interval '250 milliseconds';

@@ -7,7 +7,8 @@ from uuid import uuid4
 
 import asyncpg
 import pytest
-from budget_verbs import KEY, ask, at, grant, refuse, told
+from budget_verbs import KEY, ask, at, grant, refuse, sums_are_those_of_the_rows, told
+from sessions import Connection
 
 from upload_pipeline.database.provider_budget import Granted, freeze, release, settle
 from upload_pipeline.errors import PipelineError
@@ -25,6 +26,30 @@ async def test_one_call_finds_the_limits_out_before_others_go(budget_db: asyncpg
     await grant(budget_db, reservation_id=third.reservation_id)
     await grant(budget_db)
     await refuse(budget_db)  # the limit is four, and the first call may have been made
+
+
+async def test_another_finds_the_limits_out_soon_after_the_first_has_died(
+    budget_db: asyncpg.Connection, admin: Connection
+) -> None:
+    await at(budget_db, 0)
+    late = await grant(budget_db, 10)
+    second = await refuse(budget_db, 10)
+    third = await refuse(budget_db, 10)
+    await at(budget_db, 14)
+    await refuse(budget_db, 10, reservation_id=second.reservation_id)
+    await refuse(budget_db, 10, reservation_id=third.reservation_id)
+    await at(budget_db, 20)
+    await grant(budget_db, 10, reservation_id=second.reservation_id)
+    await refuse(budget_db, 10, reservation_id=third.reservation_id)  # one at a time still
+    # what the first has sent counts against the limit that the second is told
+    assert await settle(budget_db, second.reservation_id, limits=RateLimits(requests=3))
+    await grant(budget_db, 10, reservation_id=third.reservation_id)
+    await refuse(budget_db, 10, reservation_id=(waiting := uuid4()))
+    # it was only slow: it counts once, from its answer on
+    await at(budget_db, 25)
+    assert await settle(budget_db, late, tokens=7, limits=RateLimits(requests=3))
+    await refuse(budget_db, 10, reservation_id=waiting)
+    assert sums_are_those_of_the_rows(admin)
 
 
 async def test_a_provider_that_tells_no_limits_has_none(budget_db: asyncpg.Connection) -> None:
