@@ -86,6 +86,8 @@ declare
   v_placed  uuid[];
   v_more    uuid[];
 begin
+  -- once, and not by each vector: it is not deleted meanwhile (keep_named_models)
+  perform from upload_pipeline.embedding_models m where m.model = p_model for key share;
   with placed as (
     insert into upload_pipeline.document_vector_buffer as v (chunk_id, embed_model, document_id, embedding, text_sha256)
     select distinct on (b.chunk_id) b.chunk_id, p_model, b.document_id, case when a.text_sha256 is null then a.embedding end, a.text_sha256

@@ -51,7 +51,9 @@ begin
 end
 $$;
 
--- In place of foreign keys (embedding_models): a model that vectors name is not deleted, and keeps its name.
+-- In place of foreign keys (embedding_models): a model that vectors name is not deleted, and keeps its name. The row is locked
+-- by then: place_vectors, through which each vector comes, has ended, and what it wrote is seen. From the buffer vectors move
+-- in one transaction, so that at each moment one of the three names their model.
 create function upload_pipeline.keep_named_models()
 returns trigger
 language plpgsql
@@ -64,8 +66,6 @@ set enable_mergejoin = off
 set enable_material = off
 as $$
 begin
-  -- no commit of vectors is under way
-  perform upload_pipeline.hold_models(p_alone => true);
   if exists (select from upload_pipeline.document_chunks c where c.embed_model = old.model)
      or exists (select from upload_pipeline.chunk_vectors s where s.embed_model = old.model)
      or exists (select from upload_pipeline.document_vector_buffer v where v.embed_model = old.model) then

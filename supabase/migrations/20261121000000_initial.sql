@@ -2319,6 +2319,8 @@ declare
   v_placed  uuid[];
   v_more    uuid[];
 begin
+  -- once, and not by each vector: it is not deleted meanwhile (keep_named_models)
+  perform from upload_pipeline.embedding_models m where m.model = p_model for key share;
   with placed as (
     insert into upload_pipeline.document_vector_buffer as v (chunk_id, embed_model, document_id, embedding, text_sha256)
     select distinct on (b.chunk_id) b.chunk_id, p_model, b.document_id, case when a.text_sha256 is null then a.embedding end, a.text_sha256
@@ -2956,7 +2958,9 @@ begin
 end
 $$;
 
--- In place of foreign keys (embedding_models): a model that vectors name is not deleted, and keeps its name.
+-- In place of foreign keys (embedding_models): a model that vectors name is not deleted, and keeps its name. The row is locked
+-- by then: place_vectors, through which each vector comes, has ended, and what it wrote is seen. From the buffer vectors move
+-- in one transaction, so that at each moment one of the three names their model.
 create function upload_pipeline.keep_named_models()
 returns trigger
 language plpgsql
@@ -2969,8 +2973,6 @@ set enable_mergejoin = off
 set enable_material = off
 as $$
 begin
-  -- no commit of vectors is under way
-  perform upload_pipeline.hold_models(p_alone => true);
   if exists (select from upload_pipeline.document_chunks c where c.embed_model = old.model)
      or exists (select from upload_pipeline.chunk_vectors s where s.embed_model = old.model)
      or exists (select from upload_pipeline.document_vector_buffer v where v.embed_model = old.model) then

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import psycopg
 import pytest
-from model_verbs import NEW, OLD, add, add_chunks, refused, retire, statuses, to_commit
+from model_verbs import NEW, OLD, add, add_chunks, enqueue_refills, pending_refill, refused, retire, statuses, store
 from sessions import Connect, Connection
-from verbs import await_lock_wait, in_background, value
+from verbs import await_lock_wait, claim_one, in_background, value
 
 
 def test_the_first_model_is_the_active_one_and_a_worker_is_told_which_it_is(worker: Connection) -> None:
@@ -90,15 +90,19 @@ def test_a_model_that_vectors_name_is_not_deleted_nor_renamed(
     assert NEW not in statuses(admin)
 
 
-def test_a_models_end_waits_for_a_commit_of_its_vectors(admin: Connection, worker: Connection, old: None) -> None:
-    lease = to_commit(worker)
+def test_a_models_end_waits_for_vectors_that_are_being_written(
+    admin: Connection, worker: Connection, old: None
+) -> None:
+    add(worker)
+    add_chunks(admin)
+    enqueue_refills(worker)
+    lease = claim_one(worker, pool="background")
     worker.execute("begin")
-    worker.execute(
-        "select * from upload_pipeline.commit_embeddings(%s, %s, %s)", [lease.job_id, lease.lease_token, OLD]
-    )
+    assert store(worker, lease, pending_refill(worker, lease.document_id)) == 3
     admin.execute("set lock_timeout = '200ms'")
+    delete = f"delete from upload_pipeline.embedding_models where model = '{NEW}'"
     with pytest.raises(psycopg.errors.LockNotAvailable):
-        admin.execute("delete from upload_pipeline.embedding_models")
+        admin.execute(delete)
     worker.execute("commit")
-    refused(admin.execute, "delete from upload_pipeline.embedding_models", state="23503", says="has vectors")
-    assert statuses(worker) == {OLD: "active"}
+    refused(admin.execute, delete, state="23503", says="has vectors")
+    assert statuses(worker) == {OLD: "active", NEW: "building"}
