@@ -301,6 +301,36 @@ def test_chunks_that_did_not_change_keep_their_rows_and_vectors(worker: Connecti
     assert set(after) == {"one", "two", "new", "four"}
 
 
+def test_chunks_that_moved_keep_their_vectors_and_tell_where_they_stand_now(worker: Connection, lease: Any) -> None:
+    """One goes, one moves, two stay: what goes is not taken for what moves, nor hides it."""
+    lead(worker, lease, FOUR)
+    query = "select text, start_offset, end_offset, heading_path, embedding::text from upload_pipeline.document_chunks"
+    before = {row.text: row for row in worker.execute(query).fetchall()}
+    retry(worker, lease.job_id, "chunking")
+    lease = claim_one(worker)
+    lead(worker, lease, (), until="chunking")
+    chunks = make_chunks(lease.document_id, FOUR[:3])
+    chunks[1] |= {"start_offset": 12, "end_offset": 19, "heading_path": ["C"]}
+    buffer_chunks(worker, lease, chunks)
+    lead(worker, lease._replace(stage="chunks_buffered"), ())
+    after = {row.text: row for row in worker.execute(query).fetchall()}
+    moved = before["two"]._replace(start_offset=12, end_offset=19, heading_path=["C"])
+    assert after == {"one": before["one"], "two": moved, "three": before["three"]}
+
+
+def test_a_set_whose_chunks_are_not_all_stored_is_refused_whole(
+    admin: Connection, worker: Connection, lease: Any
+) -> None:
+    lead(worker, lease, FOUR, until="embeddings_buffered")
+    admin.execute("delete from upload_pipeline.document_chunks where text = 'two'")
+    with pytest.raises(psycopg.Error, match="1 of 4 buffered chunks lack a row") as refused:
+        commit_embeddings(worker, lease)
+    assert refused.value.sqlstate == "UP005"
+    assert "Retry the job from stage" in str(refused.value.diag.message_hint)
+    assert value(admin, "select count(*) from upload_pipeline.document_chunks where live") == 0
+    assert buffered(worker) == (4, 4)
+
+
 @pytest.mark.parametrize("stage", STAGES[:-1])
 def test_a_restart_of_a_done_document_at_any_stage_ends_with_equal_rows(
     worker: Connection, lease: Any, stage: str
