@@ -26,28 +26,28 @@ async def check_detector(settings: Settings) -> str:
         PipelineError: what is wrong, and the remedy.
     """
     from upload_pipeline.cli.paid_trials import NoRoomError, try_detector
-    from upload_pipeline.providers.detection import DetectionMessage, DetectionRequest, open_detector
-    from upload_pipeline.providers.openai_detector import OpenAIDetector
-    from upload_pipeline.providers.webhook_detector import WebhookDetector
+    from upload_pipeline.providers.detection import DetectionMessage, DetectionRequest
+    from upload_pipeline.providers.openai_detector import open_openai_detector
+    from upload_pipeline.providers.webhook_detector import open_webhook_detector
 
-    detector = open_detector(settings)
-    try:
-        if isinstance(detector, WebhookDetector):
-            await _connect(detector.url)
-            return f"{detector.url} takes connections; answers go to {settings.api_public_url}"
-        message = DetectionMessage(uuid4(), "local:///doctor.jpg", ("damage",), "normal")
-        request = DetectionRequest(message, delivery_id=uuid4(), attempt=1, thumbnail=_grey_picture)
-        if not isinstance(detector, OpenAIDetector):
-            await detector.detect(request)
-            return f"{detector.name} answers"
-        about = f"{settings.detection_model} at {settings.openai_base_url}"
+    if settings.detector == "webhook":
+        webhook = open_webhook_detector(settings)
         try:
-            await try_detector(detector, request, settings)
-        except NoRoomError as error:
-            return f"{about}; {error}"
-        return f"{about} answers"
+            await _connect(webhook.url)
+        finally:
+            await webhook.close()
+        return f"{webhook.url} takes connections; answers go to {settings.api_public_url}"
+    message = DetectionMessage(uuid4(), "local:///doctor.jpg", ("damage",), "normal")
+    request = DetectionRequest(message, delivery_id=uuid4(), attempt=1, thumbnail=_grey_picture)
+    about = f"{settings.detection_model} at {settings.openai_base_url}"
+    detector = open_openai_detector(settings)
+    try:
+        await try_detector(detector, request, settings)
+    except NoRoomError as error:
+        return f"{about}; {error}"
     finally:
         await detector.close()
+    return f"{about} answers"
 
 
 async def _grey_picture() -> bytes:
