@@ -88,7 +88,7 @@ end
 $$;
 
 -- embeddings_buffered -> embedded, the job's end: in one transaction the new set gets its vectors and becomes live,
--- rows that are no longer in it go, nodes and edges are written anew, and the buffers are emptied. Until it commits
+-- rows that are no longer in it go, the outline is written anew, and the buffers are emptied. Until it commits
 -- readers see the old set, after it the new one. Chunks that did not change keep their rows and vectors.
 --
 -- p_model is the model that the caller takes for the active one. UP007 where it is not, or where a chunk has no vector of
@@ -219,8 +219,8 @@ begin
     end if;
   end if;
 
-  delete from upload_pipeline.document_nodes n where n.document_id = v_document;
-  insert into upload_pipeline.document_nodes (node_id, document_id, user_id, kind, title, level, ordinal, parent_id)
+  delete from upload_pipeline.document_outline o where o.document_id = v_document;
+  insert into upload_pipeline.document_outline (node_id, document_id, user_id, kind, title, level, ordinal, parent_id)
   select d.document_id, d.document_id, d.user_id, 'document'::upload_pipeline.node_kind, d.filename, 0, 0, null
     from upload_pipeline.documents d where d.document_id = v_document
   union all
@@ -232,10 +232,6 @@ begin
     where b.document_id = v_document
     order by s.section_id, b.ordinal);
   get diagnostics v_nodes = row_count;
-  insert into upload_pipeline.document_nodes (node_id, document_id, user_id, kind, title, level, ordinal, parent_id)
-  select b.chunk_id, v_document, b.user_id, 'chunk', '', cardinality(b.section_ids) + 1, b.ordinal,
-         coalesce(b.section_ids[cardinality(b.section_ids)], v_document)
-    from upload_pipeline.document_chunk_buffer b where b.document_id = v_document;
   v_nodes := v_nodes + v_chunks;
   -- each node but the document is contained in one, and each chunk but the last is followed by one
   v_edges := v_nodes - 1 + v_chunks - 1;

@@ -15,7 +15,7 @@ begin
 
   foreach v_table in array array[
     'stages', 'embedding_models', 'documents', 'upload_jobs', 'job_outcomes', 'lanes', 'events', 'document_chunk_buffer',
-    'document_vector_buffer', 'document_chunks', 'document_nodes', 'workers',
+    'document_vector_buffer', 'document_chunks', 'document_outline', 'workers',
     'stage_durations', 'policies', 'batches', 'batch_members', 'processing_records', 'provider_budgets',
     'provider_reservations', 'usage_records', 'organizations', 'organization_members', 'projects', 'photos', 'parse_submissions',
     'photo_detection_requests', 'chunk_vectors', 'upkeep_rounds']
@@ -25,7 +25,7 @@ begin
   end loop;
 
   foreach v_table in array array[
-    'job_outcomes', 'events', 'document_nodes', 'policies', 'batches', 'batch_members',
+    'job_outcomes', 'events', 'document_outline', 'policies', 'batches', 'batch_members',
     'usage_records']
   loop
     execute format(
@@ -65,7 +65,8 @@ grant select on upload_pipeline.documents, upload_pipeline.document_chunks, uplo
   upload_pipeline.photos to authenticated;
 grant select on upload_pipeline.model_overview to upload_worker, service_role;
 grant select on upload_pipeline.job_overview, upload_pipeline.queue_depth, upload_pipeline.upload_history,
-  upload_pipeline.batch_overview, upload_pipeline.batch_member_overview, upload_pipeline.document_edges,
+  upload_pipeline.batch_overview, upload_pipeline.batch_member_overview, upload_pipeline.document_nodes,
+  upload_pipeline.document_edges,
   upload_pipeline.usage_by_user, upload_pipeline.usage_by_day, upload_pipeline.usage_by_model to authenticated, upload_worker, service_role;
 
 -- Functions are executable by everybody unless that is taken back.

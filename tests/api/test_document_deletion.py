@@ -76,10 +76,10 @@ async def whole_document(admin: asyncpg.Connection, service: LiveService, user: 
           insert into upload_pipeline.document_vector_buffer (chunk_id, embed_model, document_id, embedding)
           select b.chunk_id, c.embed_model, $1, c.embedding from buffered b, chunk c
         ), node as (
-          insert into upload_pipeline.document_nodes
+          insert into upload_pipeline.document_outline
             (node_id, document_id, user_id, kind, title, level, ordinal, parent_id)
           select n.id, $1, c.user_id, n.kind::upload_pipeline.node_kind, '', 0, 0, n.parent
-            from chunk c, (values ($1::uuid, 'document', null::uuid), ($2::uuid, 'chunk', $1)) n (id, kind, parent)
+            from chunk c, (values ($1::uuid, 'document', null::uuid), ($2::uuid, 'section', $1)) n (id, kind, parent)
         )
         select 1
         """,

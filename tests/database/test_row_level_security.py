@@ -39,6 +39,7 @@ READERS = {
     "chunk_vectors": {"upload_worker", "service_role"},
     "model_overview": {"upload_worker", "service_role"},
     "document_chunks": {"authenticated", "upload_worker", "service_role"},
+    "document_outline": {"authenticated", "upload_worker", "service_role"},
     "document_nodes": {"authenticated", "upload_worker", "service_role"},
     "document_edges": {"authenticated", "upload_worker", "service_role"},
     "policies": {"authenticated", "upload_worker", "service_role"},
@@ -339,7 +340,7 @@ def filled(admin: Connection, worker: Connection) -> Connection:
             """,
             [document],
         )
-        chunk, node = uuid4(), uuid4()
+        chunk = uuid4()
         admin.execute(
             """
             insert into upload_pipeline.document_chunk_buffer
@@ -352,11 +353,10 @@ def filled(admin: Connection, worker: Connection) -> Connection:
         admin.execute(
             "insert into upload_pipeline.document_vector_buffer values (%s, 'm3', %s, '[1,0,0]')", [chunk, document]
         )
-        for one, kind, parent in ((node, "document", None), (chunk, "chunk", node)):
-            admin.execute(
-                "insert into upload_pipeline.document_nodes values (%s, %s, %s, %s, '', 0, 0, %s)",
-                [one, document, user, kind, parent],
-            )
+        admin.execute(
+            "insert into upload_pipeline.document_outline values (%s, %s, %s, 'document', '', 0, 0, null)",
+            [uuid4(), document, user],
+        )
     for user in (OWNER, STRANGER):
         enqueue(worker, add_document(admin, user), user)
         members = '[{"ordinal": 0, "filename": "a.txt", "error_code": "EMPTY_FILE", "error_message": "It is empty."}]'

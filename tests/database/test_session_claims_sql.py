@@ -34,7 +34,7 @@ def processed(admin: Connection, worker: Connection, user: UUID, content: str) -
     worker.execute("select upload_pipeline.record_usage(%s)", [json.dumps([used])])
     advance_to(worker, lease, "parsed")
     fail(worker, lease, retryable=False)
-    chunk, node = uuid4(), uuid4()
+    chunk = uuid4()
     for table, columns, given in (
         ("document_chunk_buffer", "", ""),
         ("document_chunks", ", embed_model, embedding, live", ", 'm3', '[1,0,0]', true"),
@@ -48,11 +48,10 @@ def processed(admin: Connection, worker: Connection, user: UUID, content: str) -
             """,
             [document, chunk, user],
         )
-    for one, kind, parent in ((node, "document", None), (chunk, "chunk", node)):
-        admin.execute(
-            "insert into upload_pipeline.document_nodes values (%s, %s, %s, %s, '', 0, 0, %s)",
-            [one, document, user, kind, parent],
-        )
+    admin.execute(
+        "insert into upload_pipeline.document_outline values (%s, %s, %s, 'document', '', 0, 0, null)",
+        [uuid4(), document, user],
+    )
     admin.execute(
         "insert into upload_pipeline.policies values (%s, %s, 'insurer', 'product', '2026-01-01')", [document, user]
     )
@@ -64,7 +63,7 @@ def test_a_claim_moves_every_row_and_changes_no_id(admin: Connection, worker: Co
     document = processed(admin, worker, session.user_id, "a")
     waiting = upload(worker, session.user_id, "b")
     had = traces(admin, session.user_id)
-    assert {"documents", "upload_jobs", "job_outcomes", "events", "document_chunks", "document_nodes"} <= had.keys()
+    assert {"documents", "upload_jobs", "job_outcomes", "events", "document_chunks", "document_outline"} <= had.keys()
     claimed = claim_session(worker, "t", USER)
     assert set(claimed.documents) == {document, waiting.document_id}
     assert (claimed.duplicates, claimed.existing_documents, claimed.remaining) == ([], [], 0)

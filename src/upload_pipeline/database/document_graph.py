@@ -49,8 +49,10 @@ async def graph_version(connection: Executor, document_id: UUID) -> str | None:
     """What stands for the graph as it is now: empty while there is none; None where the user has no such document."""
     version: str | None = await connection.fetchval(
         """
-        select coalesce((select n.xmin::text from upload_pipeline.document_nodes n where n.node_id = d.document_id), '')
-          from upload_pipeline.documents d where d.document_id = $1
+        select coalesce(o.xmin::text, '')
+          from upload_pipeline.documents d
+          left join upload_pipeline.document_outline o on o.node_id = d.document_id
+         where d.document_id = $1
         """,
         document_id,
     )
@@ -60,14 +62,15 @@ async def graph_version(connection: Executor, document_id: UUID) -> str | None:
 # A statement sees one state of the tables, so a page is of one version, and tells which.
 _VERSION = """
 (select d.document_id from upload_pipeline.documents d
-   join upload_pipeline.document_nodes v on v.node_id = d.document_id
+   join upload_pipeline.document_outline v on v.node_id = d.document_id
   where d.document_id = $1 and v.xmin::text = $2)
 """
 
+# The bound on the ordinal follows from the place; it is what the indexes know.
 _NODES = f"""
 select n.node_id, n.kind::text as kind, n.title, n.level::integer as level, n.ordinal
   from {_VERSION} d join upload_pipeline.document_nodes n on n.document_id = d.document_id
- where (n.ordinal, n.level, n.node_id) > ($3, $4, $5)
+ where n.ordinal >= $3 and (n.ordinal, n.level, n.node_id) > ($3, $4, $5)
  order by n.ordinal, n.level, n.node_id
  limit $6
 """  # noqa: S608 - made of a constant
