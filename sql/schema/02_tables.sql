@@ -246,6 +246,7 @@ create table upload_pipeline.document_chunk_buffer (
   chunk_id     uuid not null unique,
   user_id      uuid not null,
   text         text not null,
+  -- of the text in UTF-8, in hexadecimal: by it the vector is found that was paid for before
   chunk_sha256 text not null,
   chunker      text not null,
   start_offset integer not null,

@@ -3,7 +3,7 @@
 
 -- The buffered chunks of a document that have no vector of a model yet, neither buffered nor stored, in document order.
 create function upload_pipeline.pending_vectors(p_document_id uuid, p_model text, p_limit integer default 256)
-returns table (chunk_id uuid, text text)
+returns table (chunk_id uuid, text text, chunk_sha256 text)
 language sql
 stable
 security definer
@@ -15,7 +15,7 @@ set enable_mergejoin = off
 set enable_material = off
 set jit = off
 as $$
-  select b.chunk_id, b.text
+  select b.chunk_id, b.text, b.chunk_sha256
     from upload_pipeline.document_chunk_buffer b
    where b.document_id = p_document_id
      and not exists (select from upload_pipeline.document_vector_buffer v

@@ -41,7 +41,7 @@ declare
   v_texts      bytea[];
   v_found      uuid[] := '{}';
 begin
-  select array_agg(p.chunk_id), array_agg(p.text), array_agg(sha256(convert_to(p.text, 'UTF8')))
+  select array_agg(p.chunk_id), array_agg(p.text), array_agg(decode(p.chunk_sha256, 'hex'))
     into v_chunks, v_words, v_texts
     from upload_pipeline.pending_chunks(v_job.pipeline, v_job.document_id, p_model, p_limit) p;
   if v_chunks is null then

@@ -413,7 +413,7 @@ $$;
 -- Live chunks of a document that have no vector of a model, in document order. Of a retired model none: place_vectors takes
 -- no vectors of it, so a job that was at work when it was given up would have them made, and paid for, again and again.
 create function upload_pipeline.pending_refill(p_document_id uuid, p_model text, p_limit integer default 256)
-returns table (chunk_id uuid, text text)
+returns table (chunk_id uuid, text text, chunk_sha256 text)
 language sql
 stable
 security definer
@@ -424,7 +424,7 @@ set enable_hashjoin = off
 set enable_mergejoin = off
 set jit = off
 as $$
-  select c.chunk_id, c.text
+  select c.chunk_id, c.text, c.chunk_sha256
     from upload_pipeline.document_chunks c
    where c.document_id = p_document_id and c.live and c.embed_model <> p_model
      and not exists (select from upload_pipeline.chunk_vectors s where s.chunk_id = c.chunk_id and s.embed_model = p_model)
@@ -435,7 +435,7 @@ $$;
 
 -- The chunks of a job that have no vector of a model yet.
 create function upload_pipeline.pending_chunks(p_pipeline text, p_document_id uuid, p_model text, p_limit integer)
-returns table (chunk_id uuid, text text)
+returns table (chunk_id uuid, text text, chunk_sha256 text)
 language plpgsql
 stable
 security definer

@@ -381,6 +381,7 @@ create table upload_pipeline.document_chunk_buffer (
   chunk_id     uuid not null unique,
   user_id      uuid not null,
   text         text not null,
+  -- of the text in UTF-8, in hexadecimal: by it the vector is found that was paid for before
   chunk_sha256 text not null,
   chunker      text not null,
   start_offset integer not null,
@@ -2243,7 +2244,7 @@ $$;
 
 -- The buffered chunks of a document that have no vector of a model yet, neither buffered nor stored, in document order.
 create function upload_pipeline.pending_vectors(p_document_id uuid, p_model text, p_limit integer default 256)
-returns table (chunk_id uuid, text text)
+returns table (chunk_id uuid, text text, chunk_sha256 text)
 language sql
 stable
 security definer
@@ -2255,7 +2256,7 @@ set enable_mergejoin = off
 set enable_material = off
 set jit = off
 as $$
-  select b.chunk_id, b.text
+  select b.chunk_id, b.text, b.chunk_sha256
     from upload_pipeline.document_chunk_buffer b
    where b.document_id = p_document_id
      and not exists (select from upload_pipeline.document_vector_buffer v
@@ -2656,7 +2657,7 @@ declare
   v_texts      bytea[];
   v_found      uuid[] := '{}';
 begin
-  select array_agg(p.chunk_id), array_agg(p.text), array_agg(sha256(convert_to(p.text, 'UTF8')))
+  select array_agg(p.chunk_id), array_agg(p.text), array_agg(decode(p.chunk_sha256, 'hex'))
     into v_chunks, v_words, v_texts
     from upload_pipeline.pending_chunks(v_job.pipeline, v_job.document_id, p_model, p_limit) p;
   if v_chunks is null then
@@ -3327,7 +3328,7 @@ $$;
 -- Live chunks of a document that have no vector of a model, in document order. Of a retired model none: place_vectors takes
 -- no vectors of it, so a job that was at work when it was given up would have them made, and paid for, again and again.
 create function upload_pipeline.pending_refill(p_document_id uuid, p_model text, p_limit integer default 256)
-returns table (chunk_id uuid, text text)
+returns table (chunk_id uuid, text text, chunk_sha256 text)
 language sql
 stable
 security definer
@@ -3338,7 +3339,7 @@ set enable_hashjoin = off
 set enable_mergejoin = off
 set jit = off
 as $$
-  select c.chunk_id, c.text
+  select c.chunk_id, c.text, c.chunk_sha256
     from upload_pipeline.document_chunks c
    where c.document_id = p_document_id and c.live and c.embed_model <> p_model
      and not exists (select from upload_pipeline.chunk_vectors s where s.chunk_id = c.chunk_id and s.embed_model = p_model)
@@ -3349,7 +3350,7 @@ $$;
 
 -- The chunks of a job that have no vector of a model yet.
 create function upload_pipeline.pending_chunks(p_pipeline text, p_document_id uuid, p_model text, p_limit integer)
-returns table (chunk_id uuid, text text)
+returns table (chunk_id uuid, text text, chunk_sha256 text)
 language plpgsql
 stable
 security definer

@@ -21,9 +21,12 @@ def add_chunks(admin: Connection, document: UUID, user: UUID, texts: Sequence[st
         insert into upload_pipeline.document_chunk_buffer
           (document_id, ordinal, chunk_id, user_id, text, chunk_sha256, chunker, start_offset, end_offset, heading_path,
            section_ids)
-        values (%s, %s, %s, %s, %s, repeat('a', 64), 'c', 0, 4, '{}', '{}')
+        values (%s, %s, %s, %s, %s, %s, 'c', 0, 4, '{}', '{}')
         """,
-        [(document, ordinal, chunks[ordinal], user, text) for ordinal, text in enumerate(texts)],
+        [
+            (document, ordinal, chunks[ordinal], user, text, sha256(text.encode()).hexdigest())
+            for ordinal, text in enumerate(texts)
+        ],
     )
     return chunks
 
