@@ -224,6 +224,8 @@ class Line:
 
     def withdraw(self, ticket: Ticket) -> None:
         """Nobody waits for it any more; what is under way goes on."""
+        if not ticket.left:
+            return
         for item in self._items.values():
             item.waiting = [(waiter, position) for waiter, position in item.waiting if waiter is not ticket]
         for item in [item for item in self._waiting if not item.waiting]:
