@@ -66,6 +66,10 @@ set enable_mergejoin = off
 set enable_material = off
 as $$
 begin
+  if current_setting('transaction_isolation') <> 'read committed' then
+    raise exception 'this change needs READ COMMITTED, this transaction is %', current_setting('transaction_isolation')
+      using errcode = '25001', hint = 'Vectors must be looked for after the lock is won.';
+  end if;
   if exists (select from upload_pipeline.document_chunks c where c.embed_model = old.model)
      or exists (select from upload_pipeline.chunk_vectors s where s.embed_model = old.model)
      or exists (select from upload_pipeline.document_vector_buffer v where v.embed_model = old.model) then

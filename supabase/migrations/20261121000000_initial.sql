@@ -2329,6 +2329,10 @@ declare
 begin
   -- once, and not by each vector: it is not deleted meanwhile (keep_named_models)
   perform from upload_pipeline.embedding_models m where m.model = p_model for key share;
+  if not found then
+    raise exception 'there is no embedding model "%" any more', p_model
+      using errcode = 'UP002', hint = 'Add it with `upload-pipeline models add`.';
+  end if;
   with placed as (
     insert into upload_pipeline.document_vector_buffer as v (chunk_id, embed_model, document_id, embedding, text_sha256)
     select distinct on (b.chunk_id) b.chunk_id, p_model, b.document_id, case when a.text_sha256 is null then a.embedding end, a.text_sha256
@@ -2981,6 +2985,10 @@ set enable_mergejoin = off
 set enable_material = off
 as $$
 begin
+  if current_setting('transaction_isolation') <> 'read committed' then
+    raise exception 'this change needs READ COMMITTED, this transaction is %', current_setting('transaction_isolation')
+      using errcode = '25001', hint = 'Vectors must be looked for after the lock is won.';
+  end if;
   if exists (select from upload_pipeline.document_chunks c where c.embed_model = old.model)
      or exists (select from upload_pipeline.chunk_vectors s where s.embed_model = old.model)
      or exists (select from upload_pipeline.document_vector_buffer v where v.embed_model = old.model) then

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from uuid import uuid4
+
 import psycopg
 import pytest
 from model_verbs import NEW, OLD, add, add_chunks, enqueue_refills, pending_refill, refused, retire, statuses, store
+from paid_texts import start_job
 from sessions import Connect, Connection
 from verbs import await_lock_wait, claim_one, in_background, value
 
@@ -106,3 +109,39 @@ def test_a_models_end_waits_for_vectors_that_are_being_written(
     worker.execute("commit")
     refused(admin.execute, delete, state="23503", says="has vectors")
     assert statuses(worker) == {OLD: "active", NEW: "building"}
+
+
+def test_vectors_that_meet_their_models_end_are_refused_and_nothing_is_written(
+    admin: Connection, worker: Connection, connect: Connect, old: None
+) -> None:
+    add(worker)
+    lease, chunks = start_job(admin, worker, uuid4(), ["text"])
+    admin.execute("begin")
+    admin.execute(f"delete from upload_pipeline.embedding_models where model = '{NEW}'")
+    storing = in_background(store, worker, lease, chunks)
+    await_lock_wait(connect(), worker)
+    admin.execute("commit")
+    with pytest.raises(psycopg.Error, match=f'no embedding model "{NEW}" any more') as caught:
+        storing.result(timeout=10)
+    assert caught.value.sqlstate == "UP002"
+    assert value(admin, "select count(*) from upload_pipeline.document_vector_buffer") == 0
+
+
+@pytest.mark.parametrize("level", ["repeatable read", "serializable"])
+def test_a_models_end_is_refused_where_vectors_may_have_come_unseen(
+    admin: Connection, worker: Connection, old: None, level: str
+) -> None:
+    add(worker)
+    add_chunks(admin)
+    enqueue_refills(worker)
+    lease = claim_one(worker, pool="background")
+    admin.execute(f"begin isolation level {level}")
+    admin.execute("select 1 from upload_pipeline.embedding_models")
+    store(worker, lease, pending_refill(worker, lease.document_id))
+    refused(
+        admin.execute,
+        f"delete from upload_pipeline.embedding_models where model = '{NEW}'",
+        state="25001",
+        says="READ COMMITTED",
+    )
+    admin.execute("rollback")
