@@ -292,18 +292,14 @@ alter table upload_pipeline.embedding_cache set (toast_tuple_target = 8160);
 -- forget_unused_vectors: those that were not used for the longest time
 create index embedding_cache_used on upload_pipeline.embedding_cache (last_used_on);
 
--- Vectors as they arrive, so that a crash repeats only what was not yet stored. One that was paid for is in
--- `embedding_cache`, and the row says under which text of the document's user: it is written once and not twice. Where it
--- is forgotten before it was committed, the chunk is pending again.
+-- Vectors as they arrive, so that a crash repeats only what was not yet stored: those that are not in `embedding_cache`.
 create table upload_pipeline.document_vector_buffer (
   chunk_id    uuid not null,
   embed_model text not null,
   document_id uuid not null references upload_pipeline.documents on delete cascade,
-  embedding   extensions.vector,
-  text_sha256 bytea,
+  embedding   extensions.vector not null,
   -- the model first: so the key also finds what a model that was given up has left here
-  primary key (embed_model, chunk_id),
-  constraint document_vector_buffer_either check ((embedding is null) <> (text_sha256 is null))
+  primary key (embed_model, chunk_id)
 );
 
 -- A vector of up to 1,900 dimensions stands in the row: each is written once, read once and deleted, at a third of what the
@@ -311,6 +307,21 @@ create table upload_pipeline.document_vector_buffer (
 alter table upload_pipeline.document_vector_buffer set (toast_tuple_target = 8160);
 
 create index document_vector_buffer_document on upload_pipeline.document_vector_buffer (document_id);
+
+-- Buffered chunks whose vectors are in `embedding_cache`, under the digests of their texts: so a vector that was paid for is
+-- written once before its commit, and a chunk counts once as found. A row for what one request brought, or one look found,
+-- of a document: as a row for each chunk they took a third of what keeping a vector costs. Where a vector is forgotten before
+-- its commit, the chunk is pending again.
+create table upload_pipeline.document_cached_chunks (
+  place       bigint primary key generated always as identity,
+  document_id uuid not null references upload_pipeline.documents on delete cascade,
+  embed_model text not null,
+  chunk_ids   uuid[] not null
+);
+
+create index document_cached_chunks_document on upload_pipeline.document_cached_chunks (document_id);
+-- settle_models: what a model that was given up has left here
+create index document_cached_chunks_model on upload_pipeline.document_cached_chunks (embed_model);
 
 -- What a text search reads: headings weigh more than the text below them.
 create function upload_pipeline.chunk_search_vector(p_heading_path text[], p_text text)

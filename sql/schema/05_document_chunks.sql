@@ -180,33 +180,39 @@ begin
       from upload_pipeline.document_chunk_buffer b
       left join upload_pipeline.document_vector_buffer v on v.chunk_id = b.chunk_id and v.embed_model = p_model
       left join lateral (
-        select k.embedding, k.text_sha256 from upload_pipeline.embedding_cache k
-         where k.user_id = v_job.user_id and k.model = p_model and k.dimensions = v_dimensions and k.text_sha256 = v.text_sha256
+        select k.embedding, k.model from upload_pipeline.embedding_cache k
+         where v.chunk_id is null and k.user_id = v_job.user_id and k.model = p_model and k.dimensions = v_dimensions
+           and k.text_sha256 = decode(b.chunk_sha256, 'hex')
         offset 0) e on true
      where b.document_id = v_document and c.chunk_id = b.chunk_id and not c.live
-       and coalesce(c.embed_model, v.embed_model) is not null
-       and (c.embedding is not null or v.text_sha256 is null or e.text_sha256 is not null)
+       and coalesce(c.embed_model, v.embed_model, e.model) is not null
     returning c.embed_model
   )
   select count(*) into v_placed from placed p where p.embed_model = p_model;
 
   -- vectors of other models than their chunk's: none but while a model changes
   if v_placed < v_chunks
-     or exists (select from upload_pipeline.document_vector_buffer v where v.document_id = v_document and v.embed_model <> p_model) then
+     or exists (select from upload_pipeline.document_vector_buffer v where v.document_id = v_document and v.embed_model <> p_model)
+     or exists (select from upload_pipeline.document_cached_chunks k where k.document_id = v_document and k.embed_model <> p_model) then
     insert into upload_pipeline.chunk_vectors (chunk_id, embed_model, document_id, embedding, created_at)
     select c.chunk_id, v.embed_model, v_document, coalesce(v.embedding, e.embedding), v_now
-      from upload_pipeline.document_vector_buffer v
+      from (select s.chunk_id, s.embed_model, s.embedding
+              from upload_pipeline.document_vector_buffer s where s.document_id = v_document
+            union all
+            select unnest(k.chunk_ids), k.embed_model, null
+              from upload_pipeline.document_cached_chunks k where k.document_id = v_document) v
       join upload_pipeline.document_chunk_buffer b on b.chunk_id = v.chunk_id
       join upload_pipeline.document_chunks c on c.chunk_id = v.chunk_id and c.embed_model <> v.embed_model
       join upload_pipeline.embedding_models m on m.model = v.embed_model and m.status <> 'retired'
       left join lateral (
-        select k.embedding, k.text_sha256 from upload_pipeline.embedding_cache k
-         where k.user_id = v_job.user_id and k.model = m.model and k.dimensions = m.dimensions and k.text_sha256 = v.text_sha256
+        select k.embedding from upload_pipeline.embedding_cache k
+         where v.embedding is null and k.user_id = v_job.user_id and k.model = m.model and k.dimensions = m.dimensions
+           and k.text_sha256 = decode(b.chunk_sha256, 'hex')
         offset 0) e on true
-     where v.document_id = v_document and (v.text_sha256 is null or e.text_sha256 is not null)
+     where coalesce(v.embedding, e.embedding) is not null
     on conflict (chunk_id, embed_model) do nothing;
 
-    -- asked of what is written: a vector that was buffered by name may have been forgotten until a moment ago. By outer joins,
+    -- asked of what is written: a vector that was in the cache may have been forgotten until a moment ago. By outer joins,
     -- so that it begins with the buffer and goes by keys: whatever the planner takes for rare, it looks for in whole tables.
     select count(*) filter (where c.live is not true or c.embed_model <> p_model and s.chunk_id is null) into v_lacking
       from upload_pipeline.document_chunk_buffer b
@@ -240,6 +246,7 @@ begin
      set chunk_count = v_chunks, embed_model = p_model, searchable_at = coalesce(d.searchable_at, v_now), updated_at = v_now,
          chunker = (select b.chunker from upload_pipeline.document_chunk_buffer b where b.document_id = v_document limit 1)
    where d.document_id = v_document;
+  delete from upload_pipeline.document_cached_chunks k where k.document_id = v_document;
   delete from upload_pipeline.document_vector_buffer v where v.document_id = v_document;
   delete from upload_pipeline.document_chunk_buffer b where b.document_id = v_document;
   perform upload_pipeline.record_event('document_searchable', p_user_id => v_job.user_id, p_document_id => v_document,

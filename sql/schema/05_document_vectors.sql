@@ -18,13 +18,14 @@ as $$
   select b.chunk_id, b.text, b.chunk_sha256
     from upload_pipeline.document_chunk_buffer b
    where b.document_id = p_document_id
+     and (b.chunk_id not in (select unnest(k.chunk_ids) from upload_pipeline.document_cached_chunks k
+                              where k.document_id = p_document_id and k.embed_model = p_model)
+          or not exists (select from upload_pipeline.embedding_cache e
+                          where e.user_id = b.user_id and e.model = p_model and e.text_sha256 = decode(b.chunk_sha256, 'hex')
+                            and e.dimensions = (select m.dimensions from upload_pipeline.embedding_models m
+                                                 where m.model = p_model)))
      and not exists (select from upload_pipeline.document_vector_buffer v
-                      where v.chunk_id = b.chunk_id and v.embed_model = p_model
-                        and (v.text_sha256 is null
-                             or exists (select from upload_pipeline.embedding_cache e
-                                         where e.user_id = b.user_id and e.model = p_model and e.text_sha256 = v.text_sha256
-                                           and e.dimensions = (select m.dimensions from upload_pipeline.embedding_models m
-                                                                where m.model = p_model))))
+                      where v.chunk_id = b.chunk_id and v.embed_model = p_model)
      and not exists (select from upload_pipeline.document_chunks c
                       where c.chunk_id = b.chunk_id and c.embed_model || '' = p_model)  -- by the chunk's key
      and not exists (select from upload_pipeline.chunk_vectors s
@@ -62,11 +63,11 @@ $$;
 
 -- Puts vectors where a job's chunks have them: those of a document that is processed into the buffer, those that a model
 -- is filled with (pipeline `reembed`) beside the live chunks. One place in the arrays for each chunk, with its job; the
--- caller holds the jobs. With the SHA-256 of a text the buffer names the vector that the cache has for it, and needs none.
--- Vectors that are there already stay, and what is no chunk of the job's document is left out. Of a model that was given up
--- nothing is put beside live chunks. Returns the chunks that got theirs.
+-- caller holds the jobs. Of a buffered chunk whose vector is in the cache (p_cached) just this is noted, and no vector is
+-- needed. Vectors that are there already stay, and what is no chunk of the job's document is left out. Of a model that was
+-- given up nothing is put beside live chunks. Returns the chunks that have theirs now: of those in the cache all.
 create function upload_pipeline.place_vectors(
-  p_model text, p_job_ids uuid[], p_chunk_ids uuid[], p_embeddings extensions.vector[], p_texts bytea[] default '{}'
+  p_model text, p_job_ids uuid[], p_chunk_ids uuid[], p_embeddings extensions.vector[], p_cached boolean[] default '{}'
 )
 returns uuid[]
 language plpgsql
@@ -83,6 +84,7 @@ as $$
 declare
   v_refills uuid[] := array(select j.job_id from upload_pipeline.upload_jobs j
                              where j.job_id = any (p_job_ids) and j.pipeline = 'reembed');
+  v_cached  uuid[];
   v_placed  uuid[];
   v_more    uuid[];
 begin
@@ -92,20 +94,37 @@ begin
     raise exception 'there is no embedding model "%" any more', p_model
       using errcode = 'UP002', hint = 'Add it with `upload-pipeline models add`.';
   end if;
-  with placed as (
-    insert into upload_pipeline.document_vector_buffer as v (chunk_id, embed_model, document_id, embedding, text_sha256)
-    select distinct on (b.chunk_id) b.chunk_id, p_model, b.document_id, case when a.text_sha256 is null then a.embedding end, a.text_sha256
-      from unnest(p_job_ids, p_chunk_ids, p_embeddings, p_texts) a (job_id, chunk_id, embedding, text_sha256)
+  with asked as (
+    select distinct b.document_id, b.chunk_id
+      from unnest(p_job_ids, p_chunk_ids, p_cached) a (job_id, chunk_id, cached)
       join upload_pipeline.upload_jobs j on j.job_id = a.job_id
       join upload_pipeline.document_chunk_buffer b on b.chunk_id = a.chunk_id and b.document_id = j.document_id
-     where a.job_id <> all (v_refills)
+     where a.cached and a.job_id <> all (v_refills)
+  ), noted as (
+    insert into upload_pipeline.document_cached_chunks (document_id, embed_model, chunk_ids)
+    select a.document_id, p_model, array_agg(a.chunk_id)
+      from asked a
+     where a.chunk_id not in (select unnest(k.chunk_ids) from upload_pipeline.document_cached_chunks k
+                               where k.document_id = any (array(select e.document_id from asked e)) and k.embed_model = p_model)
+     group by a.document_id
+  )
+  select coalesce(array_agg(a.chunk_id), '{}') into v_cached from asked a;
+  if cardinality(v_cached) = cardinality(p_chunk_ids) then
+    return v_cached;
+  end if;
+
+  with placed as (
+    insert into upload_pipeline.document_vector_buffer (chunk_id, embed_model, document_id, embedding)
+    select distinct on (b.chunk_id) b.chunk_id, p_model, b.document_id, a.embedding
+      from unnest(p_job_ids, p_chunk_ids, p_embeddings, p_cached) a (job_id, chunk_id, embedding, cached)
+      join upload_pipeline.upload_jobs j on j.job_id = a.job_id
+      join upload_pipeline.document_chunk_buffer b on b.chunk_id = a.chunk_id and b.document_id = j.document_id
+     where a.cached is not true and a.job_id <> all (v_refills) and b.chunk_id <> all (v_cached)
      order by b.chunk_id
-    -- the name of a vector that was forgotten meanwhile is as good as none
-    on conflict (chunk_id, embed_model) do update set embedding = excluded.embedding, text_sha256 = excluded.text_sha256
-       where v.text_sha256 is not null
+    on conflict (chunk_id, embed_model) do nothing
     returning chunk_id
   )
-  select coalesce(array_agg(p.chunk_id), '{}') into v_placed from placed p;
+  select v_cached || coalesce(array_agg(p.chunk_id), '{}') into v_placed from placed p;
   if v_refills = '{}' then
     return v_placed;
   end if;

@@ -188,6 +188,7 @@ begin
   end if;
   if (select a.position <= b.position from upload_pipeline.stages a, upload_pipeline.stages b
        where a.pipeline = 'document' and a.stage = p_stage and b.pipeline = 'document' and b.stage = 'chunking') then
+    delete from upload_pipeline.document_cached_chunks k where k.document_id = p_document_id;
     delete from upload_pipeline.document_vector_buffer v where v.document_id = p_document_id;
     delete from upload_pipeline.document_chunk_buffer b where b.document_id = p_document_id;
     update upload_pipeline.parse_submissions s set begun_at = upload_pipeline.now()

@@ -49,7 +49,8 @@ begin
   end if;
 
   select upload_pipeline.place_vectors(
-           p_model, array_agg(v_job.job_id), array_agg(p.chunk_id), array_agg(c.embedding), array_agg(p.text_sha256))
+           p_model, array_agg(v_job.job_id), array_agg(p.chunk_id), array_agg(c.embedding),
+           array_agg(v_job.pipeline <> 'reembed'))
     into v_found
     from unnest(v_chunks, v_texts) p (chunk_id, text_sha256)
    cross join lateral (
@@ -181,11 +182,14 @@ begin
   return coalesce((
     select cardinality(upload_pipeline.place_vectors(
              p_model, array_agg(a.job_id), array_agg(a.chunk_id),
-             array_agg(case when v_refilled or o.owner is null then p_embeddings[a.place] end),
-             array_agg(case when o.owner is not null then p_texts[a.place] end)))
+             array_agg(case when v_refilled or b.chunk_id is null then p_embeddings[a.place] end),
+             array_agg(b.chunk_id is not null)))
       from unnest(p_job_ids, p_chunk_ids, p_places) a (job_id, chunk_id, place)
       join unnest(v_held, v_holders) h (job_id, user_id) on h.job_id = a.job_id
       left join unnest(v_told, v_owners) o (told, owner) on o.told = p_user_ids[a.place] and o.owner = h.user_id
+      -- the commit looks for it by the chunk's own digest
+      left join upload_pipeline.document_chunk_buffer b
+        on b.chunk_id = a.chunk_id and o.owner is not null and b.chunk_sha256 = encode(p_texts[a.place], 'hex')
     having count(*) > 0), 0);
 end
 $$;
@@ -258,8 +262,8 @@ begin
 end
 $$;
 
--- Makes a user's vectors another's, who may have some of them: used when either used them last. What is buffered by name for
--- a document that stays the first user's has its vector itself from now on: the name is the other's.
+-- Makes a user's vectors another's, who may have some of them: used when either used them last. The chunks of a document that
+-- stays the first user's, whose vectors were in the cache, have them in the buffer from now on.
 create function upload_pipeline.move_user_vectors(p_from uuid, p_to uuid)
 returns void
 language plpgsql
@@ -273,18 +277,21 @@ set enable_material = off
 set jit = off
 as $$
 begin
-  update upload_pipeline.document_vector_buffer v set embedding = n.embedding, text_sha256 = null
-    from (select b.chunk_id, b.embed_model, e.embedding
-            from upload_pipeline.documents d
-            join upload_pipeline.document_vector_buffer b on b.document_id = d.document_id and b.text_sha256 is not null
-            join upload_pipeline.embedding_models m on m.model = b.embed_model
-           cross join lateral (
-             select k.embedding from upload_pipeline.embedding_cache k
-              where k.user_id = p_from and k.model = m.model and k.dimensions = m.dimensions and k.text_sha256 = b.text_sha256
-             offset 0) e
-           where d.user_id = p_from and d.deleted_at is null
-           order by b.chunk_id) n
-   where v.chunk_id = n.chunk_id and v.embed_model = n.embed_model;
+  insert into upload_pipeline.document_vector_buffer (chunk_id, embed_model, document_id, embedding)
+  select b.chunk_id, k.embed_model, b.document_id, e.embedding
+    from upload_pipeline.documents d
+    join upload_pipeline.document_cached_chunks k on k.document_id = d.document_id
+    join upload_pipeline.embedding_models m on m.model = k.embed_model
+   cross join lateral unnest(k.chunk_ids) n (chunk_id)
+    join upload_pipeline.document_chunk_buffer b on b.chunk_id = n.chunk_id
+   cross join lateral (
+     select c.embedding from upload_pipeline.embedding_cache c
+      where c.user_id = p_from and c.model = m.model and c.dimensions = m.dimensions
+        and c.text_sha256 = decode(b.chunk_sha256, 'hex')
+     offset 0) e
+   where d.user_id = p_from and d.deleted_at is null
+   order by b.chunk_id
+  on conflict (chunk_id, embed_model) do nothing;
   insert into upload_pipeline.embedding_cache as c (user_id, model, dimensions, text_sha256, last_used_on, embedding)
   select p_to, f.model, f.dimensions, f.text_sha256, f.last_used_on, f.embedding
     from upload_pipeline.embedding_cache f where f.user_id = p_from

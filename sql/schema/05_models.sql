@@ -53,7 +53,7 @@ $$;
 
 -- In place of foreign keys (embedding_models): a model that vectors name is not deleted, and keeps its name. The row is locked
 -- by then: place_vectors, through which each vector comes, has ended, and what it wrote is seen. From the buffer vectors move
--- in one transaction, so that at each moment one of the three names their model.
+-- in one transaction, so that at each moment one of the four names their model.
 create function upload_pipeline.keep_named_models()
 returns trigger
 language plpgsql
@@ -72,7 +72,8 @@ begin
   end if;
   if exists (select from upload_pipeline.document_chunks c where c.embed_model = old.model)
      or exists (select from upload_pipeline.chunk_vectors s where s.embed_model = old.model)
-     or exists (select from upload_pipeline.document_vector_buffer v where v.embed_model = old.model) then
+     or exists (select from upload_pipeline.document_vector_buffer v where v.embed_model = old.model)
+     or exists (select from upload_pipeline.document_cached_chunks k where k.embed_model = old.model) then
     raise exception 'embedding model "%" has vectors', old.model
       using errcode = '23503', hint = 'Retire it: its vectors are removed, and its name stays.';
   end if;
@@ -563,6 +564,9 @@ begin
     delete from upload_pipeline.document_vector_buffer b
      where b.ctid = any (array(
        select g.ctid from upload_pipeline.document_vector_buffer g where g.embed_model = v_retired limit p_limit for update skip locked));
+    delete from upload_pipeline.document_cached_chunks k
+     where k.ctid = any (array(
+       select g.ctid from upload_pipeline.document_cached_chunks g where g.embed_model = v_retired limit p_limit for update skip locked));
   end loop;
   return query select v_moved, v_removed;
 end

@@ -215,9 +215,10 @@ begin
       left join upload_pipeline.stages n on n.pipeline = a.pipeline and n.position = f.position + 1
      cross join lateral (
        select case when a.pipeline = 'document' and a.stage = 'embedding' then (
-         -- two counts and no join: vectors of more than one model may lie there, so at most all
-         select least(1, (select count(*) from upload_pipeline.document_vector_buffer v
-                           where v.document_id = a.document_id)::double precision / nullif(count(*), 0))
+         -- counts and no join: vectors of more than one model may lie there, so at most all
+         select least(1, ((select count(*) from upload_pipeline.document_vector_buffer v where v.document_id = a.document_id)
+                          + (select coalesce(sum(cardinality(k.chunk_ids)), 0) from upload_pipeline.document_cached_chunks k
+                              where k.document_id = a.document_id))::double precision / nullif(count(*), 0))
            from upload_pipeline.document_chunk_buffer b
           where b.document_id = a.document_id) end as share) vectors
      cross join lateral (

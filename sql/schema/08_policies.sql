@@ -15,7 +15,7 @@ begin
 
   foreach v_table in array array[
     'stages', 'embedding_models', 'documents', 'upload_jobs', 'job_outcomes', 'lanes', 'events', 'document_chunk_buffer',
-    'document_vector_buffer', 'document_chunks', 'document_outline', 'workers',
+    'document_vector_buffer', 'document_cached_chunks', 'document_chunks', 'document_outline', 'workers',
     'stage_durations', 'policies', 'batches', 'batch_members', 'processing_records', 'provider_budgets',
     'provider_reservations', 'usage_records', 'organizations', 'organization_members', 'projects', 'photos', 'parse_submissions',
     'photo_detection_requests', 'chunk_vectors', 'upkeep_rounds']

@@ -427,18 +427,14 @@ alter table upload_pipeline.embedding_cache set (toast_tuple_target = 8160);
 -- forget_unused_vectors: those that were not used for the longest time
 create index embedding_cache_used on upload_pipeline.embedding_cache (last_used_on);
 
--- Vectors as they arrive, so that a crash repeats only what was not yet stored. One that was paid for is in
--- `embedding_cache`, and the row says under which text of the document's user: it is written once and not twice. Where it
--- is forgotten before it was committed, the chunk is pending again.
+-- Vectors as they arrive, so that a crash repeats only what was not yet stored: those that are not in `embedding_cache`.
 create table upload_pipeline.document_vector_buffer (
   chunk_id    uuid not null,
   embed_model text not null,
   document_id uuid not null references upload_pipeline.documents on delete cascade,
-  embedding   extensions.vector,
-  text_sha256 bytea,
+  embedding   extensions.vector not null,
   -- the model first: so the key also finds what a model that was given up has left here
-  primary key (embed_model, chunk_id),
-  constraint document_vector_buffer_either check ((embedding is null) <> (text_sha256 is null))
+  primary key (embed_model, chunk_id)
 );
 
 -- A vector of up to 1,900 dimensions stands in the row: each is written once, read once and deleted, at a third of what the
@@ -446,6 +442,21 @@ create table upload_pipeline.document_vector_buffer (
 alter table upload_pipeline.document_vector_buffer set (toast_tuple_target = 8160);
 
 create index document_vector_buffer_document on upload_pipeline.document_vector_buffer (document_id);
+
+-- Buffered chunks whose vectors are in `embedding_cache`, under the digests of their texts: so a vector that was paid for is
+-- written once before its commit, and a chunk counts once as found. A row for what one request brought, or one look found,
+-- of a document: as a row for each chunk they took a third of what keeping a vector costs. Where a vector is forgotten before
+-- its commit, the chunk is pending again.
+create table upload_pipeline.document_cached_chunks (
+  place       bigint primary key generated always as identity,
+  document_id uuid not null references upload_pipeline.documents on delete cascade,
+  embed_model text not null,
+  chunk_ids   uuid[] not null
+);
+
+create index document_cached_chunks_document on upload_pipeline.document_cached_chunks (document_id);
+-- settle_models: what a model that was given up has left here
+create index document_cached_chunks_model on upload_pipeline.document_cached_chunks (embed_model);
 
 -- What a text search reads: headings weigh more than the text below them.
 create function upload_pipeline.chunk_search_vector(p_heading_path text[], p_text text)
@@ -2086,33 +2097,39 @@ begin
       from upload_pipeline.document_chunk_buffer b
       left join upload_pipeline.document_vector_buffer v on v.chunk_id = b.chunk_id and v.embed_model = p_model
       left join lateral (
-        select k.embedding, k.text_sha256 from upload_pipeline.embedding_cache k
-         where k.user_id = v_job.user_id and k.model = p_model and k.dimensions = v_dimensions and k.text_sha256 = v.text_sha256
+        select k.embedding, k.model from upload_pipeline.embedding_cache k
+         where v.chunk_id is null and k.user_id = v_job.user_id and k.model = p_model and k.dimensions = v_dimensions
+           and k.text_sha256 = decode(b.chunk_sha256, 'hex')
         offset 0) e on true
      where b.document_id = v_document and c.chunk_id = b.chunk_id and not c.live
-       and coalesce(c.embed_model, v.embed_model) is not null
-       and (c.embedding is not null or v.text_sha256 is null or e.text_sha256 is not null)
+       and coalesce(c.embed_model, v.embed_model, e.model) is not null
     returning c.embed_model
   )
   select count(*) into v_placed from placed p where p.embed_model = p_model;
 
   -- vectors of other models than their chunk's: none but while a model changes
   if v_placed < v_chunks
-     or exists (select from upload_pipeline.document_vector_buffer v where v.document_id = v_document and v.embed_model <> p_model) then
+     or exists (select from upload_pipeline.document_vector_buffer v where v.document_id = v_document and v.embed_model <> p_model)
+     or exists (select from upload_pipeline.document_cached_chunks k where k.document_id = v_document and k.embed_model <> p_model) then
     insert into upload_pipeline.chunk_vectors (chunk_id, embed_model, document_id, embedding, created_at)
     select c.chunk_id, v.embed_model, v_document, coalesce(v.embedding, e.embedding), v_now
-      from upload_pipeline.document_vector_buffer v
+      from (select s.chunk_id, s.embed_model, s.embedding
+              from upload_pipeline.document_vector_buffer s where s.document_id = v_document
+            union all
+            select unnest(k.chunk_ids), k.embed_model, null
+              from upload_pipeline.document_cached_chunks k where k.document_id = v_document) v
       join upload_pipeline.document_chunk_buffer b on b.chunk_id = v.chunk_id
       join upload_pipeline.document_chunks c on c.chunk_id = v.chunk_id and c.embed_model <> v.embed_model
       join upload_pipeline.embedding_models m on m.model = v.embed_model and m.status <> 'retired'
       left join lateral (
-        select k.embedding, k.text_sha256 from upload_pipeline.embedding_cache k
-         where k.user_id = v_job.user_id and k.model = m.model and k.dimensions = m.dimensions and k.text_sha256 = v.text_sha256
+        select k.embedding from upload_pipeline.embedding_cache k
+         where v.embedding is null and k.user_id = v_job.user_id and k.model = m.model and k.dimensions = m.dimensions
+           and k.text_sha256 = decode(b.chunk_sha256, 'hex')
         offset 0) e on true
-     where v.document_id = v_document and (v.text_sha256 is null or e.text_sha256 is not null)
+     where coalesce(v.embedding, e.embedding) is not null
     on conflict (chunk_id, embed_model) do nothing;
 
-    -- asked of what is written: a vector that was buffered by name may have been forgotten until a moment ago. By outer joins,
+    -- asked of what is written: a vector that was in the cache may have been forgotten until a moment ago. By outer joins,
     -- so that it begins with the buffer and goes by keys: whatever the planner takes for rare, it looks for in whole tables.
     select count(*) filter (where c.live is not true or c.embed_model <> p_model and s.chunk_id is null) into v_lacking
       from upload_pipeline.document_chunk_buffer b
@@ -2146,6 +2163,7 @@ begin
      set chunk_count = v_chunks, embed_model = p_model, searchable_at = coalesce(d.searchable_at, v_now), updated_at = v_now,
          chunker = (select b.chunker from upload_pipeline.document_chunk_buffer b where b.document_id = v_document limit 1)
    where d.document_id = v_document;
+  delete from upload_pipeline.document_cached_chunks k where k.document_id = v_document;
   delete from upload_pipeline.document_vector_buffer v where v.document_id = v_document;
   delete from upload_pipeline.document_chunk_buffer b where b.document_id = v_document;
   perform upload_pipeline.record_event('document_searchable', p_user_id => v_job.user_id, p_document_id => v_document,
@@ -2259,13 +2277,14 @@ as $$
   select b.chunk_id, b.text, b.chunk_sha256
     from upload_pipeline.document_chunk_buffer b
    where b.document_id = p_document_id
+     and (b.chunk_id not in (select unnest(k.chunk_ids) from upload_pipeline.document_cached_chunks k
+                              where k.document_id = p_document_id and k.embed_model = p_model)
+          or not exists (select from upload_pipeline.embedding_cache e
+                          where e.user_id = b.user_id and e.model = p_model and e.text_sha256 = decode(b.chunk_sha256, 'hex')
+                            and e.dimensions = (select m.dimensions from upload_pipeline.embedding_models m
+                                                 where m.model = p_model)))
      and not exists (select from upload_pipeline.document_vector_buffer v
-                      where v.chunk_id = b.chunk_id and v.embed_model = p_model
-                        and (v.text_sha256 is null
-                             or exists (select from upload_pipeline.embedding_cache e
-                                         where e.user_id = b.user_id and e.model = p_model and e.text_sha256 = v.text_sha256
-                                           and e.dimensions = (select m.dimensions from upload_pipeline.embedding_models m
-                                                                where m.model = p_model))))
+                      where v.chunk_id = b.chunk_id and v.embed_model = p_model)
      and not exists (select from upload_pipeline.document_chunks c
                       where c.chunk_id = b.chunk_id and c.embed_model || '' = p_model)  -- by the chunk's key
      and not exists (select from upload_pipeline.chunk_vectors s
@@ -2303,11 +2322,11 @@ $$;
 
 -- Puts vectors where a job's chunks have them: those of a document that is processed into the buffer, those that a model
 -- is filled with (pipeline `reembed`) beside the live chunks. One place in the arrays for each chunk, with its job; the
--- caller holds the jobs. With the SHA-256 of a text the buffer names the vector that the cache has for it, and needs none.
--- Vectors that are there already stay, and what is no chunk of the job's document is left out. Of a model that was given up
--- nothing is put beside live chunks. Returns the chunks that got theirs.
+-- caller holds the jobs. Of a buffered chunk whose vector is in the cache (p_cached) just this is noted, and no vector is
+-- needed. Vectors that are there already stay, and what is no chunk of the job's document is left out. Of a model that was
+-- given up nothing is put beside live chunks. Returns the chunks that have theirs now: of those in the cache all.
 create function upload_pipeline.place_vectors(
-  p_model text, p_job_ids uuid[], p_chunk_ids uuid[], p_embeddings extensions.vector[], p_texts bytea[] default '{}'
+  p_model text, p_job_ids uuid[], p_chunk_ids uuid[], p_embeddings extensions.vector[], p_cached boolean[] default '{}'
 )
 returns uuid[]
 language plpgsql
@@ -2324,6 +2343,7 @@ as $$
 declare
   v_refills uuid[] := array(select j.job_id from upload_pipeline.upload_jobs j
                              where j.job_id = any (p_job_ids) and j.pipeline = 'reembed');
+  v_cached  uuid[];
   v_placed  uuid[];
   v_more    uuid[];
 begin
@@ -2333,20 +2353,37 @@ begin
     raise exception 'there is no embedding model "%" any more', p_model
       using errcode = 'UP002', hint = 'Add it with `upload-pipeline models add`.';
   end if;
-  with placed as (
-    insert into upload_pipeline.document_vector_buffer as v (chunk_id, embed_model, document_id, embedding, text_sha256)
-    select distinct on (b.chunk_id) b.chunk_id, p_model, b.document_id, case when a.text_sha256 is null then a.embedding end, a.text_sha256
-      from unnest(p_job_ids, p_chunk_ids, p_embeddings, p_texts) a (job_id, chunk_id, embedding, text_sha256)
+  with asked as (
+    select distinct b.document_id, b.chunk_id
+      from unnest(p_job_ids, p_chunk_ids, p_cached) a (job_id, chunk_id, cached)
       join upload_pipeline.upload_jobs j on j.job_id = a.job_id
       join upload_pipeline.document_chunk_buffer b on b.chunk_id = a.chunk_id and b.document_id = j.document_id
-     where a.job_id <> all (v_refills)
+     where a.cached and a.job_id <> all (v_refills)
+  ), noted as (
+    insert into upload_pipeline.document_cached_chunks (document_id, embed_model, chunk_ids)
+    select a.document_id, p_model, array_agg(a.chunk_id)
+      from asked a
+     where a.chunk_id not in (select unnest(k.chunk_ids) from upload_pipeline.document_cached_chunks k
+                               where k.document_id = any (array(select e.document_id from asked e)) and k.embed_model = p_model)
+     group by a.document_id
+  )
+  select coalesce(array_agg(a.chunk_id), '{}') into v_cached from asked a;
+  if cardinality(v_cached) = cardinality(p_chunk_ids) then
+    return v_cached;
+  end if;
+
+  with placed as (
+    insert into upload_pipeline.document_vector_buffer (chunk_id, embed_model, document_id, embedding)
+    select distinct on (b.chunk_id) b.chunk_id, p_model, b.document_id, a.embedding
+      from unnest(p_job_ids, p_chunk_ids, p_embeddings, p_cached) a (job_id, chunk_id, embedding, cached)
+      join upload_pipeline.upload_jobs j on j.job_id = a.job_id
+      join upload_pipeline.document_chunk_buffer b on b.chunk_id = a.chunk_id and b.document_id = j.document_id
+     where a.cached is not true and a.job_id <> all (v_refills) and b.chunk_id <> all (v_cached)
      order by b.chunk_id
-    -- the name of a vector that was forgotten meanwhile is as good as none
-    on conflict (chunk_id, embed_model) do update set embedding = excluded.embedding, text_sha256 = excluded.text_sha256
-       where v.text_sha256 is not null
+    on conflict (chunk_id, embed_model) do nothing
     returning chunk_id
   )
-  select coalesce(array_agg(p.chunk_id), '{}') into v_placed from placed p;
+  select v_cached || coalesce(array_agg(p.chunk_id), '{}') into v_placed from placed p;
   if v_refills = '{}' then
     return v_placed;
   end if;
@@ -2594,6 +2631,7 @@ begin
   end if;
   if (select a.position <= b.position from upload_pipeline.stages a, upload_pipeline.stages b
        where a.pipeline = 'document' and a.stage = p_stage and b.pipeline = 'document' and b.stage = 'chunking') then
+    delete from upload_pipeline.document_cached_chunks k where k.document_id = p_document_id;
     delete from upload_pipeline.document_vector_buffer v where v.document_id = p_document_id;
     delete from upload_pipeline.document_chunk_buffer b where b.document_id = p_document_id;
     update upload_pipeline.parse_submissions s set begun_at = upload_pipeline.now()
@@ -2669,7 +2707,8 @@ begin
   end if;
 
   select upload_pipeline.place_vectors(
-           p_model, array_agg(v_job.job_id), array_agg(p.chunk_id), array_agg(c.embedding), array_agg(p.text_sha256))
+           p_model, array_agg(v_job.job_id), array_agg(p.chunk_id), array_agg(c.embedding),
+           array_agg(v_job.pipeline <> 'reembed'))
     into v_found
     from unnest(v_chunks, v_texts) p (chunk_id, text_sha256)
    cross join lateral (
@@ -2801,11 +2840,14 @@ begin
   return coalesce((
     select cardinality(upload_pipeline.place_vectors(
              p_model, array_agg(a.job_id), array_agg(a.chunk_id),
-             array_agg(case when v_refilled or o.owner is null then p_embeddings[a.place] end),
-             array_agg(case when o.owner is not null then p_texts[a.place] end)))
+             array_agg(case when v_refilled or b.chunk_id is null then p_embeddings[a.place] end),
+             array_agg(b.chunk_id is not null)))
       from unnest(p_job_ids, p_chunk_ids, p_places) a (job_id, chunk_id, place)
       join unnest(v_held, v_holders) h (job_id, user_id) on h.job_id = a.job_id
       left join unnest(v_told, v_owners) o (told, owner) on o.told = p_user_ids[a.place] and o.owner = h.user_id
+      -- the commit looks for it by the chunk's own digest
+      left join upload_pipeline.document_chunk_buffer b
+        on b.chunk_id = a.chunk_id and o.owner is not null and b.chunk_sha256 = encode(p_texts[a.place], 'hex')
     having count(*) > 0), 0);
 end
 $$;
@@ -2878,8 +2920,8 @@ begin
 end
 $$;
 
--- Makes a user's vectors another's, who may have some of them: used when either used them last. What is buffered by name for
--- a document that stays the first user's has its vector itself from now on: the name is the other's.
+-- Makes a user's vectors another's, who may have some of them: used when either used them last. The chunks of a document that
+-- stays the first user's, whose vectors were in the cache, have them in the buffer from now on.
 create function upload_pipeline.move_user_vectors(p_from uuid, p_to uuid)
 returns void
 language plpgsql
@@ -2893,18 +2935,21 @@ set enable_material = off
 set jit = off
 as $$
 begin
-  update upload_pipeline.document_vector_buffer v set embedding = n.embedding, text_sha256 = null
-    from (select b.chunk_id, b.embed_model, e.embedding
-            from upload_pipeline.documents d
-            join upload_pipeline.document_vector_buffer b on b.document_id = d.document_id and b.text_sha256 is not null
-            join upload_pipeline.embedding_models m on m.model = b.embed_model
-           cross join lateral (
-             select k.embedding from upload_pipeline.embedding_cache k
-              where k.user_id = p_from and k.model = m.model and k.dimensions = m.dimensions and k.text_sha256 = b.text_sha256
-             offset 0) e
-           where d.user_id = p_from and d.deleted_at is null
-           order by b.chunk_id) n
-   where v.chunk_id = n.chunk_id and v.embed_model = n.embed_model;
+  insert into upload_pipeline.document_vector_buffer (chunk_id, embed_model, document_id, embedding)
+  select b.chunk_id, k.embed_model, b.document_id, e.embedding
+    from upload_pipeline.documents d
+    join upload_pipeline.document_cached_chunks k on k.document_id = d.document_id
+    join upload_pipeline.embedding_models m on m.model = k.embed_model
+   cross join lateral unnest(k.chunk_ids) n (chunk_id)
+    join upload_pipeline.document_chunk_buffer b on b.chunk_id = n.chunk_id
+   cross join lateral (
+     select c.embedding from upload_pipeline.embedding_cache c
+      where c.user_id = p_from and c.model = m.model and c.dimensions = m.dimensions
+        and c.text_sha256 = decode(b.chunk_sha256, 'hex')
+     offset 0) e
+   where d.user_id = p_from and d.deleted_at is null
+   order by b.chunk_id
+  on conflict (chunk_id, embed_model) do nothing;
   insert into upload_pipeline.embedding_cache as c (user_id, model, dimensions, text_sha256, last_used_on, embedding)
   select p_to, f.model, f.dimensions, f.text_sha256, f.last_used_on, f.embedding
     from upload_pipeline.embedding_cache f where f.user_id = p_from
@@ -2972,7 +3017,7 @@ $$;
 
 -- In place of foreign keys (embedding_models): a model that vectors name is not deleted, and keeps its name. The row is locked
 -- by then: place_vectors, through which each vector comes, has ended, and what it wrote is seen. From the buffer vectors move
--- in one transaction, so that at each moment one of the three names their model.
+-- in one transaction, so that at each moment one of the four names their model.
 create function upload_pipeline.keep_named_models()
 returns trigger
 language plpgsql
@@ -2991,7 +3036,8 @@ begin
   end if;
   if exists (select from upload_pipeline.document_chunks c where c.embed_model = old.model)
      or exists (select from upload_pipeline.chunk_vectors s where s.embed_model = old.model)
-     or exists (select from upload_pipeline.document_vector_buffer v where v.embed_model = old.model) then
+     or exists (select from upload_pipeline.document_vector_buffer v where v.embed_model = old.model)
+     or exists (select from upload_pipeline.document_cached_chunks k where k.embed_model = old.model) then
     raise exception 'embedding model "%" has vectors', old.model
       using errcode = '23503', hint = 'Retire it: its vectors are removed, and its name stays.';
   end if;
@@ -3482,6 +3528,9 @@ begin
     delete from upload_pipeline.document_vector_buffer b
      where b.ctid = any (array(
        select g.ctid from upload_pipeline.document_vector_buffer g where g.embed_model = v_retired limit p_limit for update skip locked));
+    delete from upload_pipeline.document_cached_chunks k
+     where k.ctid = any (array(
+       select g.ctid from upload_pipeline.document_cached_chunks g where g.embed_model = v_retired limit p_limit for update skip locked));
   end loop;
   return query select v_moved, v_removed;
 end
@@ -5986,9 +6035,10 @@ begin
       left join upload_pipeline.stages n on n.pipeline = a.pipeline and n.position = f.position + 1
      cross join lateral (
        select case when a.pipeline = 'document' and a.stage = 'embedding' then (
-         -- two counts and no join: vectors of more than one model may lie there, so at most all
-         select least(1, (select count(*) from upload_pipeline.document_vector_buffer v
-                           where v.document_id = a.document_id)::double precision / nullif(count(*), 0))
+         -- counts and no join: vectors of more than one model may lie there, so at most all
+         select least(1, ((select count(*) from upload_pipeline.document_vector_buffer v where v.document_id = a.document_id)
+                          + (select coalesce(sum(cardinality(k.chunk_ids)), 0) from upload_pipeline.document_cached_chunks k
+                              where k.document_id = a.document_id))::double precision / nullif(count(*), 0))
            from upload_pipeline.document_chunk_buffer b
           where b.document_id = a.document_id) end as share) vectors
      cross join lateral (
@@ -7296,7 +7346,7 @@ begin
 
   foreach v_table in array array[
     'stages', 'embedding_models', 'documents', 'upload_jobs', 'job_outcomes', 'lanes', 'events', 'document_chunk_buffer',
-    'document_vector_buffer', 'document_chunks', 'document_outline', 'workers',
+    'document_vector_buffer', 'document_cached_chunks', 'document_chunks', 'document_outline', 'workers',
     'stage_durations', 'policies', 'batches', 'batch_members', 'processing_records', 'provider_budgets',
     'provider_reservations', 'usage_records', 'organizations', 'organization_members', 'projects', 'photos', 'parse_submissions',
     'photo_detection_requests', 'chunk_vectors', 'upkeep_rounds']

@@ -177,5 +177,11 @@ def buffered(db: Connection) -> tuple[int, int]:
     """Rows in the chunk and the vector buffer."""
     return (
         value(db, "select count(*) from upload_pipeline.document_chunk_buffer"),
-        value(db, "select count(*) from upload_pipeline.document_vector_buffer"),
+        value(
+            db,
+            """
+            select (select count(*) from upload_pipeline.document_vector_buffer)
+                 + (select coalesce(sum(cardinality(chunk_ids)), 0) from upload_pipeline.document_cached_chunks)
+            """,
+        ),
     )

@@ -36,6 +36,14 @@ def test_pending_vectors_are_looked_up_by_key_whatever_the_statistics_say(
         """,
         [MODEL],
     )
+    admin.execute(
+        """
+        insert into upload_pipeline.document_cached_chunks (document_id, embed_model, chunk_ids)
+        select lpad(to_hex(i / 40), 32, '0')::uuid, %s, array_fill(gen_random_uuid(), array[256])
+          from generate_series(1, 4000) i
+        """,
+        [MODEL],
+    )
     row = admin.execute(
         "select prosrc, proconfig from pg_catalog.pg_proc where oid = 'upload_pipeline.pending_vectors'::regproc"
     ).fetchone()
@@ -56,6 +64,7 @@ def test_pending_vectors_are_looked_up_by_key_whatever_the_statistics_say(
         if setting.startswith("enable_"):
             admin.execute(f"set {setting}")
     assert "document_vector_buffer_pkey" in plan()
+    assert "hashed SubPlan" in plan(), "each chunk would read all that the document has in the cache"
     assert "Materialize" not in plan()
 
 

@@ -15,11 +15,15 @@ from verbs import add_job, await_lock_wait, cancel, claim, fail, in_background, 
 DAY = 24 * 3600.0
 
 BUFFERED = """
-select v.chunk_id, {} as found
-  from upload_pipeline.document_vector_buffer v
-  join upload_pipeline.documents d on d.document_id = v.document_id
-  left join upload_pipeline.embedding_cache e
-    on e.user_id = d.user_id and e.model = v.embed_model and e.text_sha256 = v.text_sha256
+select chunk_id, {} as found
+  from (select chunk_id, embedding from upload_pipeline.document_vector_buffer
+        union all
+        select b.chunk_id, e.embedding
+          from upload_pipeline.document_cached_chunks k
+         cross join unnest(k.chunk_ids) n (chunk_id)
+          join upload_pipeline.document_chunk_buffer b on b.chunk_id = n.chunk_id
+          left join upload_pipeline.embedding_cache e
+            on e.user_id = b.user_id and e.model = k.embed_model and encode(e.text_sha256, 'hex') = b.chunk_sha256) v
  order by 1
 """
 
@@ -39,14 +43,14 @@ def user(admin: Connection, worker: Connection) -> UUID:
 
 
 def buffered(admin: Connection) -> dict[UUID, str | None]:
-    """The vector of each chunk that has one in the buffer, or has it named there."""
-    rows = admin.execute(BUFFERED.format("coalesce(v.embedding, e.embedding)::text")).fetchall()
+    """The vector of each chunk that has one in the buffer, or is known to have one in the cache."""
+    rows = admin.execute(BUFFERED.format("embedding::text")).fetchall()
     return {row.chunk_id: row.found for row in rows}
 
 
 def bits(admin: Connection) -> list[bytes]:
     """The same, as they are stored."""
-    rows = admin.execute(BUFFERED.format("extensions.vector_send(coalesce(v.embedding, e.embedding))")).fetchall()
+    rows = admin.execute(BUFFERED.format("extensions.vector_send(embedding)")).fetchall()
     return [bytes(row.found) for row in rows]
 
 
@@ -59,7 +63,7 @@ def test_what_was_paid_for_fills_the_buffer_bit_for_bit_and_stands_in_the_books(
     assert keep(worker, user, ["known"], [odd], [(first, chunk, 1)]) == 1
     stored = bytes(value(admin, "select extensions.vector_send(%s::text::extensions.vector)", odd))
     assert bits(admin) == [stored]
-    admin.execute("delete from upload_pipeline.document_vector_buffer")
+    admin.execute("delete from upload_pipeline.document_cached_chunks")
 
     lease, chunks = start_job(admin, worker, user, ["known", "other", "known"])
     assert fill(worker, lease) == [(chunks[0], None), (chunks[1], "other"), (chunks[2], None)]

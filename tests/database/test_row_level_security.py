@@ -35,6 +35,7 @@ READERS = {
     "events_default": set(),
     "document_chunk_buffer": {"upload_worker", "service_role"},
     "document_vector_buffer": {"upload_worker", "service_role"},
+    "document_cached_chunks": {"upload_worker", "service_role"},
     "embedding_cache": set(),
     "chunk_vectors": {"upload_worker", "service_role"},
     "model_overview": {"upload_worker", "service_role"},
@@ -352,6 +353,13 @@ def filled(admin: Connection, worker: Connection) -> Connection:
         )
         admin.execute(
             "insert into upload_pipeline.document_vector_buffer values (%s, 'm3', %s, '[1,0,0]')", [chunk, document]
+        )
+        admin.execute(
+            """
+            insert into upload_pipeline.document_cached_chunks (document_id, embed_model, chunk_ids)
+            values (%s, 'm3', %s)
+            """,
+            [document, [chunk]],
         )
         admin.execute(
             "insert into upload_pipeline.document_outline values (%s, %s, %s, 'document', '', 0, 0, null)",

@@ -75,6 +75,7 @@ TABLES = (
     "document_chunks",
     "document_chunk_buffer",
     "document_vector_buffer",
+    "document_cached_chunks",
     "document_nodes",
     "document_edges",
 )

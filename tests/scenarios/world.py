@@ -41,7 +41,8 @@ RESULT_QUERIES = {
     "edges": "select * from upload_pipeline.document_edges order by source_id, kind, target_id",
     "buffers": """
         select (select count(*) from upload_pipeline.document_chunk_buffer)
-             + (select count(*) from upload_pipeline.document_vector_buffer) as left_over""",
+             + (select count(*) from upload_pipeline.document_vector_buffer)
+             + (select count(*) from upload_pipeline.document_cached_chunks) as left_over""",
 }
 """What a run leaves that a reader can see; equal inputs must leave equal rows, however the run went."""
 

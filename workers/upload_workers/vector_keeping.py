@@ -1,6 +1,6 @@
 """What a request brought is written before anybody is told of it: it is paid for.
 
-One transaction puts the vectors into the cache and names them in the buffers of the chunks that wait. Whoever comes
+One transaction puts the vectors into the cache and notes which of the chunks that wait have theirs there. Whoever comes
 later, after a crash or for another document of the same user, finds them in the cache. What it cost is written behind
 it. Both are tried again while the database is away for a moment; both count once.
 """

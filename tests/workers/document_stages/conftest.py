@@ -79,7 +79,7 @@ async def undisturbed(open_line: OpenLine) -> Any:
         rows = await line.rows()
         assert rows["chunks"]
         assert rows["documents"][0]["searchable"]
-        assert rows["chunk buffer"][0]["count"] == rows["vector buffer"][0]["count"] == 0
+        assert all(rows[name][0]["count"] == 0 for name in ("chunk buffer", "vector buffer", "cached chunks"))
         # from the start again, with nothing left of it
         await documents.begin_deletion(line.context.db, line.document)
         await documents.finish_deletion(line.context.db, line.document)

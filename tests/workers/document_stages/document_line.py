@@ -38,6 +38,7 @@ ROWS = {
     "edges": "select source_id, kind, target_id from upload_pipeline.document_edges order by 1, 2, 3",
     "chunk buffer": "select count(*) from upload_pipeline.document_chunk_buffer",
     "vector buffer": "select count(*) from upload_pipeline.document_vector_buffer",
+    "cached chunks": "select count(*) from upload_pipeline.document_cached_chunks",
 }
 
 

@@ -1,4 +1,4 @@
-"""Vectors that the buffer only names, because the cache has them: what is committed, and what if one is forgotten."""
+"""Chunks whose vectors are in the cache and not in the buffer: what is committed, and what if one is forgotten."""
 
 from __future__ import annotations
 
@@ -55,12 +55,37 @@ def test_a_paid_vector_is_written_once_before_it_is_committed(admin: Connection,
     lease = led(worker, user)
     buy(worker, lease, user)
     to_commit(worker, lease)
-    assert value(admin, "select count(embedding) from upload_pipeline.document_vector_buffer") == 0
+    assert value(admin, "select count(*) from upload_pipeline.document_vector_buffer") == 0
     assert buffered(admin) == (4, 4)
     assert pending(worker, lease.document_id) == []
     commit_embeddings(worker, lease)
     assert live_vectors(admin) == list(VECTORS)
     assert buffered(admin) == (0, 0)
+
+
+def test_a_second_call_and_another_worker_note_a_chunk_no_second_time(admin: Connection, worker: Connection) -> None:
+    user = uuid4()
+    lease = led(worker, user)
+    buy(worker, lease, user)
+    waiting = [(lease, chunk, place) for place, chunk in enumerate(buffered_chunks(admin)[:3], start=1)]
+    assert keep(worker, user, FOUR[:3], VECTORS[:3], waiting) == 3
+    assert fill(worker, lease) == []
+    assert buffered(admin) == (4, 4)
+
+
+def test_a_chunk_whose_digest_is_not_of_its_text_has_its_vector_in_the_buffer(
+    admin: Connection, worker: Connection
+) -> None:
+    """The cache has it under another name than the commit looks for: it would be pending, and paid for, for ever."""
+    user = uuid4()
+    lease = led(worker, user)
+    admin.execute("update upload_pipeline.document_chunk_buffer set chunk_sha256 = repeat('b', 64) where ordinal = 1")
+    buy(worker, lease, user)
+    assert value(admin, "select embedding::text from upload_pipeline.document_vector_buffer") == VECTORS[1]
+    assert pending(worker, lease.document_id) == []
+    to_commit(worker, lease)
+    commit_embeddings(worker, lease)
+    assert live_vectors(admin) == list(VECTORS)
 
 
 def test_what_is_forgotten_before_the_commit_is_pending_again_and_nothing_becomes_live(
@@ -98,7 +123,9 @@ def test_what_was_forgotten_and_bought_for_another_document_is_not_bought_again(
     assert live_vectors(admin) == [VECTORS[0], "[2,2,2]", *VECTORS[2:]]
 
 
-def test_a_claim_between_buffer_and_commit_takes_the_named_vectors_along(admin: Connection, worker: Connection) -> None:
+def test_a_claim_between_buffer_and_commit_takes_the_cached_vectors_along(
+    admin: Connection, worker: Connection
+) -> None:
     session, claimant = open_session(worker, "t"), uuid4()
     lease = led(worker, session.user_id)
     buy(worker, lease, session.user_id)
@@ -110,7 +137,7 @@ def test_a_claim_between_buffer_and_commit_takes_the_named_vectors_along(admin: 
     assert [row.user_id for row in owners] == [claimant]
 
 
-def test_a_document_that_a_claim_leaves_for_later_keeps_the_vectors_that_it_named(
+def test_a_document_that_a_claim_leaves_for_later_keeps_the_vectors_that_it_had_in_the_cache(
     admin: Connection, worker: Connection
 ) -> None:
     """It stays the session's while the claimant's own of the same bytes is being deleted; what it paid for moves."""
@@ -151,7 +178,7 @@ def test_a_chunk_that_is_told_twice_and_a_text_of_two_who_became_one_are_written
     assert len(pending(worker, lease.document_id)) == 3
 
 
-def test_a_vector_of_another_model_that_is_named_stands_beside_the_chunk(admin: Connection, worker: Connection) -> None:
+def test_a_cached_vector_of_another_model_stands_beside_the_chunk(admin: Connection, worker: Connection) -> None:
     user = uuid4()
     worker.execute("select upload_pipeline.add_model('next', 'openai', 3)")
     lease = led(worker, user)
