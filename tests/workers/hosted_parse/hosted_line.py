@@ -103,9 +103,11 @@ class Line:
         await self.claim()
 
     async def submitted(self) -> None:
-        """On to `parsing`, and behind the wait for the first look."""
+        """On to `parsing`, and behind the wait for the first look. The budget is told of all that was called."""
         assert await self.step() is None
         assert self.job.stage == "parsing"
+        assert self.context.hosted_parser is not None
+        await self.context.hosted_parser.turns.close()
         await self.pass_time(10)
 
     async def parsed(self) -> None:
