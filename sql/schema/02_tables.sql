@@ -319,7 +319,7 @@ create table upload_pipeline.document_cached_chunks (
   chunk_ids   uuid[] not null
 );
 
-create index document_cached_chunks_document on upload_pipeline.document_cached_chunks (document_id);
+create index document_cached_chunks_document on upload_pipeline.document_cached_chunks (document_id, embed_model);
 -- settle_models: what a model that was given up has left here
 create index document_cached_chunks_model on upload_pipeline.document_cached_chunks (embed_model);
 

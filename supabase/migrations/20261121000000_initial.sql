@@ -454,7 +454,7 @@ create table upload_pipeline.document_cached_chunks (
   chunk_ids   uuid[] not null
 );
 
-create index document_cached_chunks_document on upload_pipeline.document_cached_chunks (document_id);
+create index document_cached_chunks_document on upload_pipeline.document_cached_chunks (document_id, embed_model);
 -- settle_models: what a model that was given up has left here
 create index document_cached_chunks_model on upload_pipeline.document_cached_chunks (embed_model);
 
@@ -2279,10 +2279,10 @@ as $$
    where b.document_id = p_document_id
      and (b.chunk_id not in (select unnest(k.chunk_ids) from upload_pipeline.document_cached_chunks k
                               where k.document_id = p_document_id and k.embed_model = p_model)
-          or not exists (select from upload_pipeline.embedding_cache e
-                          where e.user_id = b.user_id and e.model = p_model and e.text_sha256 = decode(b.chunk_sha256, 'hex')
-                            and e.dimensions = (select m.dimensions from upload_pipeline.embedding_models m
-                                                 where m.model = p_model)))
+          -- a value, and not `exists`: for that the planner may read all that the cache has of the model
+          or (select e.model from upload_pipeline.embedding_cache e
+               where e.user_id = b.user_id and e.model = p_model and e.text_sha256 = decode(b.chunk_sha256, 'hex')
+                 and e.dimensions = (select m.dimensions from upload_pipeline.embedding_models m where m.model = p_model)) is null)
      and not exists (select from upload_pipeline.document_vector_buffer v
                       where v.chunk_id = b.chunk_id and v.embed_model = p_model)
      and not exists (select from upload_pipeline.document_chunks c
