@@ -99,7 +99,7 @@ class Settings(BaseSettings):
     )
     llamaparse_base_url: str = Field(
         default="https://api.cloud.llamaindex.ai",
-        pattern=r"^https?://[^/@\s]+$",
+        pattern=r"^https?://[^/@\s]+/?$",
         description="The API, without a path; in the EU `https://api.cloud.eu.llamaindex.ai`. A key is of one region.",
     )
     llamaparse_tier: Literal["fast", "cost_effective", "agentic", "agentic_plus"] = Field(

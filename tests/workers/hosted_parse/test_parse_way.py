@@ -12,11 +12,11 @@ from hosted_line import (
     OpenLine,
 )
 
-from tests.simulators.llama_cloud import KEY
+from tests.simulators.llama_cloud import KEY, LlamaCloudSimulator
 from upload_pipeline.database import provider_budget
 from upload_pipeline.errors import ErrorCode, PipelineError
 from upload_pipeline.providers.calls import ProviderCalls
-from upload_pipeline.providers.llamaparse import LlamaParse
+from upload_pipeline.providers.llamaparse import LlamaParse, open_llamaparse
 from upload_pipeline.providers.llamaparse_results import PROVIDER
 from upload_pipeline.rate_headers import key_id_of
 from upload_pipeline.settings import load_settings
@@ -143,3 +143,13 @@ def test_a_version_is_a_date(value: str, why: str) -> None:
     with pytest.raises(PipelineError, match="UPLOAD_PIPELINE_LLAMAPARSE_VERSION") as caught:
         load_settings(llamaparse_version=value)
     assert why in caught.value.message
+
+
+@pytest.mark.parametrize("end", ["", "/"])
+async def test_the_address_may_end_in_a_slash_and_has_no_path(end: str, simulator: LlamaCloudSimulator) -> None:
+    client = open_llamaparse(load_settings(llamaparse_api_key=KEY, llamaparse_base_url=simulator.url + end))
+    assert client is not None
+    assert await client.find_file("nobody's") is None
+    await client.close()
+    with pytest.raises(PipelineError, match="UPLOAD_PIPELINE_LLAMAPARSE_BASE_URL"):
+        load_settings(llamaparse_base_url=f"{simulator.url}/api{end}")
