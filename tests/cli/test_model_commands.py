@@ -147,6 +147,25 @@ def test_what_cannot_be_done_is_refused_by_name(terminal: Terminal, admin: Any) 
     assert admin.execute("select count(*) from upload_pipeline.embedding_models").fetchone() == (1,)
 
 
+@pytest.mark.parametrize(
+    ("words", "gives"),
+    [
+        (["text-embedding-3-large", "--dimensions", "9999"], "gives vectors of 3072 dimensions, not 9999"),
+        (["text-embedding-3-small@2000"], "gives vectors of 1536 dimensions, not 2000"),
+        (["text-embedding-ada-002", "--dimensions", "512"], "gives vectors of 1536 dimensions, not 512"),
+    ],
+)
+def test_dimensions_that_a_model_has_not_are_told_as_they_were_given(
+    terminal: Terminal, words: list[str], gives: str
+) -> None:
+    terminal.environment["UPLOAD_PIPELINE_OPENAI_API_KEY"] = KEY
+    refused = terminal("models", "add", *words)
+    assert refused.status != 0
+    assert gives in refused.err
+    # nobody has set it
+    assert "OPENAI_DIMENSIONS" not in refused.err
+
+
 def test_a_database_without_documents_takes_any_model_at_once(terminal: Terminal) -> None:
     assert "No models" in terminal("models", "status").err
     assert terminal("models", "add", NEW).out == f"{NEW} is the active model, the first of this database.\n"

@@ -62,7 +62,14 @@ def open_named(
         raise _invalid(f"Nobody is known to have a model {name!r}: name its --provider. Known are {known}.")
     if provider == "openai" and dimensions is None and name not in NATIVE_DIMENSIONS:
         raise _invalid(f"How long the vectors of {name!r} are is not known: say so by --dimensions.")
-    return _open(provider, name, dimensions or 0, settings)
+    try:
+        return _open(provider, name, dimensions or 0, settings)
+    except PipelineError as error:
+        native = NATIVE_DIMENSIONS.get(name)
+        if error.details.get("setting") != "openai_dimensions" or native is None:
+            raise
+        # the setting has no part in it: they are those of the name or of the caller
+        raise _invalid(f"{name!r} gives vectors of {native} dimensions, not {dimensions}.") from error
 
 
 def other_than_set(active: EmbeddingModel, settings: Settings) -> str | None:
