@@ -86,6 +86,9 @@ class LlamaCloudSimulator:
     _jobs: dict[str, ParseJob] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        unknown = set(self.faults) - set(Fault)
+        if unknown:
+            raise ValueError(f"there is no fault {', '.join(sorted(unknown))}")
         self._chance = random.Random(self.seed)
         self._minute = Window(self.requests_per_minute, 60.0, self.clock)
         self._windows = {

@@ -101,6 +101,11 @@ class ObjectServer(ABC):
     url: str = ""
     _asked: deque[tuple[Fault, str]] = field(default_factory=deque)
 
+    def __post_init__(self) -> None:
+        unknown = set(self.faults) - set(Fault)
+        if unknown:
+            raise ValueError(f"there is no fault {', '.join(sorted(unknown))}")
+
     async def __aenter__(self) -> Self:
         """Serves on the loopback address."""
         self._chance = random.Random(self.seed)

@@ -289,3 +289,8 @@ def test_it_runs_by_itself() -> None:
             assert [page.success for page in look().markdown.pages] == [True, False, True]
             with pytest.raises(llama_cloud.RateLimitError):
                 look()
+
+
+def test_a_fault_that_is_none_stops_the_start() -> None:
+    with pytest.raises(ValueError, match="no fault bogus"):
+        LlamaCloudSimulator(faults={"dropped": 0.1, "bogus": 0.1})

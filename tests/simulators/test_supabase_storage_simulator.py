@@ -313,3 +313,8 @@ def test_it_runs_on_its_own():
             assert http.post("/misbehave", json={"fault": "slow_down"}).json() == {}
             assert http.get(f"{API}/object/files/raw/x").status_code == 429
             assert http.get("/requests").json()[f"POST {API}/object/files/raw/x"] == 1
+
+
+def test_a_fault_that_is_none_stops_the_start() -> None:
+    with pytest.raises(ValueError, match="no fault bogus"):
+        SupabaseStorage(faults={"dropped": 0.1, "bogus": 0.1})
