@@ -121,6 +121,25 @@ async def test_one_request_holds_at_most_256_texts_and_stays_below_the_limit_of_
     assert simulator.books.too_large == 0
     assert simulator.books.paid_again() == {}
     assert simulator.books.largest_inputs == 256
+    # of such texts the bound is what the server counts
+    await embedder.embed([f"{number:03}" + "!" * 5000 for number in range(61)])
+    assert simulator.books.too_large == 0
+    assert 280_000 < simulator.books.largest_tokens < 300_000
+
+
+async def test_vectors_are_asked_for_in_base64_and_a_server_that_knows_only_numbers_is_understood(
+    simulator: OpenAISimulator, embedder: OpenAIEmbedder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+    answer = simulator.vectors
+
+    def in_numbers(body: dict[str, Any], *rest: Any) -> web.Response:
+        asked.append(body["encoding_format"])
+        return answer({**body, "encoding_format": "float"}, *rest)
+
+    monkeypatch.setattr(simulator, "vectors", in_numbers)
+    np.testing.assert_allclose(await embedder.embed(["hail"]), expected(["hail"]), rtol=1e-4, atol=1e-6)
+    assert asked == ["base64"]
 
 
 async def test_texts_that_cannot_be_sent_as_they_are_are_embedded_all_the_same(

@@ -83,18 +83,18 @@ async def test_text_is_parsed_here_and_costs_nothing(open_line: OpenLine, media_
 
 
 async def test_waits_between_looks_grow_to_a_minute_and_end_at_the_limit(open_line: OpenLine) -> None:
-    line = await open_line(llamaparse_parse_timeout=300.0)
+    line = await open_line(llamaparse_parse_timeout=400.0)
     line.simulator.running = 3600
     await line.submitted()
     seen = []
-    for seconds in (0, 90, 155, 38):
+    for seconds in (0, 90, 155, 100, 38):
         await line.pass_time(seconds)
         delay = await line.step()
         assert delay is not None
         seen.append(round(delay.total_seconds()))
         await line.claim()
-    # at 10, 100, 255 and 293 s
-    assert seen == [5, 50, 45, 7]
+    # at 10, 100, 255, 355 and 393 s
+    assert seen == [5, 50, 60, 45, 7]
     assert await line.retries() == 0
 
 
