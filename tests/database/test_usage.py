@@ -390,6 +390,25 @@ async def test_usage_is_summed_by_day_model_and_user(
             UsageSum("hosted/m", 3, 1_003_000, 0, Decimal(0), 0, Decimal("0.02006"), 0)
         ]
 
+    def viewed(view: str, key: str) -> list[Any]:
+        asked = f"{key}, model, tokens::integer, cost_micros, unpriced from upload_pipeline.{view} order by 1, 2"
+        # a day is UTC's, wherever the reader is
+        admin.execute("set timezone = 'Asia/Tokyo'")
+        return admin.execute(f"select {asked}").fetchall()
+
+    assert viewed("usage_by_day", "day::text") == [
+        ("2031-05-17", "m", 1000, 20, 0),
+        ("2031-05-18", "m", 2000, 40, 0),
+        ("2031-05-18", "x", 5, None, 1),
+        ("2031-05-19", "m", 10**6, 20_000, 0),
+    ]
+    assert viewed("usage_by_user", "user_id") == [
+        (mine, "m", 3000, 60, 0),
+        (yours, "m", 10**6, 20_000, 0),
+        (yours, "x", 5, None, 1),
+    ]
+    assert viewed("usage_by_model", "users") == [(1, "x", 5, None, 1), (2, "m", 1_003_000, 20_060, 0)]
+
 
 async def test_a_user_reads_own_usage_and_an_operator_all(usage_db: asyncpg.Connection, admin: Connection) -> None:
     for number in (1, 2):
