@@ -39,6 +39,15 @@ async def test_a_request_may_hold_as_many_texts_as_the_provider_takes(open_bench
         assert (simulator.books.requests, simulator.books.largest_inputs, simulator.books.too_large) == (2, 2048, 0)
 
 
+async def test_texts_of_many_tokens_share_a_request_below_the_providers_limit(bench: Bench) -> None:
+    # of such texts the bound is what the server counts
+    jobs = [[f"{number} {place:03}" + "!" * 5000 for place in range(31)] for number in range(2)]
+    assert await asyncio.gather(*(bench.embed(of_one) for of_one in jobs)) == jobs
+    books = bench.simulator.books
+    assert (books.requests, books.too_large) == (2, 0)
+    assert 280_000 < books.largest_tokens < 300_000
+
+
 async def test_requests_are_in_flight_together_but_no_more_than_allowed(open_bench: OpenBench) -> None:
     async with OpenAISimulator(latency=0.05) as simulator:
         bench = open_bench(simulator, most=10, concurrency=3)
