@@ -239,6 +239,14 @@ def test_the_overview_tells_how_far_it_is_and_how_long_it_takes(
     assert (found.vectors, found.open_jobs, found.failed_documents) == (5, 4, 0)
     assert found.chunks_per_second == pytest.approx(0.5)
     assert found.time_left.total_seconds() == pytest.approx(30)
+    # what came more than five minutes ago says nothing of the rate
+    set_clock(worker, 400)
+    assert (overview(NEW).chunks_per_second, overview(NEW).time_left) == (0, None)
+    lease = claim(worker, limit=1, pool="background")[0]
+    store(worker, lease, pending_refill(worker, lease.subject_id))
+    set_clock(worker, 500)
+    assert overview(NEW).chunks_per_second == pytest.approx(5 / 300)
+    assert overview(NEW).time_left.total_seconds() == pytest.approx(600)
     old_one = overview(OLD)
     assert (old_one.filled_chunks, old_one.lacking_chunks, old_one.vectors) == (20, 0, 20)
     assert (old_one.chunks_per_second, old_one.time_left) == (None, None)
