@@ -205,6 +205,7 @@ async def test_s3_keys_that_are_wrong_are_named(supabase, monkeypatch):
 
 @pytest.mark.parametrize("fault", ["server_error", "timeout", "slow_down", "dropped"])
 async def test_what_passes_is_tried_again(supabase, supabase_store, fault):
+    assert supabase_store.backend.urls.pauses == (1, 2, 4)
     store = quick(supabase_store)
     supabase.misbehave(fault, times=3, of="upload/sign")
     assert await sign_put(store, supabase.token(USER)) is not None
