@@ -319,6 +319,18 @@ async def test_a_server_that_is_away_is_named() -> None:
     await parser.close()
 
 
+async def test_an_address_that_is_another_servers_is_a_matter_of_settings(path: Path) -> None:
+    runner = web.AppRunner(web.Application())
+    await runner.setup()
+    await web.TCPSite(runner, "127.0.0.1", 0).start()
+    parser = LlamaParse(api_key=KEY, base_url=f"http://127.0.0.1:{runner.addresses[0][1]}", **TIER)
+    with pytest.raises(ParseError, match="LLAMAPARSE_BASE_URL") as caught:
+        await finished(parser, path)
+    assert (caught.value.code, caught.value.remedy) == (ErrorCode.PARSE_DENIED, Remedy.PAUSE)
+    await parser.close()
+    await runner.cleanup()
+
+
 JOB = {"id": "pjb-1", "project_id": "p", "status": "COMPLETED"}
 
 

@@ -8,7 +8,8 @@ may have made the job. What a failure asks for is said by its `Remedy`:
     AGAIN    no answer, a broken one, 408, 409, 5xx; the        PARSE_UNAVAILABLE
              uploaded file is gone (404)
     WAIT     429                                                PARSE_UNAVAILABLE
-    PAUSE    no credits (402); key refused (401, 403)           PARSE_QUOTA, PARSE_DENIED
+    PAUSE    no credits (402); key refused (401, 403); no       PARSE_QUOTA, PARSE_DENIED
+             such list (404)
     NEVER    any other 4xx; the job failed, or is gone (404)    PARSE_REJECTED, PARSE_FAILED
 """
 
@@ -329,6 +330,15 @@ class LlamaParse:
             return ParseError(
                 ErrorCode.PARSE_DENIED,
                 f"LlamaParse refuses the key ({status}). Look at whether it is valid, and of this region.",
+                details,
+                remedy=Remedy.PAUSE,
+            )
+        if status == 404 and operation in ("find", "list"):
+            # a list that has nothing is empty: there is none at this address
+            return ParseError(
+                ErrorCode.PARSE_DENIED,
+                f"What answers at {self._client.base_url} is not LlamaParse ({status}). Look at "
+                "UPLOAD_PIPELINE_LLAMAPARSE_BASE_URL.",
                 details,
                 remedy=Remedy.PAUSE,
             )
