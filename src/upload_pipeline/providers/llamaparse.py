@@ -249,6 +249,16 @@ class LlamaParse:
         Raises:
             ParseError: as `find_file`, and `PARSE_FAILED` where the job failed, was cancelled, or is no longer kept.
         """
+        try:
+            return await self._look(parse_id)
+        except ParseError as error:
+            if error.gone:
+                # Or is it another server's address? Then this fails, and the job is not taken for lost and paid again.
+                async with self._request("list", "look for any job"):
+                    await self._client.parsing.list(page_size=1)
+            raise
+
+    async def _look(self, parse_id: str) -> FinishedParse | None:
         async with self._request("poll", "look at the job", gone=parse_id):
             answer = await self._client.parsing.get(parse_id, expand=["markdown", "usage"])
             status = _text(answer.job.status)
