@@ -92,17 +92,18 @@ async def test_progress_is_finer_while_vectors_arrive(service: LiveService, admi
         """,
         [(job, i, chunk) for i, chunk in enumerate(chunks)],
     )
+    made = """
+        insert into upload_pipeline.document_vector_buffer (chunk_id, embed_model, document_id, embedding)
+        select chunk_id, 'm3', document_id, '[1,0,0]' from upload_pipeline.document_chunk_buffer where chunk_id = $1
+    """
+    paid_for = """
+        insert into upload_pipeline.document_cached_chunks (document_id, embed_model, chunk_ids)
+        select document_id, 'm3', array[chunk_id] from upload_pipeline.document_chunk_buffer where chunk_id = $1
+    """
     seen = []
-    for chunk in (None, *chunks):
-        if chunk is not None:
-            await admin.execute(
-                """
-                insert into upload_pipeline.document_vector_buffer (chunk_id, embed_model, document_id, embedding)
-                select chunk_id, 'm3', document_id, '[1,0,0]' from upload_pipeline.document_chunk_buffer
-                 where chunk_id = $1
-                """,
-                chunk,
-            )
+    for chunk, came in zip((None, *chunks), (None, made, paid_for, made, paid_for, paid_for), strict=True):
+        if came is not None:
+            await admin.execute(came, chunk)
         seen.append((await service.client(user).get(f"/api/v2/jobs/{job}")).json()["progress"])
     assert seen == [70, 71, 72, 73, 74, 75]
 

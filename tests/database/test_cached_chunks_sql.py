@@ -11,7 +11,7 @@ from document_steps import FOUR, MODEL, accept, buffered, commit_embeddings, lea
 from paid_texts import cached, fill, keep
 from session_verbs import claim_session, open_session
 from sessions import Connection
-from verbs import advance, claim_one, set_clock, value
+from verbs import advance, claim_one, fail, retry, set_clock, value
 
 VECTORS = ("[1,1,0]", "[2,1,0]", "[3,1,0]", "[4,1,0]")
 
@@ -191,3 +191,32 @@ def test_a_cached_vector_of_another_model_stands_beside_the_chunk(admin: Connect
     rows = admin.execute("select embed_model, embedding::text from upload_pipeline.chunk_vectors").fetchall()
     assert [tuple(row) for row in rows] == [("next", "[9,9,9]")] * 3, "the one that was forgotten is the filling's"
     assert live_vectors(admin) == list(VECTORS)
+
+
+def test_what_is_noted_of_a_model_that_was_given_up_goes_and_the_others_stays(
+    admin: Connection, worker: Connection
+) -> None:
+    user = uuid4()
+    worker.execute("select upload_pipeline.add_model('next', 'openai', 3)")
+    lease = led(worker, user)
+    buy(worker, lease, user)
+    waiting = [(lease, chunk, place) for place, chunk in enumerate(buffered_chunks(admin), start=1)]
+    assert keep(worker, user, FOUR, ["[9,9,9]"] * 4, waiting, model="next") == 4
+    worker.execute("select upload_pipeline.retire_model('next')")
+    worker.execute("select upload_pipeline.settle_models(1000)")
+    rows = admin.execute("select embed_model from upload_pipeline.document_cached_chunks").fetchall()
+    assert [row.embed_model for row in rows] == [MODEL]
+    assert pending(worker, lease.document_id) == []
+
+
+def test_a_restart_at_the_cut_begins_with_nothing_noted(admin: Connection, worker: Connection) -> None:
+    user = uuid4()
+    lease = led(worker, user)
+    buy(worker, lease, user)
+    fail(worker, lease, retryable=False)
+    retry(worker, lease.job_id, "chunking")
+    assert buffered(admin) == (0, 0)
+    lease = claim_one(worker)
+    lead(worker, lease, FOUR, until="embedding")
+    assert all(text is None for _, text in fill(worker, lease)), "paid for before"
+    assert buffered(admin) == (4, 4)

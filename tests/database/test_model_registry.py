@@ -86,6 +86,15 @@ def test_a_model_that_vectors_name_is_not_deleted_nor_renamed(
     )
     refused(admin.execute, change.format("upload_pipeline.embedding_models", NEW), state="23503", says="has vectors")
     admin.execute("delete from upload_pipeline.document_vector_buffer")
+    admin.execute(
+        """
+        insert into upload_pipeline.document_cached_chunks (document_id, embed_model, chunk_ids)
+        values (%s, 'm2', array[%s])
+        """,
+        [document, chunk],
+    )
+    refused(admin.execute, change.format("upload_pipeline.embedding_models", NEW), state="23503", says="has vectors")
+    admin.execute("delete from upload_pipeline.document_cached_chunks")
     admin.execute("delete from upload_pipeline.document_chunks")
     for model in (OLD, NEW):
         admin.execute(change.format("upload_pipeline.embedding_models", model).replace("'x'", f"'x{model}'"))
