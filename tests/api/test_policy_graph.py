@@ -156,6 +156,16 @@ async def test_a_graph_of_several_pages_is_whole_in_both_formats(api: Api, admin
     assert (len(root.findall(".//g:node", NS)), len(root.findall(".//g:edge", NS))) == (nodes, edges)
 
 
+async def test_a_page_may_end_at_any_place(
+    api: Api, admin: asyncpg.Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between a section and the chunk that begins it, too: both have one ordinal."""
+    document = await embed(admin, await add_job(admin, USER), [["A"], ["A", "B"], ["A", "B"], []])
+    whole = (await api.get(f"/api/v1/policies/{document}/graph")).json()
+    monkeypatch.setattr(policy_graph, "PAGE", 1)
+    assert (await api.get(f"/api/v1/policies/{document}/graph")).json() == whole
+
+
 async def test_before_the_document_is_searchable_its_graph_is_empty(api: Api, admin: asyncpg.Connection) -> None:
     job = await add_job(admin, USER)
     document = await admin.fetchval("select document_id from upload_pipeline.upload_jobs where job_id = $1", job)

@@ -88,6 +88,23 @@ def test_a_chunk_whose_digest_is_not_of_its_text_has_its_vector_in_the_buffer(
     assert live_vectors(admin) == list(VECTORS)
 
 
+def test_a_vector_that_another_user_paid_for_is_buffered_as_the_commit_looks_in_the_cache_of_the_jobs_user(
+    admin: Connection, worker: Connection
+) -> None:
+    """As where a session was claimed, and its document stayed with the user it had been uploaded for."""
+    user, payer = uuid4(), uuid4()
+    accept(worker, payer, b"something else")
+    claim_one(worker)
+    lease = led(worker, user)
+    waiting = [(lease, chunk, place) for place, chunk in enumerate(buffered_chunks(admin), start=1)]
+    assert keep(worker, payer, FOUR, VECTORS, waiting) == 4
+    assert {owner for owner, _ in cached(admin)} == {payer}
+    assert pending(worker, lease.document_id) == []
+    to_commit(worker, lease)
+    commit_embeddings(worker, lease)
+    assert live_vectors(admin) == list(VECTORS)
+
+
 def test_what_is_forgotten_before_the_commit_is_pending_again_and_nothing_becomes_live(
     admin: Connection, worker: Connection
 ) -> None:

@@ -264,25 +264,35 @@ def test_a_set_that_lacks_a_vector_does_not_become_live(worker: Connection, leas
 def test_readers_see_the_old_set_until_the_new_one_is_committed(
     worker: Connection, connect: Connect, lease: Any
 ) -> None:
-    def live(db: Connection) -> list[str]:
-        rows = db.execute("select text from upload_pipeline.document_chunks where live order by ordinal").fetchall()
-        return [row.text for row in rows]
+    def seen(db: Connection) -> tuple[list[str], list[str], int]:
+        """The words of the live chunks and of the chunks that have nodes, and how many follow each other."""
+        chunks = "select c.text from upload_pipeline.document_chunks c where c.live order by c.ordinal"
+        nodes = """
+            select c.text from upload_pipeline.document_nodes n
+              join upload_pipeline.document_chunks c on c.chunk_id = n.node_id order by n.ordinal, c.text
+        """
+        followed = "select count(*) from upload_pipeline.document_edges where kind = 'next'"
+        return (
+            [row.text for row in db.execute(chunks).fetchall()],
+            [row.text for row in db.execute(nodes).fetchall()],
+            value(db, followed),
+        )
 
     lead(worker, lease, FOUR)
     retry(worker, lease.job_id, "chunking")
     lease = claim_one(worker)
     reader = connect()
-    new = ("one", "changed")
+    old, new = list(FOUR), ["one", "changed", "and", "more", "so"]
     for stage in ("chunks_buffered", "chunked", "embedding", "embeddings_buffered"):
         lead(worker, lease, new, until=stage)
         lease = lease._replace(stage=stage)
-        assert live(reader) == list(FOUR)
+        assert seen(reader) == (old, old, 3)
     with worker.transaction():
         commit_embeddings(worker, lease)
-        assert live(reader) == list(FOUR)
+        assert seen(reader) == (old, old, 3)
         assert value(reader, "select state from upload_pipeline.upload_jobs") == "working"
-    assert live(reader) == list(new)
-    assert value(reader, "select count(*) from upload_pipeline.document_chunks") == 2
+    assert seen(reader) == (new, new, 4)
+    assert value(reader, "select count(*) from upload_pipeline.document_chunks") == 5
 
 
 def test_chunks_that_did_not_change_keep_their_rows_and_vectors(worker: Connection, lease: Any) -> None:
